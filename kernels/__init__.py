@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `fastpg.kernels`: kernel bodies and their launchers, nothing else."""
