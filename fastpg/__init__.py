@@ -1,1 +1,28 @@
+"""fastpg: policy-gradient losses for language models that never build the logits."""
+
+from importlib.util import find_spec
+
+from .lm_head import LMHead
+from .objectives import CISPO, ImportanceWeighted, Objective, PolicyLossOutput, Reinforce, policy_loss
+from .two_pass import TokenLogprobs, linear_logprobs
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CISPO",
+    "ImportanceWeighted",
+    "LMHead",
+    "Objective",
+    "PolicyLossOutput",
+    "Reinforce",
+    "TokenLogprobs",
+    "linear_logprobs",
+    "policy_loss",
+]
+
+if find_spec("fastpg.kernels") is None:
+    raise ModuleNotFoundError(
+        "fastpg was imported from its source checkout, where kernels/ sits outside the package. "
+        "Run `pip install -e .` in the checkout, or start Python elsewhere.",
+        name="fastpg.kernels",
+    )

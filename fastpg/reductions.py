@@ -1,0 +1,57 @@
+"""How per-token objectives become a loss: loss = -sum_n weight_n l_n / D over tokens with mask.
+
+| reduction           | weight                     | D                                         | also known as              |
+|---------------------|----------------------------|-------------------------------------------|----------------------------|
+| token-mean          | 1                          | number of tokens                          | DAPO, CISPO                |
+| seq-mean-token-sum  | 1                          | number of sequences with at least 1 token | REINFORCE (lecture notes)  |
+| seq-mean-token-mean | 1 / tokens of its sequence | number of sequences with at least 1 token | GRPO                       |
+| sum                 | 1                          | 1                                         |                            |
+
+`denominator` replaces D: the global count under gradient accumulation or data parallelism, the constant of Dr. GRPO.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+
+Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"]
+
+
+def check_reduction(reduction: str, shape: torch.Size, denominator: float | torch.Tensor | None) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}")
+    if reduction.startswith("seq-") and len(shape) != 2:
+        raise ValueError(
+            f'reduction="{reduction}" needs sequences: tokens of shape (B, T); got shape {tuple(shape)}. Use "token-mean" '
+            'or "sum", the latter with denominator= and advantages already divided by the sequence lengths'
+        )
+    if isinstance(denominator, torch.Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {tuple(denominator.shape)}")
+    elif denominator is not None and (
+        not isinstance(denominator, (int, float)) or not math.isfinite(denominator) or denominator <= 0
+    ):
+        raise ValueError(f"denominator must be a positive number or a 0-d tensor; got {denominator!r}")
+
+
+def token_weights(
+    mask: torch.Tensor,  # (...) bool; (B, T) for the seq-mean reductions
+    reduction: Reduction,
+    denominator: float | torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """weight_n / D of every token, (...); 0 where masked. No tokens at all: all 0. Never reads the host."""
+    weights = mask.to(dtype)
+    if reduction == "token-mean":
+        count = weights.sum()
+    elif reduction == "sum":
+        count = weights.new_ones(())
+    else:
+        lengths = weights.sum(1, keepdim=True)
+        count = (lengths > 0).sum().to(dtype)
+        if reduction == "seq-mean-token-mean":
+            weights = weights / lengths.clamp(min=1)
+    return weights / (count.clamp(min=1) if denominator is None else denominator)

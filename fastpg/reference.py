@@ -1,0 +1,181 @@
+"""The oracle: every formula of the library on full logits, written to be read against its source.
+
+Slow and large on purpose: all [N, V] logits exist, masked tokens are deleted rather than weighted, gradients are left to
+autograd. Computes in the dtype of its inputs (bf16 and fp16 are widened to fp32 first); the tests feed it float64.
+
+Notation
+    z_nv  = softcap(logit_scale * (x_n . w_v + b_v)) / T_n,   softcap(u) = c tanh(u / c)
+    p_nv  = exp(z_nv) / sum_w exp(z_nw)
+    t_n   = logsumexp_{v != y_n} z_nv - z_n,y                 the log-odds against the sampled token y_n
+    logp_n = log p_n,y = -log(1 + exp(t_n)) = logsigmoid(-t_n)
+    H_n   = -sum_v p_nv log p_nv
+
+Leaving the target out of the sum is what keeps confident tokens exact: 1 - p_y = sigmoid(t) has full relative accuracy
+down to the smallest float, while `1 - exp(logp)` and `z_y - logsumexp(z)` are rounding noise beyond p_y = 0.9999 in fp32.
+
+The gradient, once for all losses. For a loss that is any function of the log-probabilities and entropies, with
+g_n = dL/dlogp_n and h_n = dL/dH_n:
+
+    dlogp_n / dz_nv = [v = y_n] - p_nv                        since d logsumexp / dz_v = p_v
+    dH_n / dz_nv    = -p_nv (log p_nv + H_n)                  since dp_w / dz_v = p_w ([v = w] - p_v)
+    dL / dz_nv      = g_n ([v = y_n] - p_nv) - h_n p_nv (log p_nv + H_n)
+
+For the target column 1 - p_y is sigmoid(t), and log p_y + H collects to -(1 - p_y)(t - Ho), with Ho the entropy of the
+distribution over the other tokens alone: H = p_y softplus(t) + (1 - p_y)(Ho + softplus(-t)). Then, by the chain rule,
+
+    dL / du_nv = dL/dz_nv * (1 - tanh^2(u_nv / c)) / T_n,     u = logit_scale * (x . w + b)
+    dX = logit_scale * dL/du @ W,   dW = logit_scale * dL/du^T @ X,   db = logit_scale * sum_n dL/du_n
+
+One number per row times a softmax: the whole library is about not storing that softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .lm_head import LMHead, as_head
+
+# (logprobs, old_logprobs, advantages), all (n,) over kept tokens -> the per-token objective to be maximised, (n,)
+Objective = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def softcap(u: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """`cap * tanh(u / cap)`; identity for None.
+
+    With q = exp(-2 |u / cap|), tanh = sign(u) (1 - q) / (1 + q), whose derivative 4 q / (1 + q)^2 autograd forms as a
+    sum of terms of one sign. `1 - tanh^2` would be a cancellation, wrong by 100 % beyond |u / cap| = 10 in fp32.
+    """
+    if cap is None:
+        return u
+    magnitude = torch.where(u < 0, -u, u) / cap
+    tanh = -torch.expm1(-2 * magnitude) / (1 + torch.exp(-2 * magnitude))
+    return cap * torch.where(u < 0, -tanh, tanh)
+
+
+def logits(hidden: torch.Tensor, head: torch.Tensor | LMHead, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """hidden (N, H) -> z (N, V), with the head's bias, scale and cap, divided by the temperature (scalar or (N,))."""
+    head = as_head(head)
+    scores = _wide(hidden) @ _wide(head.weight).T
+    if head.bias is not None:
+        scores = scores + _wide(head.bias)
+    capped = softcap(head.logit_scale * scores, head.softcap)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(capped.dtype).reshape(-1, 1)
+    return capped / temperature
+
+
+def token_distribution(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (N, V), tokens (N,) -> (logprobs (N,), entropies (N,)), both exact for confident tokens."""
+    rows, vocab = logits.shape
+    is_target = F.one_hot(tokens, vocab).bool()
+    target = logits[is_target]
+    others = logits[~is_target].reshape(rows, vocab - 1)
+    certain = (others == -torch.inf).all(-1)  # V = 1, or every other token banned by a bias of -inf
+    others = torch.where(certain[:, None], 0, others)
+
+    lse = torch.where(certain, -torch.inf, torch.logsumexp(others, -1))
+    t = lse - target
+    logprobs = F.logsigmoid(-t)
+
+    log_q = torch.log_softmax(others, -1)
+    log_q = torch.where(log_q == -torch.inf, 0, log_q)  # a banned token contributes 0 log 0 = 0
+    others_entropy = torch.where(certain, 0, -(torch.softmax(others, -1) * log_q).sum(-1))
+    finite_t = torch.where(t.isinf(), 0, t)  # at infinite t the entropy of "the target or not" is 0
+    surprise, other_surprise = -F.logsigmoid(-finite_t), -F.logsigmoid(finite_t)  # -log p_y and -log(1 - p_y)
+    binary_entropy = torch.sigmoid(-finite_t) * surprise + torch.sigmoid(finite_t) * other_surprise
+    return logprobs, torch.where(t.isinf(), 0, binary_entropy) + torch.sigmoid(t) * others_entropy
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    head: torch.Tensor | LMHead,
+    tokens: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (..., H), tokens (...) -> (logprobs (...), entropies (...)); 0 where masked or where the token is -100."""
+    keep = tokens != -100 if mask is None else (tokens != -100) & mask
+    per_token = isinstance(temperature, torch.Tensor) and temperature.dim() > 0
+    kept_temperature = temperature.expand(tokens.shape)[keep] if per_token else temperature
+    kept = token_distribution(logits(hidden[keep], head, kept_temperature), tokens[keep])
+    logprobs, entropies = (torch.zeros(tokens.shape, dtype=k.dtype, device=k.device).masked_scatter(keep, k) for k in kept)
+    return logprobs, entropies
+
+
+def reinforce(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """l = A logp: REINFORCE with any advantage, on-policy (Williams 1992; Sutton and Barto, chapter 13)."""
+    return advantages * logprobs
+
+
+def importance_weighted(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """l = r A, r = exp(logp - old): the per-token importance-weighted objective, whose gradient is r A dlogp."""
+    return torch.exp(logprobs - old_logprobs) * advantages
+
+
+def cispo(ratio_max: float | None = 5.0, ratio_min: float | None = None) -> Objective:
+    """l = sg(clip(r, ratio_min, ratio_max)) A logp (MiniMax-M1, arXiv 2506.13585, equations 4 and 5).
+
+    The bounds are on the ratio itself: ratio_max = 1 + eps_high of the paper, which sets no lower bound. None: unbounded.
+    """
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        ratio = torch.exp(logprobs - old_logprobs)
+        if ratio_min is not None:
+            ratio = torch.where(ratio < ratio_min, ratio_min, ratio)
+        if ratio_max is not None:
+            ratio = torch.where(ratio > ratio_max, ratio_max, ratio)
+        return ratio.detach() * advantages * logprobs
+
+    return value
+
+
+def reduce(values: torch.Tensor, mask: torch.Tensor, reduction: str, denominator: float | None = None) -> torch.Tensor:
+    """The loss of per-token objectives `values` (...) over tokens with mask (...): minus one of
+
+    token-mean           the mean over all tokens of the batch
+    seq-mean-token-sum   the mean over sequences (rows with a token) of the sum over their tokens
+    seq-mean-token-mean  the mean over sequences of the mean over their tokens
+    sum                  the sum over all tokens
+
+    with the number of tokens or sequences replaced by `denominator` where given. No tokens: 0.
+    """
+    if reduction in ("token-mean", "sum"):
+        total, count = values[mask].sum(), (mask.sum() if reduction == "token-mean" else 1)
+    else:
+        sequences = [v[m] for v, m in zip(values, mask, strict=True) if m.any()]
+        per_sequence = [s.mean() if reduction == "seq-mean-token-mean" else s.sum() for s in sequences]
+        total, count = sum(per_sequence, values.sum() * 0), len(sequences)
+    if denominator is None:
+        denominator = max(int(count), 1)
+    return -total / denominator
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    *,
+    objective: Objective,
+    mask: torch.Tensor | None = None,
+    reduction: str = "token-mean",
+    denominator: float | None = None,
+) -> torch.Tensor:
+    """loss = -sum_n weight_n l_n / D over tokens with mask. logprobs, old_logprobs (...); advantages (...) or (B,).
+
+    `old_logprobs=None` is on-policy: old = logp, detached, so that every ratio is 1.
+    """
+    if mask is None:
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+    if advantages.shape != logprobs.shape:
+        advantages = advantages[:, None].expand_as(logprobs)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    value = objective(logprobs[mask], old[mask], advantages[mask])
+    return reduce(torch.zeros_like(logprobs).masked_scatter(mask, value), mask, reduction, denominator)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,180 @@
+"""Log-probabilities and entropies as a differentiable function of hidden states and the lm_head: the two-pass schedule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import ops, validation
+from .lm_head import LMHead, as_head
+from .products import accumulation_dtype
+from .schedules import chunk_rows
+
+
+class TokenLogprobs(NamedTuple):
+    """logprobs (...): log-probability of each token, 0 where masked. entropy (...): of each token's distribution, or None.
+
+    Both float32, or float64 for float64 inputs.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,  # (..., H)
+    head: torch.Tensor | LMHead,  # (V, H), or an LMHead
+    tokens: torch.Tensor,  # (...)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    entropy: bool = False,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> TokenLogprobs:
+    """log softmax(logits)[token] for each token, and the entropy of softmax(logits), without the logits.
+
+        z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+        logp = z[token] - logsumexp_v z_v          H = -sum_v p_v log p_v
+
+    Differentiable in hidden, weight and bias, through both results, so that any loss can be written on top. The forward
+    keeps a few numbers per row; the backward recomputes the logits tile by tile: four matrix products in all. Logits are
+    fp32 for bf16 and fp16 inputs, gradients are summed in fp32 and rounded once.
+
+    Args:
+        hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
+            (already shifted). A hidden that cannot be viewed as (N, H), such as `states[:, :-1]`, is copied once; to avoid
+            that, pass all states and end `tokens` with -100.
+        head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale.
+        tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.
+        mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic.
+        temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
+        entropy: also return the entropy of each row, in nats.
+        workspace: bytes of transient memory; default 256 MiB on a CPU, 1 GiB on accelerators. On top come the results, and
+            one fp32 copy of dX. Log-probabilities do not depend on it.
+        backend: "torch", or None for the default.
+        check: True checks token ids and temperatures, and reads the host once to skip masked rows. False reads nothing and
+            computes every row (for torch.compile and CUDA graphs); a token outside [0, V) then gives NaN.
+
+    A token's log-probability has the same bits whatever else is in the batch. NaN or inf at a kept position gives NaN.
+    Saved for backward: the inputs and five numbers per row. Double backward raises. Under non-reentrant checkpointing the
+    forward's product runs again. On CPU, bf16 products hold a process-wide torch switch (see `products`).
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
+    too small for one tile.
+    """
+    head = as_head(head)
+    validation.check_backend(backend)
+    hidden, head = _autocast(hidden, head)
+    validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
+    workspace = validation.workspace_bytes(workspace, hidden.device)
+    chunk_rows(head, workspace)  # raises before any work where the workspace is too small
+
+    keep = tokens != validation.IGNORED_TOKEN
+    if mask is not None:
+        keep = keep & mask
+    if check:
+        validation.check_values(tokens, keep, head.vocab_size, temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        values = _compute(hidden, head, tokens, keep, temperature, entropy, workspace, check)
+    return TokenLogprobs(*values)
+
+
+def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
+    """Under autocast, hidden and head in its dtype (float64 stays, as in torch's own products); otherwise unchanged."""
+    if not isinstance(hidden, torch.Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, head
+    if torch.float64 in (hidden.dtype, head.weight.dtype) or not hidden.is_floating_point():
+        return hidden, head
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.softcap, head.logit_scale)
+
+
+def _compute(
+    hidden: torch.Tensor,
+    head: LMHead,
+    tokens: torch.Tensor,
+    keep: torch.Tensor,
+    temperature: float | torch.Tensor,
+    entropy: bool,
+    workspace: int,
+    gather: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """From checked inputs of any leading shape to (logprobs, entropy) of that shape."""
+    shape, flat_keep = tokens.shape, keep.reshape(-1)
+    flat_hidden = hidden.reshape(-1, head.hidden_size)
+    flat_tokens = torch.where(keep, tokens, 0).reshape(-1).long()
+    flat_temperature = _per_row(temperature, keep, accumulation_dtype(hidden.dtype))
+
+    indices = None
+    if gather:
+        indices = flat_keep.nonzero()[:, 0]  # the one host read
+        if len(indices) == len(flat_keep):
+            indices = None
+        else:
+            flat_tokens = flat_tokens[indices]
+            flat_temperature = None if flat_temperature is None else flat_temperature[indices]
+    row_keep = None if gather else flat_keep
+
+    arguments = (flat_hidden, head.weight, head.bias, indices, row_keep, flat_tokens, flat_temperature)
+    options = (head.softcap, head.logit_scale, entropy, workspace)
+    tensors = (hidden, head.weight, head.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        values = _LinearLogprobs.apply(*arguments, *options)
+    else:
+        values = _forward(*arguments, *options)[:2]
+
+    def place(value: torch.Tensor) -> torch.Tensor:
+        if indices is not None:
+            value = value.new_zeros(len(flat_keep)).index_copy(0, indices, value)
+        elif row_keep is not None:
+            value = torch.where(row_keep, value, 0)
+        return value.reshape(shape)
+
+    return place(values[0]), (place(values[1]) if entropy else None)
+
+
+def _per_row(temperature: float | torch.Tensor, keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """(N,) in `dtype`, 1 at masked positions; None where every row's temperature is the number 1."""
+    if isinstance(temperature, torch.Tensor):
+        return torch.where(keep, temperature.to(dtype), 1).reshape(-1)
+    return None if temperature == 1 else torch.full((keep.numel(),), temperature, dtype=dtype, device=keep.device)
+
+
+def _forward(hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace):
+    return ops.two_pass_forward(
+        hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace
+    )
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """(logprobs (K,), entropy (K,) or (0,)) of the rows that `schedules.Rows` describes."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace):
+        statistics = _forward(
+            hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace
+        )
+        ctx.save_for_backward(hidden, weight, bias, indices, keep, tokens, temperature, *statistics)
+        ctx.options = softcap, logit_scale, workspace
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(statistics[1])
+        return statistics[0], statistics[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, bias, indices, keep, tokens, temperature, *statistics = ctx.saved_tensors
+        softcap, logit_scale, workspace = ctx.options
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(statistics[0])
+        wanted = list(ctx.needs_input_grad[:3])
+        gradients = ops.two_pass_backward(
+            hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale,
+            statistics, grad_logprobs, grad_entropy, wanted, workspace,
+        )  # fmt: skip
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 8

@@ -1,0 +1,152 @@
+"""Errors that name the argument, what was given and what is wanted. Shape and dtype checks cost nothing; value checks read
+the host on a CPU and are asynchronous assertions on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .lm_head import LMHead
+
+IGNORED_TOKEN = -100
+_HIDDEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DEFAULT_WORKSPACE = {"cpu": 256 * 2**20}
+_DEFAULT_ACCELERATOR_WORKSPACE = 2**30
+
+
+def check_linear_inputs(
+    hidden: torch.Tensor,
+    head: LMHead,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+) -> None:
+    """The shapes and dtypes of hidden (..., H), head (V, H), tokens (...), mask (...), temperature: number or (...)."""
+    for name, value in (("hidden", hidden), ("tokens", tokens)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    weight = head.weight
+    if hidden.dtype not in _HIDDEN_DTYPES:
+        raise TypeError(f"hidden must be float16, bfloat16, float32 or float64; got {hidden.dtype}")
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} but head.weight is {weight.dtype}; cast one of them (for an fp32 head on bf16 hidden "
+            "states pass both in fp32), or call under torch.autocast"
+        )
+    if hidden.dim() == 0 or hidden.shape[-1] != head.hidden_size:
+        raise ValueError(
+            f"hidden must be (..., H) with H = {head.hidden_size} as in head.weight {tuple(weight.shape)}; got shape "
+            f"{tuple(hidden.shape)}"
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
+    if tokens.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"tokens must have the leading shape of hidden, {tuple(hidden.shape[:-1])}: hidden[..., t, :] predicts "
+            f"tokens[..., t], already shifted; got shape {tuple(tokens.shape)}"
+        )
+    check_mask(mask, tokens.shape, "tokens")
+    check_temperature(temperature, tokens.shape)
+    devices = {"head.weight": weight, "tokens": tokens, "mask": mask, "temperature": temperature}
+    for name, value in devices.items():
+        if isinstance(value, torch.Tensor) and value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
+
+
+def check_mask(mask: torch.Tensor | None, shape: torch.Size, like: str) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, True where a token counts; got {given} (use mask.bool())")
+    if mask.shape != shape:
+        raise ValueError(f"mask must have the shape of {like}, {tuple(shape)}; got {tuple(mask.shape)}")
+
+
+def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> None:
+    if isinstance(temperature, torch.Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be a number or a floating-point tensor; got {temperature.dtype}")
+        if temperature.requires_grad:
+            raise ValueError("temperature must not require a gradient: none is computed for it; pass temperature.detach()")
+        if temperature.dim() > 0 and temperature.shape != shape:
+            raise ValueError(
+                f"temperature must be a number or have the shape of tokens, {tuple(shape)}; got {tuple(temperature.shape)}"
+            )
+    elif not isinstance(temperature, (int, float)) or not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a positive number; got {temperature!r}")
+
+
+def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int, temperature: float | torch.Tensor) -> None:
+    """Token ids in [0, V) and temperatures > 0 at kept positions; masked positions are never looked at."""
+    in_range = ((tokens >= 0) & (tokens < vocab_size)) | ~keep
+    _require(
+        in_range,
+        lambda: (
+            f"tokens must be in [0, {vocab_size}) or {IGNORED_TOKEN}; got {tokens[~in_range][0].item()} at position "
+            f"{tuple((~in_range).nonzero()[0].tolist())}"
+        ),
+    )
+    if isinstance(temperature, torch.Tensor):
+        positive = ((temperature > 0) & temperature.isfinite()) | ~keep
+        _require(
+            positive,
+            lambda: (
+                f"temperature must be positive; got {temperature.expand(keep.shape)[~positive][0].item()} at position "
+                f"{tuple((~positive).nonzero()[0].tolist())}"
+            ),
+        )
+
+
+def _require(holds: torch.Tensor, message) -> None:
+    if holds.device.type == "cpu":
+        if not bool(holds.all()):
+            raise ValueError(message())
+    else:
+        torch._assert_async(holds.all())
+
+
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "torch"):
+        raise ValueError(f'backend must be "torch" or None; got {backend!r}')
+
+
+def workspace_bytes(workspace: int | None, device: torch.device) -> int:
+    """`workspace` in bytes, or the device's default: 256 MiB on a CPU, 1 GiB on accelerators."""
+    if workspace is None:
+        return _DEFAULT_WORKSPACE.get(device.type, _DEFAULT_ACCELERATOR_WORKSPACE)
+    if not isinstance(workspace, int) or isinstance(workspace, bool) or workspace <= 0:
+        raise ValueError(f"workspace must be a positive number of bytes; got {workspace!r}")
+    return workspace
+
+
+def check_policy_inputs(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    """Shapes and dtypes of what `policy_loss` takes: logprobs and old_logprobs (...), advantages (...) or (B,)."""
+    if not isinstance(logprobs, torch.Tensor) or not logprobs.is_floating_point():
+        raise TypeError(f"logprobs must be a floating-point tensor; got {_kind(logprobs)}")
+    shape = logprobs.shape
+    if old_logprobs is not None:
+        if not isinstance(old_logprobs, torch.Tensor) or not old_logprobs.is_floating_point():
+            raise TypeError(f"old_logprobs must be a floating-point tensor or None; got {_kind(old_logprobs)}")
+        if old_logprobs.shape != shape:
+            raise ValueError(f"old_logprobs must have the shape of logprobs, {tuple(shape)}; got {tuple(old_logprobs.shape)}")
+    if not isinstance(advantages, torch.Tensor) or advantages.dtype == torch.bool or advantages.is_complex():
+        raise TypeError(f"advantages must be a real tensor; got {_kind(advantages)}")
+    per_sequence = len(shape) == 2 and advantages.shape == shape[:1]
+    if advantages.shape != shape and not per_sequence:
+        wanted = f"per token {tuple(shape)}" + (f" or per sequence ({shape[0]},)" if len(shape) == 2 else "")
+        raise ValueError(f"advantages must be {wanted}; got shape {tuple(advantages.shape)}")
+    check_mask(mask, shape, "logprobs")
+    for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask)):
+        if value is not None and value.device != logprobs.device:
+            raise ValueError(f"{name} is on {value.device} but logprobs is on {logprobs.device}")
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
