@@ -88,8 +88,8 @@ def two_pass_forward(rows: Rows, head: LMHead, entropy: bool, workspace: int) ->
         statistics = tile_ops.online_logsumexp(chunk, head, entropy)
         parts.append(RowStatistics(*(s[: stop - start] for s in statistics)))
     if not parts:
-        nothing = torch.empty(0, dtype=accumulation_dtype(head.weight.dtype), device=head.weight.device)
-        return RowStatistics(*(nothing,) * len(RowStatistics._fields))
+        dtype = accumulation_dtype(head.weight.dtype)
+        return RowStatistics(*(head.weight.new_empty(0, dtype=dtype) for _ in RowStatistics._fields))
     return RowStatistics(*(torch.cat(s) for s in zip(*parts, strict=True)))
 
 

@@ -165,8 +165,9 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.mark_non_differentiable(statistics[1])
         return statistics[0], statistics[1]
 
+    # Not once_differentiable, which would drop a second derivative silently where the incoming gradient is a constant: the
+    # operator called here has no derivative, and says so when one is asked for.
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, bias, indices, keep, tokens, temperature, *statistics = ctx.saved_tensors
         softcap, logit_scale, workspace = ctx.options

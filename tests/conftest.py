@@ -1,0 +1,24 @@
+"""Keeps the checkout off sys.path (its kernels/ would shadow Hugging Face's `kernels`) and poisons uninitialised memory."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_uninitialised_memory():
+    """torch.empty is filled with NaN, so that an output that is not written everywhere shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,156 @@
+"""Problems with known answers: inputs, the float64 oracle's results on the same inputs, and the accuracy that is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastpg import LMHead, reference
+
+# Relative error of a row of dX, and of dW as a whole: what one rounding of the stored gradient tile and one of the result
+# cost in each dtype. fp32 and float64 rows are judged by `logprob_tolerance` instead.
+ROW_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
+WEIGHT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden: torch.Tensor  # (N, H)
+    head: LMHead
+    tokens: torch.Tensor  # (N,)
+    old_logprobs: torch.Tensor  # (N,)
+    advantages: torch.Tensor  # (N,)
+    mask: torch.Tensor | None = None  # (N,)
+    temperature: float | torch.Tensor = 1.0
+
+    def leaves(self, dtype: torch.dtype | None = None) -> Problem:
+        """A copy whose hidden, weight and bias are fresh leaves that require gradients, in `dtype`."""
+
+        def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_()
+
+        temperature = self.temperature
+        if isinstance(temperature, torch.Tensor) and dtype is not None:
+            temperature = temperature.to(dtype)
+        head = replace(self.head, weight=leaf(self.head.weight), bias=leaf(self.head.bias))
+        return replace(self, hidden=leaf(self.hidden), head=head, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class Result:
+    logprobs: torch.Tensor
+    loss: torch.Tensor
+    dhidden: torch.Tensor
+    dweight: torch.Tensor
+    dbias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, logprobs: torch.Tensor, loss: torch.Tensor) -> Result:
+        """Runs the backward of `loss` and collects the gradients of problem.leaves()."""
+        loss.backward()
+        bias = problem.head.bias
+        return cls(
+            logprobs.detach(), loss.detach(), problem.hidden.grad, problem.head.weight.grad, None if bias is None else bias.grad
+        )
+
+
+def random_problem(
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    hidden_size: int = 64,
+    bias: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | str = 1.0,
+    masked: bool = False,
+) -> Problem:
+    """Rows from uncertain to 1 - p_y = 1e-12, with ratios from e^-40 to e^40 in a scrambled order.
+
+    Confidence is planted by moving the hidden state along its token's weight row.
+    """
+    weight = (torch.randn(vocab, hidden_size) * 0.3).to(dtype)
+    bias_values = torch.randn(vocab).to(dtype) if bias else None
+    head = LMHead(weight, bias_values, softcap, logit_scale)
+    tokens = torch.randint(0, vocab, (rows,))
+    hidden = torch.randn(rows, hidden_size)
+    per_token = torch.rand(rows) + 0.5 if temperature == "per-token" else temperature
+    # move the log-odds of every second row to a level between 0 and 27.6 nats, 1 - p = 1e-12
+    w_y = weight[tokens].float()
+    wanted = torch.linspace(0, 27.6, rows) * (torch.arange(rows) % 2 == 0)
+    if softcap is None:
+        scale = logit_scale / per_token
+        with torch.no_grad():
+            z = reference.logits(
+                hidden,
+                replace(head, weight=weight.float(), bias=None if bias_values is None else bias_values.float()),
+                per_token,
+            )
+        t = -torch.special.logit(torch.log_softmax(z, -1).gather(1, tokens[:, None]).exp()[:, 0].clamp(max=1 - 1e-6))
+        hidden = hidden + ((wanted + t).clamp(min=0) / scale / w_y.square().sum(1)).mul(wanted > 0)[:, None] * w_y
+    else:
+        hidden = hidden + (wanted / w_y.square().sum(1))[:, None] * w_y
+    hidden = hidden.to(dtype)
+
+    wide = Problem(hidden, head, tokens, torch.zeros(rows), torch.zeros(rows), None, per_token).leaves(torch.float64)
+    with torch.no_grad():
+        logprobs, _ = reference.linear_logprobs(wide.hidden, wide.head, tokens, temperature=wide.temperature)
+    log_ratio = torch.linspace(-40, 40, rows)[torch.randperm(rows)]
+    advantages = torch.randn(rows).sign() * (0.5 + torch.rand(rows))
+    mask = torch.rand(rows) > 0.3 if masked else None
+    return Problem(hidden, head, tokens, (logprobs - log_ratio).float(), advantages, mask, per_token)
+
+
+def oracle(problem: Problem, objective: Callable, reduction: str = "sum") -> tuple[Result, float]:
+    """The float64 result, and the sum of the absolute terms of its loss."""
+    wide = problem.leaves(torch.float64)
+    logprobs, _ = reference.linear_logprobs(wide.hidden, wide.head, wide.tokens, mask=wide.mask, temperature=wide.temperature)
+    old, advantages = wide.old_logprobs.double(), wide.advantages.double()
+    mask = torch.ones_like(wide.tokens, dtype=torch.bool) if wide.mask is None else wide.mask
+    loss = reference.policy_loss(logprobs, old, advantages, objective=objective, mask=mask, reduction=reduction)
+    terms = objective(logprobs[mask], old[mask], advantages[mask]).detach().abs()
+    count = max(int(mask.sum()), 1) if reduction == "token-mean" else 1
+    return Result.of(wide, logprobs, loss), terms.sum().item() / count
+
+
+def logit_range(problem: Problem) -> torch.Tensor:
+    """max(10, largest |logit| of the row), (N,) float64: what errors of logits are proportional to."""
+    wide = problem.leaves(torch.float64)
+    with torch.no_grad():
+        z = reference.logits(wide.hidden, wide.head, wide.temperature)
+    return z.abs().amax(1).clamp(min=10)
+
+
+def logprob_tolerance(problem: Problem) -> torch.Tensor:
+    unit = 1e-14 if problem.hidden.dtype == torch.float64 else 1e-6
+    return unit * logit_range(problem)
+
+
+def row_errors(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Relative error of each row; rows below 2^-100 are compared absolutely, on that scale."""
+    return (got.double() - want).norm(dim=1) / want.norm(dim=1).clamp(min=2.0**-100)
+
+
+def check_result(problem: Problem, got: Result, want: Result, loss_scale: float) -> None:
+    """The promised accuracy against the float64 oracle on the same inputs: log-probabilities (absolute, and relative to
+    -logp where that is small), loss, dX row by row, dW and db."""
+    dtype = problem.hidden.dtype
+    tolerance = logprob_tolerance(problem)
+    error = (got.logprobs.double() - want.logprobs).abs()
+    assert (error <= tolerance * want.logprobs.abs().clamp(max=1)).all(), f"logp {(error / tolerance).max():.2e}"
+    assert abs(got.loss.double() - want.loss) <= 1e-5 * loss_scale
+
+    assert got.dhidden.dtype == got.dweight.dtype == dtype
+    rows = row_errors(got.dhidden, want.dhidden)
+    limit = ROW_TOLERANCE.get(dtype, tolerance)
+    assert (rows <= limit).all(), f"dX rows {(rows / limit).max():.2e} of the tolerance"
+    assert relative_error(got.dweight, want.dweight) <= WEIGHT_TOLERANCE[dtype]
+    if want.dbias is not None:
+        assert relative_error(got.dbias, want.dbias) <= WEIGHT_TOLERANCE[dtype]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm().clamp(min=2.0**-100)).item()

@@ -1,0 +1,110 @@
+"""What may import what, and what importing fastpg does to other packages."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastpg
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_import_is_light(tmp_path):
+    heavy = ["triton", "transformers", "trl", "matplotlib", "rich", "hypothesis"]
+    code = f"import sys, fastpg; print([name for name in {heavy!r} if name in sys.modules])"
+    assert run_python(code, tmp_path).stdout.strip() == "[]"
+
+
+def test_transformers_does_not_pick_up_our_kernels():
+    """From the root, the way CI and the Makefile start Python: with the current directory off sys.path."""
+    code = (
+        "import sys, fastpg.kernels; from transformers import LlamaForCausalLM; "
+        "print([name for name, module in sys.modules.items() if name.split('.')[0] == 'kernels' "
+        f"and {str(ROOT)!r} in str(getattr(module, '__path__', ''))])"
+    )
+    done = run_python(code, ROOT, *(["-P"] if sys.version_info >= (3, 11) else ["-I"]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_root_is_not_on_the_path_of_this_suite():
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or str(ROOT / "kernels") not in list(spec.submodule_search_locations or ())
+
+
+def test_a_checkout_that_is_not_installed_says_what_to_do(tmp_path):
+    shutil.copytree(ROOT / "fastpg", tmp_path / "fastpg")
+    # an editable install would find fastpg.kernels for the copy too; take its finder away
+    done = run_python(
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import fastpg",
+        tmp_path,
+    )
+    assert "pip install -e ." in done.stderr
+
+
+def test_version_is_the_distributions():
+    from importlib.metadata import version
+
+    assert version("fastpg-lm") == fastpg.__version__
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in fastpg.__all__:
+        assert getattr(fastpg, name).__doc__, name
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages and fastpg modules (as ".name") that a file imports at module level or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                found |= {f".{node.module.split('.')[0]}"} if node.module else {f".{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+# Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
+LAYERS = [
+    {"lm_head", "products", "metrics", "reductions", "profiling"},
+    {"tile_ops", "validation", "reference"},
+    {"schedules", "objectives"},
+    {"ops"},
+    {"two_pass"},
+]
+
+
+def test_modules_import_only_what_lies_below_them():
+    below: set[str] = set()
+    for layer in LAYERS:
+        for name in layer:
+            inside = {i[1:] for i in imports(ROOT / "fastpg" / f"{name}.py") if i.startswith(".")}
+            assert inside <= below, f"{name} imports {inside - below}"
+        below |= layer
+
+
+def test_the_oracle_shares_no_arithmetic_with_the_library():
+    assert {i for i in imports(ROOT / "fastpg" / "reference.py") if i.startswith(".")} == {".lm_head"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_torch_triton_and_each_other_only(path):
+    assert {i for i in imports(path) if not i.startswith(".")} <= {"torch", "triton", "__future__"}
+
+
+def test_no_file_of_the_package_is_long():
+    for path in [*(ROOT / "fastpg").glob("**/*.py"), *(ROOT / "kernels").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 500, path.name

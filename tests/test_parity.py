@@ -1,0 +1,173 @@
+"""Every schedule against the float64 oracle: log-probabilities, loss, dX row by row, dW, db."""
+
+import pytest
+import torch
+from problems import (
+    Problem,
+    Result,
+    check_result,
+    logprob_tolerance,
+    oracle,
+    random_problem,
+    relative_error,
+    row_errors,
+)
+
+from fastpg import CISPO, ImportanceWeighted, Reinforce, linear_logprobs, policy_loss, reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+OBJECTIVES = {
+    "reinforce": (Reinforce(), reference.reinforce),
+    "importance-weighted": (ImportanceWeighted(), reference.importance_weighted),
+    "cispo": (CISPO(), reference.cispo(5.0)),
+    "cispo-both-bounds": (CISPO(2.0, 0.5), reference.cispo(2.0, 0.5)),
+    "cispo-unclipped": (CISPO(None), reference.cispo(None)),
+}
+
+
+def two_pass(problem: Problem, objective, reduction: str = "sum", **options) -> Result:
+    leaves = problem.leaves()
+    logprobs = linear_logprobs(
+        leaves.hidden, leaves.head, leaves.tokens, mask=leaves.mask, temperature=leaves.temperature, **options
+    ).logprobs
+    out = policy_loss(
+        logprobs, leaves.old_logprobs, leaves.advantages, objective=objective, mask=leaves.mask, reduction=reduction
+    )
+    return Result.of(leaves, out.logprobs, out.loss)
+
+
+SCHEDULES = pytest.mark.parametrize("schedule", [two_pass], ids=lambda f: f.__name__)
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@SCHEDULES
+@ALL_DTYPES
+@pytest.mark.parametrize("rows", [0, 1, 3, 257])  # none, one, fewer than a tile, one more than a tile of 256
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1000, 49152])  # no others, one other, ragged, several ragged tiles, many tiles
+def test_ragged_shapes(schedule, dtype, rows, vocab):
+    problem = random_problem(rows, vocab, dtype)
+    want, scale = oracle(problem, reference.cispo(5.0))
+    check_result(problem, schedule(problem, CISPO()), want, scale)
+
+
+@SCHEDULES
+@ALL_DTYPES
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(schedule, dtype, name):
+    ours, theirs = OBJECTIVES[name]
+    problem = random_problem(100, 1000, dtype)
+    want, scale = oracle(problem, theirs)
+    check_result(problem, schedule(problem, ours), want, scale)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_head_option_at_once(schedule, dtype):
+    problem = random_problem(100, 1000, dtype, bias=True, softcap=9.0, logit_scale=0.7, temperature="per-token", masked=True)
+    want, scale = oracle(problem, reference.cispo(5.0), "token-mean")
+    if dtype == torch.float16:  # its dX is meant for gradients that fp16 can hold: no ratio of e^-40, no mean over tokens
+        problem = Problem(**{**vars(problem), "old_logprobs": want.logprobs.float()})
+        want, scale = oracle(problem, reference.cispo(5.0), "sum")
+    got = schedule(problem, CISPO(), "sum" if dtype == torch.float16 else "token-mean")
+    check_result(problem, got, want, scale)
+
+
+@SCHEDULES
+@ALL_DTYPES
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True},
+        {"softcap": 30.0},
+        {"softcap": 1.0},  # u / c up to 30: 1 - tanh^2 would be 0 or noise
+        {"logit_scale": 0.0625},
+        {"temperature": 0.6},
+        {"temperature": "per-token"},
+        {"masked": True},
+    ],
+    ids=str,
+)
+def test_each_head_option(schedule, dtype, options):
+    problem = random_problem(64, 1000, dtype, **options)
+    want, scale = oracle(problem, reference.cispo(5.0))
+    check_result(problem, schedule(problem, CISPO()), want, scale)
+
+
+@SCHEDULES
+@ALL_DTYPES
+def test_several_chunks_and_a_small_workspace_give_the_same(schedule, dtype):
+    """2049 rows with the smallest workspace: many chunks, dX and dW summed over them, still rounded once."""
+    problem = random_problem(2049, 300, dtype, hidden_size=16)
+    want, scale = oracle(problem, reference.cispo(5.0))
+    got = schedule(problem, CISPO(), workspace=3 * 2**20)
+    check_result(problem, got, want, scale)
+    assert torch.equal(got.logprobs, schedule(problem, CISPO()).logprobs)
+
+
+@SCHEDULES
+def test_tokens_banned_by_a_bias_of_minus_infinity(schedule):
+    problem = random_problem(40, 17, torch.float32, bias=True)
+    bias = problem.head.bias
+    bias[torch.arange(17) % 3 == 0] = -torch.inf
+    kept = ~torch.isin(problem.tokens, torch.arange(17)[torch.arange(17) % 3 == 0])
+    problem = Problem(**{**vars(problem), "mask": kept})
+    want, scale = oracle(problem, reference.cispo(5.0))
+    got = schedule(problem, CISPO())
+    finite = Problem(**{**vars(problem), "head": type(problem.head)(problem.head.weight, bias.clamp(min=-1e3))})
+    assert (row_errors(got.dhidden, want.dhidden) <= logprob_tolerance(finite).clamp(max=1e-4)).all()
+    assert (got.logprobs.double() - want.logprobs).abs().max() < 1e-4
+    assert relative_error(got.dbias, want.dbias) < 1e-5
+    assert abs(got.loss - want.loss) <= 1e-5 * scale
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1000])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_entropy_and_its_gradient(dtype, vocab, softcap):
+    problem = random_problem(100, vocab, dtype, bias=True, softcap=softcap, temperature="per-token", masked=True)
+    g, h = torch.randn(100), torch.randn(100)
+    want, got = problem.leaves(torch.float64), problem.leaves()
+    logprobs, entropy = reference.linear_logprobs(
+        want.hidden, want.head, want.tokens, mask=want.mask, temperature=want.temperature
+    )
+    (logprobs * g + entropy * h).sum().backward()
+    out = linear_logprobs(got.hidden, got.head, got.tokens, mask=got.mask, temperature=got.temperature, entropy=True)
+    (out.logprobs * g + out.entropy * h).sum().backward()
+
+    tolerance = logprob_tolerance(problem)
+    assert ((out.entropy.double() - entropy).abs() <= tolerance).all()
+    without = linear_logprobs(got.hidden, got.head, got.tokens, mask=got.mask, temperature=got.temperature)
+    assert torch.equal(out.logprobs, without.logprobs)  # asking for the entropy changes no bit
+    # two terms that may cancel: errors are judged on the scale of the row's gradient without cancellation
+    coefficient = problem.leaves(torch.float64)
+    logprobs, _ = reference.linear_logprobs(
+        coefficient.hidden, coefficient.head, coefficient.tokens, mask=problem.mask, temperature=coefficient.temperature
+    )
+    (logprobs * g).sum().backward()
+    scale = coefficient.hidden.grad.norm(dim=1).maximum(want.hidden.grad.norm(dim=1)).clamp(min=2.0**-100)
+    error = (got.hidden.grad.double() - want.hidden.grad).norm(dim=1) / scale
+    assert (error <= (8e-3 if dtype == torch.bfloat16 else 2 * tolerance)).all()
+    limit = 5e-3 if dtype == torch.bfloat16 else 1e-5
+    assert relative_error(got.head.weight.grad, want.head.weight.grad) <= limit
+    assert relative_error(got.head.bias.grad, want.head.bias.grad) <= limit
+
+
+def test_full_logits_code_fails_the_row_check():
+    """The check bites: full-logits fp32 code loses the gradient of confident tokens, and bf16 code the log-probabilities."""
+    problem = random_problem(257, 1000, torch.float32)
+    want, _ = oracle(problem, reference.cispo(5.0))
+    leaves = problem.leaves()
+    logits = leaves.hidden @ leaves.head.weight.T
+    logprobs = torch.log_softmax(logits, -1).gather(1, leaves.tokens[:, None])[:, 0]
+    out = policy_loss(logprobs, leaves.old_logprobs, leaves.advantages, objective=CISPO(), reduction="sum")
+    full = Result.of(leaves, out.logprobs, out.loss)
+    errors = row_errors(full.dhidden, want.dhidden) / logprob_tolerance(problem)
+    probability = want.logprobs.exp()
+    assert errors[probability > 0.9999].max() > 1e3  # not a near miss
+    assert (errors[probability < 0.9] <= 1).all()  # and only there: elsewhere plain fp32 code is accurate enough
+
+    bf16 = random_problem(257, 1000, torch.bfloat16)
+    logits = (bf16.hidden @ bf16.head.weight.T).float()
+    logprobs = torch.log_softmax(logits, -1).gather(1, bf16.tokens[:, None])[:, 0]
+    want, _ = oracle(bf16, reference.cispo(5.0))
+    assert (logprobs - want.logprobs).abs().max() > 100 * logprob_tolerance(bf16).max()
