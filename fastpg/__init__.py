@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 
 from .lm_head import LMHead
-from .objectives import CISPO, ImportanceWeighted, Objective, PolicyLossOutput, Reinforce, policy_loss
+from .losses import PolicyLossOutput, policy_loss
+from .objectives import CISPO, ImportanceWeighted, KLPenalty, Objective, Reinforce
 from .two_pass import TokenLogprobs, linear_logprobs
 
 __version__ = "0.1.0"
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CISPO",
     "ImportanceWeighted",
+    "KLPenalty",
     "LMHead",
     "Objective",
     "PolicyLossOutput",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from .validation import is_positive_number, kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,21 +37,21 @@ class LMHead:
     def __post_init__(self) -> None:
         weight, bias = self.weight, self.bias
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            raise TypeError(f"head.weight must be a floating-point tensor (V, H); got {_describe(weight)}")
+            raise TypeError(f"head.weight must be a floating-point tensor (V, H); got {kind(weight)}")
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"head.weight must be (V, H) with V >= 1 and H >= 1; got shape {tuple(weight.shape)}")
         if bias is not None:
             if not isinstance(bias, torch.Tensor) or bias.dtype != weight.dtype or bias.device != weight.device:
                 raise TypeError(
                     f"head.bias must be a tensor with the weight's dtype and device ({weight.dtype}, {weight.device}); "
-                    f"got {_describe(bias)}"
+                    f"got {kind(bias)}{f' on {bias.device}' if isinstance(bias, torch.Tensor) else ''}"
                 )
             if bias.shape != weight.shape[:1]:
                 raise ValueError(f"head.bias must be (V,) = ({weight.shape[0]},); got shape {tuple(bias.shape)}")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"head.softcap must be a positive number or None; got {self.softcap}")
-        if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
-            raise ValueError(f"head.logit_scale must be a positive number; got {self.logit_scale}")
+        if self.softcap is not None and not is_positive_number(self.softcap):
+            raise ValueError(f"head.softcap must be a positive number or None; got {self.softcap!r}")
+        if not is_positive_number(self.logit_scale):
+            raise ValueError(f"head.logit_scale must be a positive number; got {self.logit_scale!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -95,9 +96,3 @@ def _config_scale(config) -> float:
         multiplies = getattr(config, "model_type", "").startswith("hyperclovax")
         scale = scale * scaling if multiplies else scale / scaling
     return float(scale)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} on {value.device}"
-    return type(value).__name__

@@ -2,7 +2,7 @@
 
 An objective maps (logprobs, old_logprobs, advantages), three tensors of one shape, to a value l per token that is maximised,
 differentiable in logprobs. Any such function can be passed where an `objective` is asked for; the classes here are the named
-ones. `policy_loss` reduces it to a loss.
+ones. `losses` reduces them to a loss.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, TypeAlias
 
 import torch
 
-from . import validation
-from .metrics import token_metrics
-from .reductions import Reduction, check_reduction, token_weights
+from .validation import is_positive_number
+
+# (logprobs, old_logprobs, advantages) -> value per token, all of one shape
+ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Objective(ABC):
@@ -71,10 +72,10 @@ class CISPO(Objective):
 
     def __post_init__(self) -> None:
         low, high = self.ratio_bounds
-        if high is not None and not high > 0:
-            raise ValueError(f"ratio_max must be positive, a bound on the ratio itself, or None; got {high}")
-        if low is not None and not low >= 0:
-            raise ValueError(f"ratio_min must be >= 0, a bound on the ratio itself, or None; got {low}")
+        if high is not None and not is_positive_number(high):
+            raise ValueError(f"ratio_max must be positive, a bound on the ratio itself, or None; got {high!r}")
+        if low is not None and low != 0 and not is_positive_number(low):
+            raise ValueError(f"ratio_min must be >= 0, a bound on the ratio itself, or None; got {low!r}")
         if low is not None and high is not None and low > high:
             raise ValueError(f"ratio_min must not exceed ratio_max; got ratio_min={low}, ratio_max={high}")
 
@@ -89,64 +90,34 @@ class CISPO(Objective):
         return ratio * advantages * logprobs
 
 
-class PolicyLossOutput(NamedTuple):
-    """loss (): to be minimised. logprobs (...): detached, 0 where masked. metrics: 0-d tensors, see `metrics`."""
+@dataclass(frozen=True)
+class KLPenalty:
+    """Subtracts coef * k per token from the objective, k an estimate of KL(pi, ref) from e = ref - logp at the sampled token.
 
-    loss: torch.Tensor
-    logprobs: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    estimator: "k1": -e. "k2": e^2 / 2. "k3": exp(e) - 1 - e. (Schulman, "Approximating KL divergence", 2020) All estimate
+        the same value, but on-policy the expected gradient of k2 is that of KL(pi, ref), of k3 that of KL(ref, pi), of k1 0.
+    importance_weighted: r k with r = exp(logp - old), not detached (DeepSeek-V3.2): the gradient of KL(pi, ref) for k1 and k3,
+        off-policy samples included.
 
-
-def policy_loss(
-    logprobs: torch.Tensor,  # (...)
-    old_logprobs: torch.Tensor | None,  # (...)
-    advantages: torch.Tensor,  # (...), or (B,) with (B, T) logprobs
-    *,
-    objective: Objective | Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    mask: torch.Tensor | None = None,  # (...)
-    reduction: Reduction = "token-mean",
-    denominator: float | torch.Tensor | None = None,
-) -> PolicyLossOutput:
-    """loss = -sum_n weight_n l_n / D over tokens with mask, from ready log-probabilities.
-
-    Args:
-        logprobs: (...) floating; the gradient flows through them. Computed in fp32 (float64 for float64).
-        old_logprobs: (...) under the policy that sampled; None: on-policy, the ratio is exactly 1. Constants. At a kept
-            position NaN or an infinity makes the loss NaN (a ratio of 0 or inf is never meant); > 0 is computed as given.
-        advantages: (...) per token, or (B,) per sequence with (B, T) logprobs. Constants.
-        objective: Reinforce(), ImportanceWeighted(), CISPO(...), or a function of (logprobs, old_logprobs, advantages).
-        mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.
-        reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "sum" (`reductions` has the table); the seq-
-            forms need (B, T).
-        denominator: a number or 0-d tensor that replaces the count D: pass the global count under gradient accumulation
-            or data parallelism, and sum the losses.
-
-    Returns PolicyLossOutput(loss, logprobs, metrics). Without any token the loss is 0 and differentiable.
-
-    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
+    `rollout_weights` do not multiply it.
     """
-    validation.check_policy_inputs(logprobs, old_logprobs, advantages, mask)
-    check_reduction(reduction, logprobs.shape, denominator)
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    if mask is None:
-        mask = torch.ones_like(logprobs, dtype=torch.bool)
-    if advantages.shape != logprobs.shape:
-        advantages = advantages[:, None].expand(logprobs.shape)
 
-    # masked before the exp: 0 * inf would be NaN in the forward and in the backward
-    kept = torch.where(mask, logprobs, 0).to(dtype)
-    old = kept.detach() if old_logprobs is None else torch.where(mask, old_logprobs.detach(), 0).to(dtype)
-    values = objective(kept, old, torch.where(mask, advantages.detach(), 0).to(dtype))
-    if not isinstance(values, torch.Tensor) or values.shape != kept.shape:
-        given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-        raise ValueError(f"objective must return one value per token, shape {tuple(kept.shape)}; got {given}")
+    coef: float
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    importance_weighted: bool = False
 
-    weights = token_weights(mask, reduction, denominator, dtype)
-    weights = torch.where(old.isfinite(), weights, torch.nan)
-    loss = -(torch.where(mask, values, 0) * weights).sum()
+    def __post_init__(self) -> None:
+        if self.coef != 0 and not is_positive_number(self.coef):
+            raise ValueError(f"coef must be a number >= 0; got {self.coef!r}")
+        if self.estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f'estimator must be "k1", "k2" or "k3"; got {self.estimator!r}')
 
-    bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
-    metrics = token_metrics(kept, old, mask, bounds)
-    nothing = torch.zeros_like(metrics["tokens"])
-    metrics |= {"skipped_tokens": nothing, "recomputed_tokens": nothing.clone()}
-    return PolicyLossOutput(loss, kept.detach(), metrics)
+    def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+        e = ref_logprobs - logprobs
+        if self.estimator == "k1":
+            k = -e
+        elif self.estimator == "k2":
+            k = e * e / 2
+        else:
+            k = e.expm1() - e
+        return (logprobs - old_logprobs).exp() * k if self.importance_weighted else k

@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
+
+from .validation import is_positive_number, kind, require
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"]
 
@@ -29,11 +30,15 @@ def check_reduction(reduction: str, shape: torch.Size, denominator: float | torc
             'or "sum", the latter with denominator= and advantages already divided by the sequence lengths'
         )
     if isinstance(denominator, torch.Tensor):
-        if denominator.dim() != 0:
-            raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {tuple(denominator.shape)}")
-    elif denominator is not None and (
-        not isinstance(denominator, (int, float)) or not math.isfinite(denominator) or denominator <= 0
-    ):
+        if denominator.dim() != 0 or denominator.dtype == torch.bool or denominator.is_complex():
+            raise ValueError(
+                f"denominator must be a positive number or a real 0-d tensor; got shape {tuple(denominator.shape)}, "
+                f"{kind(denominator)}"
+            )
+        if not torch.compiler.is_compiling():
+            positive = (denominator > 0) & denominator.isfinite()
+            require(positive, lambda: f"denominator must be positive and finite; got {denominator.item()}")
+    elif denominator is not None and not is_positive_number(denominator):
         raise ValueError(f"denominator must be a positive number or a 0-d tensor; got {denominator!r}")
 
 

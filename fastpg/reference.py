@@ -133,6 +133,18 @@ def cispo(ratio_max: float | None = 5.0, ratio_min: float | None = None) -> Obje
     return value
 
 
+def kl_penalty(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, importance_weighted: bool
+) -> torch.Tensor:
+    """k per token, from x = ref / pi at the sampled token (Schulman, "Approximating KL divergence", 2020):
+
+    k1 = -log x,   k2 = (log x)^2 / 2,   k3 = (x - 1) - log x;   times r = pi / old if importance_weighted (DeepSeek-V3.2).
+    """
+    log_x = ref_logprobs - logprobs
+    k = {"k1": -log_x, "k2": log_x**2 / 2, "k3": torch.expm1(log_x) - log_x}[estimator]
+    return torch.exp(logprobs - old_logprobs) * k if importance_weighted else k
+
+
 def reduce(values: torch.Tensor, mask: torch.Tensor, reduction: str, denominator: float | None = None) -> torch.Tensor:
     """The loss of per-token objectives `values` (...) over tokens with mask (...): minus one of
 
@@ -163,10 +175,14 @@ def policy_loss(
     mask: torch.Tensor | None = None,
     reduction: str = "token-mean",
     denominator: float | None = None,
+    kl: tuple[float, str, bool] | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    rollout_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """loss = -sum_n weight_n l_n / D over tokens with mask. logprobs, old_logprobs (...); advantages (...) or (B,).
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask.
 
-    `old_logprobs=None` is on-policy: old = logp, detached, so that every ratio is 1.
+    logprobs, old_logprobs, ref_logprobs, rollout_weights (...); advantages (...) or (B,); kl (coef, estimator,
+    importance_weighted). `old_logprobs=None` is on-policy: old = logp, detached, so that every ratio is 1.
     """
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
@@ -174,6 +190,11 @@ def policy_loss(
         advantages = advantages[:, None].expand_as(logprobs)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     value = objective(logprobs[mask], old[mask], advantages[mask])
+    if rollout_weights is not None:
+        value = rollout_weights[mask] * value
+    if kl is not None:
+        coef, estimator, importance_weighted = kl
+        value = value - coef * kl_penalty(logprobs[mask], old[mask], ref_logprobs[mask], estimator, importance_weighted)
     return reduce(torch.zeros_like(logprobs).masked_scatter(mask, value), mask, reduction, denominator)
 
 

@@ -4,15 +4,23 @@ the host on a CPU and are asynchronous assertions on a GPU."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from .lm_head import LMHead
+if TYPE_CHECKING:
+    from .lm_head import LMHead
 
 IGNORED_TOKEN = -100
 _HIDDEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_WORKSPACE = {"cpu": 256 * 2**20}
 _DEFAULT_ACCELERATOR_WORKSPACE = 2**30
+
+
+def is_positive_number(value: object) -> bool:
+    """An int or float (no bool, no string, no tensor) that is finite and > 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def check_linear_inputs(
@@ -46,22 +54,22 @@ def check_linear_inputs(
             f"tokens must have the leading shape of hidden, {tuple(hidden.shape[:-1])}: hidden[..., t, :] predicts "
             f"tokens[..., t], already shifted; got shape {tuple(tokens.shape)}"
         )
-    check_mask(mask, tokens.shape, "tokens")
-    check_temperature(temperature, tokens.shape)
-    devices = {"head.weight": weight, "tokens": tokens, "mask": mask, "temperature": temperature}
-    for name, value in devices.items():
+    for name, value in (("head.weight", weight), ("tokens", tokens), ("mask", mask), ("temperature", temperature)):
         if isinstance(value, torch.Tensor) and value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
+    check_mask(mask, "tokens", tokens)
+    check_temperature(temperature, tokens.shape)
 
 
-def check_mask(mask: torch.Tensor | None, shape: torch.Size, like: str) -> None:
+def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        given = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True where a token counts; got {given} (use mask.bool())")
-    if mask.shape != shape:
-        raise ValueError(f"mask must have the shape of {like}, {tuple(shape)}; got {tuple(mask.shape)}")
+        raise TypeError(f"mask must be a bool tensor, True where a token counts; got {kind(mask)} (use mask.bool())")
+    if mask.shape != like.shape:
+        raise ValueError(f"mask must have the shape of {like_name}, {tuple(like.shape)}; got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"mask is on {mask.device} but {like_name} is on {like.device}")
 
 
 def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> None:
@@ -74,14 +82,14 @@ def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> N
             raise ValueError(
                 f"temperature must be a number or have the shape of tokens, {tuple(shape)}; got {tuple(temperature.shape)}"
             )
-    elif not isinstance(temperature, (int, float)) or not (math.isfinite(temperature) and temperature > 0):
+    elif not is_positive_number(temperature):
         raise ValueError(f"temperature must be a positive number; got {temperature!r}")
 
 
 def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int, temperature: float | torch.Tensor) -> None:
     """Token ids in [0, V) and temperatures > 0 at kept positions; masked positions are never looked at."""
     in_range = ((tokens >= 0) & (tokens < vocab_size)) | ~keep
-    _require(
+    require(
         in_range,
         lambda: (
             f"tokens must be in [0, {vocab_size}) or {IGNORED_TOKEN}; got {tokens[~in_range][0].item()} at position "
@@ -90,16 +98,17 @@ def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int, temp
     )
     if isinstance(temperature, torch.Tensor):
         positive = ((temperature > 0) & temperature.isfinite()) | ~keep
-        _require(
+        require(
             positive,
             lambda: (
-                f"temperature must be positive; got {temperature.expand(keep.shape)[~positive][0].item()} at position "
-                f"{tuple((~positive).nonzero()[0].tolist())}"
+                "temperature must be positive and finite; got "
+                f"{temperature.expand(keep.shape)[~positive][0].item()} at position {tuple((~positive).nonzero()[0].tolist())}"
             ),
         )
 
 
-def _require(holds: torch.Tensor, message) -> None:
+def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
+    """All of `holds`: an error with the message on a CPU, an asynchronous assertion on a GPU, where a read would wait."""
     if holds.device.type == "cpu":
         if not bool(holds.all()):
             raise ValueError(message())
@@ -122,31 +131,45 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
 
 
 def check_policy_inputs(
-    logprobs: torch.Tensor,
+    like_name: str,
+    like: torch.Tensor,  # (...): what the others must match
     old_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
-    mask: torch.Tensor | None,
+    objective: object,
+    kl: object | None,
+    ref_logprobs: torch.Tensor | None,
+    rollout_weights: torch.Tensor | None,
 ) -> None:
-    """Shapes and dtypes of what `policy_loss` takes: logprobs and old_logprobs (...), advantages (...) or (B,)."""
-    if not isinstance(logprobs, torch.Tensor) or not logprobs.is_floating_point():
-        raise TypeError(f"logprobs must be a floating-point tensor; got {_kind(logprobs)}")
-    shape = logprobs.shape
-    if old_logprobs is not None:
-        if not isinstance(old_logprobs, torch.Tensor) or not old_logprobs.is_floating_point():
-            raise TypeError(f"old_logprobs must be a floating-point tensor or None; got {_kind(old_logprobs)}")
-        if old_logprobs.shape != shape:
-            raise ValueError(f"old_logprobs must have the shape of logprobs, {tuple(shape)}; got {tuple(old_logprobs.shape)}")
+    """Shapes, dtypes and devices of old_logprobs, ref_logprobs and rollout_weights (...), advantages (...) or (B,)."""
+    shape = tuple(like.shape)
+    per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
+    for name, value in per_token.items():
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor or None; got {kind(value)}")
+        if value.shape != shape:
+            raise ValueError(f"{name} must have the shape of {like_name}, {shape}; got {tuple(value.shape)}")
     if not isinstance(advantages, torch.Tensor) or advantages.dtype == torch.bool or advantages.is_complex():
-        raise TypeError(f"advantages must be a real tensor; got {_kind(advantages)}")
+        raise TypeError(f"advantages must be a real tensor; got {kind(advantages)}")
     per_sequence = len(shape) == 2 and advantages.shape == shape[:1]
     if advantages.shape != shape and not per_sequence:
-        wanted = f"per token {tuple(shape)}" + (f" or per sequence ({shape[0]},)" if len(shape) == 2 else "")
+        wanted = f"per token {shape}" + (f" or per sequence ({shape[0]},)" if len(shape) == 2 else "")
         raise ValueError(f"advantages must be {wanted}; got shape {tuple(advantages.shape)}")
-    check_mask(mask, shape, "logprobs")
-    for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask)):
-        if value is not None and value.device != logprobs.device:
-            raise ValueError(f"{name} is on {value.device} but logprobs is on {logprobs.device}")
+    for name, value in {**per_token, "advantages": advantages}.items():
+        if value is not None and value.device != like.device:
+            raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
+    if isinstance(objective, type) or not callable(objective):
+        given = kind(objective)
+        if isinstance(objective, type):
+            given = f"the class {objective.__name__}: pass an instance, {objective.__name__}(...)"
+        raise TypeError(
+            f"objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got {given}"
+        )
+    if (kl is None) != (ref_logprobs is None):
+        given, missing = ("kl", "ref_logprobs") if ref_logprobs is None else ("ref_logprobs", "kl")
+        raise ValueError(f"{given} was given without {missing}; a KL penalty needs kl=KLPenalty(...) and ref_logprobs")
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

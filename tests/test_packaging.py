@@ -64,9 +64,11 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level packages and fastpg modules (as ".name") that a file imports at module level or inside functions."""
+    """Top-level packages and fastpg modules (as ".name") that a file imports, anywhere but under TYPE_CHECKING."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -79,9 +81,10 @@ def imports(path: Path) -> set[str]:
 
 # Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
 LAYERS = [
-    {"lm_head", "products", "metrics", "reductions", "profiling"},
-    {"tile_ops", "validation", "reference"},
-    {"schedules", "objectives"},
+    {"validation", "products", "metrics", "profiling"},
+    {"lm_head", "objectives", "reductions"},
+    {"tile_ops", "reference"},
+    {"schedules", "losses"},
     {"ops"},
     {"two_pass"},
 ]

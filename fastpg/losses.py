@@ -1,0 +1,130 @@
+"""From token log-probabilities to a loss: what every schedule ends in, and `policy_loss` on ready log-probabilities."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import validation
+from .metrics import token_metrics
+from .objectives import KLPenalty, Objective, ObjectiveFunction
+from .reductions import Reduction, check_reduction, token_weights
+
+
+class PolicyLossOutput(NamedTuple):
+    """loss (): to be minimised. logprobs (...): detached, 0 where masked. metrics: 0-d tensors, see `metrics`."""
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+class TokenTerms(NamedTuple):
+    """The constants of each token, all of one shape, detached, in the dtype of the loss, and 0 at masked positions."""
+
+    mask: torch.Tensor  # bool
+    old_logprobs: torch.Tensor | None  # None: on-policy, old = logp
+    advantages: torch.Tensor
+    weights: torch.Tensor  # weight_n / D of the reduction; NaN where old_logprobs is not finite
+    rollout_weights: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+
+    def select(self, rows: torch.Tensor | slice) -> TokenTerms:
+        return TokenTerms(*(None if x is None else x[rows] for x in self))
+
+    def old(self, logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+
+
+def token_terms(
+    mask: torch.Tensor,  # (...) bool
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,  # (...) or (B,)
+    rollout_weights: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    reduction: Reduction,
+    denominator: float | torch.Tensor | None,
+    dtype: torch.dtype,
+) -> TokenTerms:
+    """From checked arguments. What is masked here never reaches an exp: 0 * inf would be NaN, forward and backward."""
+
+    def constant(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else torch.where(mask, x.detach(), 0).to(dtype)
+
+    if advantages.shape != mask.shape:
+        advantages = advantages[:, None].expand(mask.shape)
+    weights = token_weights(mask, reduction, denominator, dtype)
+    old = constant(old_logprobs)
+    if old is not None:
+        # a ratio of 0 or inf is never meant, and a clip would hide it
+        weights = torch.where(old.isfinite(), weights, torch.nan)
+    return TokenTerms(mask, old, constant(advantages), weights, constant(rollout_weights), constant(ref_logprobs))
+
+
+def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: ObjectiveFunction, kl: KLPenalty | None) -> torch.Tensor:
+    """-weight_n / D * (rollout_n l_n - coef k_n) of each token: the loss is their sum. logprobs are 0 at masked positions."""
+    old = terms.old(logprobs)
+    values = objective(logprobs, old, terms.advantages)
+    if not isinstance(values, torch.Tensor) or values.shape != logprobs.shape:
+        given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"objective must return one value per token, shape {tuple(logprobs.shape)}; got {given}")
+    if terms.rollout_weights is not None:
+        values = values * terms.rollout_weights
+    if kl is not None:
+        values = values - kl.coef * kl(logprobs, old, terms.ref_logprobs)
+    return -torch.where(terms.mask, values, 0) * terms.weights
+
+
+def policy_loss(
+    logprobs: torch.Tensor,  # (...)
+    old_logprobs: torch.Tensor | None,  # (...)
+    advantages: torch.Tensor,  # (...), or (B,) with (B, T) logprobs
+    *,
+    objective: Objective | ObjectiveFunction,
+    mask: torch.Tensor | None = None,  # (...)
+    reduction: Reduction = "token-mean",
+    denominator: float | torch.Tensor | None = None,
+    kl: KLPenalty | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_weights: torch.Tensor | None = None,  # (...)
+) -> PolicyLossOutput:
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask, from ready log-probabilities.
+
+    Args:
+        logprobs: (...) floating; the gradient flows through them. Computed in fp32 (float64 for float64).
+        old_logprobs: (...) under the policy that sampled; None: on-policy, the ratio is exactly 1. Constants. At a kept
+            position NaN or an infinity makes the loss NaN (a ratio of 0 or inf is never meant); > 0 is computed as given.
+        advantages: (...) per token, or (B,) per sequence with (B, T) logprobs. Constants.
+        objective: Reinforce(), ImportanceWeighted(), CISPO(...), or a function of (logprobs, old_logprobs, advantages)
+            whose value per token is maximised.
+        mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.
+        reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "sum" (`reductions` has the table); the seq-
+            forms need (B, T).
+        denominator: a number or 0-d tensor that replaces the count D: pass the global count under gradient accumulation
+            or data parallelism, and sum the losses.
+        kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
+        rollout_weights: (...) constant factors of l (not of the KL term), such as truncated importance weights for a sampler
+            whose log-probabilities differ from the trainer's.
+
+    Returns PolicyLossOutput(loss, logprobs, metrics). Without any token the loss is 0 and differentiable.
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
+    """
+    if not isinstance(logprobs, torch.Tensor) or not logprobs.is_floating_point():
+        raise TypeError(f"logprobs must be a floating-point tensor; got {validation.kind(logprobs)}")
+    validation.check_mask(mask, "logprobs", logprobs)
+    validation.check_policy_inputs("logprobs", logprobs, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights)
+    check_reduction(reduction, logprobs.shape, denominator)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    if mask is None:
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+    terms = token_terms(mask, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
+    kept = torch.where(mask, logprobs, 0).to(dtype)
+    loss = token_losses(kept, terms, objective, kl).sum()
+
+    bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
+    metrics = token_metrics(kept, terms.old(kept), mask, bounds)
+    nothing = torch.zeros_like(metrics["tokens"])
+    metrics |= {"skipped_tokens": nothing, "recomputed_tokens": nothing.clone()}
+    return PolicyLossOutput(loss, kept.detach(), metrics)
