@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from .lm_head import LMHead
 from .losses import PolicyLossOutput, policy_loss
 from .objectives import CISPO, ImportanceWeighted, KLPenalty, Objective, Reinforce
+from .one_pass import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
 from .two_pass import TokenLogprobs, linear_logprobs
 
 __version__ = "0.1.0"
@@ -14,11 +15,14 @@ __all__ = [
     "ImportanceWeighted",
     "KLPenalty",
     "LMHead",
+    "LinearPolicyLoss",
     "Objective",
     "PolicyLossOutput",
     "Reinforce",
     "TokenLogprobs",
+    "linear_cispo_loss",
     "linear_logprobs",
+    "linear_policy_loss",
     "policy_loss",
 ]
 

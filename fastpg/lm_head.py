@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .validation import is_positive_number, kind
+from .validation import FLOATING_DTYPES, is_positive_number, kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,8 +21,8 @@ _MULTIPLIER_NAMES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 class LMHead:
     """An lm_head: `logits = softcap(logit_scale * (hidden @ weight.T + bias))`, `softcap(u) = c tanh(u / c)`.
 
-    weight: (V, H), any floating dtype; the Parameter itself, so that gradients reach it (tied embeddings too).
-    bias: (V,) in the weight's dtype, or None. An entry of -inf bans a token.
+    weight: (V, H) 16-, 32- or 64-bit floating; the Parameter itself, so that gradients reach it (tied embeddings too).
+    bias: (V,) in the weight's dtype, or None. An entry of -inf bans a token (under a softcap its logit is only -c).
     softcap: c > 0, or None for no cap (Gemma 2: 30).
     logit_scale: > 0, multiplies after the bias, before the cap (Cohere: logit_scale, Granite: 1 / logits_scaling).
 
@@ -36,7 +36,7 @@ class LMHead:
 
     def __post_init__(self) -> None:
         weight, bias = self.weight, self.bias
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATING_DTYPES:
             raise TypeError(f"head.weight must be a floating-point tensor (V, H); got {kind(weight)}")
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"head.weight must be (V, H) with V >= 1 and H >= 1; got shape {tuple(weight.shape)}")

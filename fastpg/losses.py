@@ -69,6 +69,10 @@ def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: Objective
     if not isinstance(values, torch.Tensor) or values.shape != logprobs.shape:
         given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise ValueError(f"objective must return one value per token, shape {tuple(logprobs.shape)}; got {given}")
+    if not values.is_floating_point() or (logprobs.requires_grad and not values.requires_grad):
+        raise ValueError(
+            f"objective must return values that are differentiable in logprobs; got {values.dtype} without a gradient"
+        )
     if terms.rollout_weights is not None:
         values = values * terms.rollout_weights
     if kl is not None:
@@ -102,7 +106,7 @@ def policy_loss(
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "sum" (`reductions` has the table); the seq-
             forms need (B, T).
         denominator: a number or 0-d tensor that replaces the count D: pass the global count under gradient accumulation
-            or data parallelism, and sum the losses.
+            or data parallelism, and sum the losses. Must be positive; for a count that may be 0 pass count.clamp(min=1).
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
         rollout_weights: (...) constant factors of l (not of the KL term), such as truncated importance weights for a sampler
             whose log-probabilities differ from the trainer's.

@@ -1,8 +1,9 @@
 """Policy-gradient objectives on token log-probabilities. A new loss is one small function.
 
 An objective maps (logprobs, old_logprobs, advantages), three tensors of one shape, to a value l per token that is maximised,
-differentiable in logprobs. Any such function can be passed where an `objective` is asked for; the classes here are the named
-ones. `losses` reduces them to a loss.
+differentiable in logprobs. Any such function can be passed where an `objective` is asked for, if it is elementwise: it may be
+called on any subset of the tokens, in any shape, with zeros at masked ones. The classes here are the named ones. `losses`
+reduces them to a loss.
 """
 
 from __future__ import annotations
@@ -73,9 +74,13 @@ class CISPO(Objective):
     def __post_init__(self) -> None:
         low, high = self.ratio_bounds
         if high is not None and not is_positive_number(high):
-            raise ValueError(f"ratio_max must be positive, a bound on the ratio itself, or None; got {high!r}")
+            raise ValueError(
+                f"ratio_max must be positive and finite, a bound on the ratio itself, or None for no bound; got {high!r}"
+            )
         if low is not None and low != 0 and not is_positive_number(low):
-            raise ValueError(f"ratio_min must be >= 0, a bound on the ratio itself, or None; got {low!r}")
+            raise ValueError(
+                f"ratio_min must be >= 0 and finite, a bound on the ratio itself, or None for no bound; got {low!r}"
+            )
         if low is not None and high is not None and low > high:
             raise ValueError(f"ratio_min must not exceed ratio_max; got ratio_min={low}, ratio_max={high}")
 

@@ -5,10 +5,10 @@ Operators take tensors and numbers one by one; here they are put together into t
 
 import torch
 
-from . import schedules
+from . import tile_ops, two_pass_schedule
 from .lm_head import LMHead
 from .products import accumulation_dtype
-from .schedules import Rows, Wanted
+from .rows import Chunk, Rows, Wanted
 from .tile_ops import RowStatistics
 
 
@@ -26,9 +26,9 @@ def two_pass_forward(
     entropy: bool,
     workspace: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RowStatistics of the rows that `schedules.Rows` describes; entropy and others_entropy are (0,) unless asked for."""
+    """RowStatistics of the rows that `rows.Rows` describes; entropy and others_entropy are (0,) unless asked for."""
     rows = Rows(hidden, indices, keep, tokens, temperature)
-    return tuple(schedules.two_pass_forward(rows, LMHead(weight, bias, softcap, logit_scale), entropy, workspace))
+    return tuple(two_pass_schedule.two_pass_forward(rows, LMHead(weight, bias, softcap, logit_scale), entropy, workspace))
 
 
 @two_pass_forward.register_fake
@@ -60,7 +60,7 @@ def two_pass_backward(
     rows = Rows(hidden, indices, keep, tokens, temperature)
     head = LMHead(weight, bias, softcap, logit_scale)
     return tuple(
-        schedules.two_pass_backward(
+        two_pass_schedule.two_pass_backward(
             rows, head, RowStatistics(*statistics), grad_logprobs, grad_entropy, Wanted(*wanted), workspace
         )
     )
@@ -75,3 +75,45 @@ def _(
         return x.new_empty(x.shape if present else (0,))
 
     return like(hidden, wanted[0]), like(weight, wanted[1]), weight.new_empty(len(weight) if wanted[2] else 0)
+
+
+@torch.library.custom_op("fastpg::anchored_scores", mutates_args={"scores"})
+def anchored_scores(
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    log_anchor: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    scores: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Product 1 of the one-pass schedule, for a chunk (C, H): `tile_ops.anchored_exp`. Writes scores (C, V) if given."""
+    head = LMHead(weight, bias, softcap, logit_scale)
+    return tile_ops.anchored_exp(Chunk(hidden, tokens, temperature), head, log_anchor, entropy, scores)
+
+
+@anchored_scores.register_fake
+def _(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, scores):
+    total = torch.empty_like(log_anchor)
+    return total, total.new_empty(len(log_anchor) if entropy else 0)
+
+
+@torch.library.custom_op("fastpg::gradient_products", mutates_args={"scores", "dhidden", "dweight", "dbias"})
+def gradient_products(
+    scores: torch.Tensor,
+    factor: torch.Tensor,
+    dropped: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    dhidden: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Products 2 and 3 of a chunk (`tile_ops.gradient_products`), without the rows that are `dropped` (C,)."""
+    if dropped is not None:
+        tile_ops.zero_rows_(scores, dropped)
+    tile_ops.gradient_products(scores, factor, hidden, weight, dhidden, dweight, dbias, accumulate)

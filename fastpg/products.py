@@ -64,6 +64,14 @@ def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: b
         torch.mm(a, b, out=out)
 
 
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in the accumulation dtype. On a CPU a bf16 product is computed as oneDNN does, summed in fp32 and rounded once."""
+    dtype = accumulation_dtype(a.dtype)
+    if a.dtype == dtype or a.device.type == "cpu":
+        return torch.mm(a, b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
+
+
 @product.register_fake
 def _(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: f"product: {tuple(a.shape)} @ {tuple(b.shape)}")

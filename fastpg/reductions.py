@@ -37,7 +37,13 @@ def check_reduction(reduction: str, shape: torch.Size, denominator: float | torc
             )
         if not torch.compiler.is_compiling():
             positive = (denominator > 0) & denominator.isfinite()
-            require(positive, lambda: f"denominator must be positive and finite; got {denominator.item()}")
+            require(
+                positive,
+                lambda: (
+                    f"denominator must be positive and finite; got {denominator.item()} (where no rank may have a token, "
+                    "pass count.clamp(min=1): the loss is then 0)"
+                ),
+            )
     elif denominator is not None and not is_positive_number(denominator):
         raise ValueError(f"denominator must be a positive number or a 0-d tensor; got {denominator!r}")
 

@@ -46,12 +46,14 @@ def softcap(u: torch.Tensor, cap: float | None) -> torch.Tensor:
     """`cap * tanh(u / cap)`; identity for None.
 
     With q = exp(-2 |u / cap|), tanh = sign(u) (1 - q) / (1 + q), whose derivative 4 q / (1 + q)^2 autograd forms as a
-    sum of terms of one sign. `1 - tanh^2` would be a cancellation, wrong by 100 % beyond |u / cap| = 10 in fp32.
+    sum of terms of one sign. `1 - tanh^2` would be a cancellation, wrong by 100 % beyond |u / cap| = 10 in fp32. Only the
+    value of 1 - q cancels, at small u: there it is -expm1, whose own derivative (formed as 1 + expm1) is exact there.
     """
     if cap is None:
         return u
     magnitude = torch.where(u < 0, -u, u) / cap
-    tanh = -torch.expm1(-2 * magnitude) / (1 + torch.exp(-2 * magnitude))
+    q = torch.exp(-2 * magnitude)
+    tanh = torch.where(magnitude < 0.5, -torch.expm1(-2 * magnitude), 1 - q) / (1 + q)
     return cap * torch.where(u < 0, -tanh, tanh)
 
 
@@ -85,8 +87,9 @@ def token_distribution(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torc
     others_entropy = torch.where(certain, 0, -(torch.softmax(others, -1) * log_q).sum(-1))
     finite_t = torch.where(t.isinf(), 0, t)  # at infinite t the entropy of "the target or not" is 0
     surprise, other_surprise = -F.logsigmoid(-finite_t), -F.logsigmoid(finite_t)  # -log p_y and -log(1 - p_y)
-    binary_entropy = torch.sigmoid(-finite_t) * surprise + torch.sigmoid(finite_t) * other_surprise
-    return logprobs, torch.where(t.isinf(), 0, binary_entropy) + torch.sigmoid(t) * others_entropy
+    binary_entropy = torch.exp(-surprise) * surprise + torch.exp(-other_surprise) * other_surprise
+    # exp(logsigmoid) and not sigmoid, whose derivative y (1 - y) is rounding noise where y is close to 1
+    return logprobs, torch.where(t.isinf(), 0, binary_entropy) + F.logsigmoid(t).exp() * others_entropy
 
 
 def linear_logprobs(

@@ -7,29 +7,26 @@ makes a token's log-probability the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .lm_head import LMHead
-from .products import accumulation_dtype, operand_dtype, product
+from .products import accumulation_dtype, multiply, operand_dtype, product
+from .rows import Chunk
 
 # exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
 _EXP_IS_ZERO = -1e4
+# E is capped at 2^100, far from the overflow of its dtype and of its sums.
+_LARGEST_LOG_E = 100 * math.log(2)
+_BIAS_COLUMNS = 4096
 
 
 class TileShape(NamedTuple):
     rows: int  # tokens per product
     columns: int  # vocabulary entries per product
-
-
-class Chunk(NamedTuple):
-    """C rows of the call, ready to be multiplied. Padding rows are zeros with token -1 and temperature 1."""
-
-    hidden: torch.Tensor  # (C, H) in the operand dtype
-    tokens: torch.Tensor  # (C,) int64
-    temperature: torch.Tensor | None  # (C, 1) in the accumulation dtype; None is 1
 
 
 class RowStatistics(NamedTuple):
@@ -46,9 +43,12 @@ def tile_shape(head: LMHead) -> TileShape:
     """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
     if head.weight.device.type != "cpu":
         return TileShape(2048, 8192)
-    # At most 8 MiB of fp32 weights and 4 MiB of logits, so that a tile stays in cache between its passes.
-    columns = 2**21 // head.hidden_size // 64 * 64
-    return TileShape(256, max(128, min(4096, columns)))
+    return TileShape(256, _columns(head.hidden_size))
+
+
+def _columns(hidden_size: int) -> int:
+    # at most 8 MiB of fp32 weights and 4 MiB of logits, so that a tile stays in cache between its passes
+    return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
 
 
 def weight_tile(head: LMHead, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
@@ -138,10 +138,20 @@ def finish_rows(
         nothing = t.new_empty(0)
         return RowStatistics(log_p, nothing, t, logsumexp, nothing)
     others = torch.where(total == 0, 0, log_total - weighted / total)
-    # exp(-inf) * inf is 0 in both shares of the entropy
+    return RowStatistics(log_p, _entropy(t, others), t, logsumexp, others)
+
+
+def entropy_of(t: torch.Tensor, log_total: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+    """H (C,) from t, log S, S and Q of the anchored sums: Ho = log S - Q / S, 0 where S = 0."""
+    return _entropy(t, torch.where(total == 0, 0, log_total - weighted / total))
+
+
+def _entropy(t: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """H = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t)), where exp(-inf) * inf is 0 in both shares."""
+    log_p, log_1mp = F.logsigmoid(-t), F.logsigmoid(t)
     target_share = torch.where(t == torch.inf, 0, log_p.exp() * -log_p)
     others_share = torch.where(t == -torch.inf, 0, log_1mp.exp() * (others - log_1mp))
-    return RowStatistics(log_p, target_share + others_share, t, logsumexp, others)
+    return target_share + others_share
 
 
 def dlogits(
@@ -192,29 +202,134 @@ def dlogits(
             out[block].copy_(z)
 
 
+def anchored_exp(
+    chunk: Chunk, head: LMHead, log_anchor: torch.Tensor, entropy: bool, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a:
+
+        E_v = exp(z_v - anchor) for v != y, capped at 2^100         S = sum_v E_v       Q = sum_v E_v log E_v
+
+    and E_y = -S, the gradient of the target's own column. Returns S and Q (C,), Q only if `entropy`. With `out` (C, V), E is
+    stored there in its dtype, every entry times the softcap's slope, which the sums do not have.
+    """
+    rows, columns = tile_shape(head)
+    weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
+    dtype = accumulation_dtype(weight.dtype)
+    target, target_slope = _target_logits(chunk, head)
+    anchor = target - log_anchor[:, None]
+    total = torch.zeros(size, dtype=dtype, device=weight.device)
+    weighted = torch.zeros_like(total) if entropy else total.new_empty(0)
+    buffer = weight_buffer(head)
+    scratch = torch.empty(rows * min(columns, vocab), dtype=dtype, device=weight.device)
+    for start in range(0, vocab, columns):
+        stop = min(start + columns, vocab)
+        w = weight_tile(head, start, stop, buffer)
+        e = scratch[: rows * (stop - start)].view(rows, stop - start)
+        for r in range(0, size, rows):
+            block = slice(r, r + rows)
+            slope = _logits(chunk, block, w, head, start, e, want_slope=out is not None)
+            e.sub_(anchor[block]).clamp_(max=_LARGEST_LOG_E)
+            log_e = e.clamp(min=_EXP_IS_ZERO) if entropy else None
+            e.exp_()
+            column, inside = _target_column(chunk.tokens[block], start, stop)
+            e.scatter_(1, column, torch.where(inside, 0, e.gather(1, column)))
+            total[block] += e.sum(1)
+            if log_e is not None:
+                weighted[block] += log_e.mul_(e).sum(1)
+            if out is not None:
+                out[block, start:stop] = e if slope is None else e.mul_(slope)
+    if out is not None:
+        at_target = -total[:, None] if target_slope is None else -total[:, None] * target_slope
+        out.scatter_(1, chunk.tokens.clamp(min=0)[:, None], at_target.to(out.dtype))
+    return total, weighted
+
+
+def _target_logits(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """z_y and the softcap's slope there, (C, 1), by one dot product per row; NaN for a token outside the vocabulary."""
+    dtype = accumulation_dtype(head.weight.dtype)
+    inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
+    tokens = torch.where(inside, chunk.tokens, 0)
+    z = (chunk.hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(1, keepdim=True)
+    if head.bias is not None:
+        z = z + head.bias[tokens].to(dtype)[:, None]
+    slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
+    return torch.where(inside[:, None], z, torch.nan), slope
+
+
+def zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
+    """scores (C, V)[rows (C,) bool] = 0, whatever was there."""
+    if scores.device.type == "cpu":
+        scores.index_fill_(0, rows.nonzero()[:, 0], 0)  # touches those rows only
+    else:  # finding them would wait for the host
+        scores.masked_fill_(rows[:, None], 0)
+
+
+def gradient_products(
+    scores: torch.Tensor,  # E (C, V)
+    factor: torch.Tensor,  # u (C,) in the accumulation dtype
+    hidden: torch.Tensor,  # (C, H) in the operand dtype
+    weight: torch.Tensor,  # (V, H)
+    dhidden: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Products 2 and 3: dhidden (C, H) = u (E @ W);  dweight (V, H) = or += E^T @ (u x);  dbias (V,) likewise E^T u.
+
+    dweight in the weight's dtype is written once, with one rounding; in the accumulation dtype it may be added to.
+    """
+    vocab, hidden_size = weight.shape
+    if dhidden is not None:
+        # on a CPU a bf16 product is rounded here as well as after the row factor
+        dhidden.copy_(multiply(scores, weight) * factor[:, None])
+    if dbias is not None:
+        for v in range(0, vocab, _BIAS_COLUMNS):
+            part = slice(v, v + _BIAS_COLUMNS)
+            product(dbias[part, None], scores[:, part].to(factor.dtype).T, factor[:, None], accumulate, False)
+    if dweight is None:
+        return
+    weighted = (hidden * factor[:, None]).to(scores.dtype)
+    if dweight.dtype == scores.dtype or scores.device.type != "cpu":
+        product(dweight, scores.T, weighted, accumulate, False)
+        return
+    # no CPU product takes bf16 operands and adds in fp32: widened tile by tile
+    wide = weighted.to(dweight.dtype)
+    columns = _columns(hidden_size)
+    for v in range(0, vocab, columns):
+        product(dweight[v : v + columns], scores[:, v : v + columns].to(dweight.dtype).T, wide, accumulate, True)
+
+
 def _logits(
     chunk: Chunk, block: slice, w: torch.Tensor, head: LMHead, start: int, out: torch.Tensor, want_slope: bool
 ) -> torch.Tensor | None:
-    """z = softcap(logit_scale (x . w + b)) / T into out; returns the softcap's slope at z if there is one and it is wanted."""
+    """The tile's logits into out; returns the softcap's slope at them if there is one and it is wanted."""
     product(out, chunk.hidden[block], w.T, False, head.weight.dtype == torch.bfloat16)
     if head.bias is not None:
         out.add_(head.bias[start : start + len(w)])
+    return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
+
+
+def _to_logits_(scores: torch.Tensor, head: LMHead, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
+    """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place; returns the softcap's slope if there is one."""
     if head.logit_scale != 1:
-        out.mul_(head.logit_scale)
+        scores.mul_(head.logit_scale)
     slope = None
     if head.softcap is not None:
-        slope = _softcap_(out, head.softcap, want_slope)
-    if chunk.temperature is not None:
-        out.div_(chunk.temperature[block])
+        slope = _softcap_(scores, head.softcap, want_slope)
+    if temperature is not None:
+        scores.div_(temperature)
     return slope
 
 
 def _softcap_(u: torch.Tensor, cap: float, want_slope: bool) -> torch.Tensor | None:
-    """u <- c tanh(u / c); returns 1 - tanh^2 = 4 q / (1 + q)^2, q = exp(-2 |u / c|), which does not cancel."""
-    q = u.abs().mul_(-2 / cap).exp_()
-    slope = (q * 4).div_((1 + q).square_()) if want_slope else None
-    tanh = (1 - q).div_(q.add_(1))
-    torch.copysign(tanh.mul_(cap), u, out=u)
+    """u <- c tanh(u / c); returns 1 - tanh^2 = 4 q / (1 + q)^2, q = exp(-2 |u / c|), which does not cancel at large u.
+
+    tanh = -expm1(-2 |u / c|) / (1 + q), which does not cancel at small u either.
+    """
+    exponent = u.abs().mul_(-2 / cap)
+    q_plus_1 = exponent.exp().add_(1)
+    slope = exponent.exp().mul_(4).div_(q_plus_1).div_(q_plus_1) if want_slope else None
+    torch.copysign(exponent.expm1_().div_(q_plus_1).mul_(cap), u, out=u)
     return slope
 
 

@@ -8,8 +8,8 @@ import torch
 
 from . import ops, validation
 from .lm_head import LMHead, as_head
-from .products import accumulation_dtype
-from .schedules import chunk_rows
+from .rows import rows_of
+from .two_pass_schedule import chunk_rows
 
 
 class TokenLogprobs(NamedTuple):
@@ -65,83 +65,58 @@ def linear_logprobs(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
+    hidden, head, keep = prepare(hidden, head, tokens, mask, temperature, backend, check)
+    workspace = validation.workspace_bytes(workspace, hidden.device)
+    chunk_rows(head, workspace, entropy)  # raises before any work where the workspace is too small
+    rows = rows_of(hidden, tokens, keep, temperature, gather=check)
+    arguments = (rows.hidden, head.weight, head.bias, *rows[1:], head.softcap, head.logit_scale, entropy, workspace)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if needs_gradient(hidden, head):
+            values = _LinearLogprobs.apply(*arguments)
+        else:
+            values = _forward(*arguments)[:2]
+    logprobs, entropies = (rows.scatter(v).reshape(tokens.shape) if len(v) == len(rows.tokens) else None for v in values)
+    return TokenLogprobs(logprobs, entropies if entropy else None)
+
+
+def prepare(
+    hidden: torch.Tensor,
+    head: torch.Tensor | LMHead,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    backend: str | None,
+    check: bool,
+) -> tuple[torch.Tensor, LMHead, torch.Tensor]:
+    """What both schedules do first: checks, autocast, and which tokens count, (...) bool."""
     head = as_head(head)
     validation.check_backend(backend)
     hidden, head = _autocast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
-    workspace = validation.workspace_bytes(workspace, hidden.device)
-    chunk_rows(head, workspace)  # raises before any work where the workspace is too small
-
     keep = tokens != validation.IGNORED_TOKEN
     if mask is not None:
         keep = keep & mask
     if check:
         validation.check_values(tokens, keep, head.vocab_size, temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        values = _compute(hidden, head, tokens, keep, temperature, entropy, workspace, check)
-    return TokenLogprobs(*values)
+    return hidden, head, keep
+
+
+def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
+    # decided here and not by ctx.needs_input_grad, which is True under no_grad as well
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
 
 
 def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
     """Under autocast, hidden and head in its dtype (float64 stays, as in torch's own products); otherwise unchanged."""
-    if not isinstance(hidden, torch.Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    if not isinstance(hidden, torch.Tensor) or not torch.amp.is_autocast_available(hidden.device.type):
+        return hidden, head
+    if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, head
     if torch.float64 in (hidden.dtype, head.weight.dtype) or not hidden.is_floating_point():
         return hidden, head
     dtype = torch.get_autocast_dtype(hidden.device.type)
     bias = None if head.bias is None else head.bias.to(dtype)
     return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.softcap, head.logit_scale)
-
-
-def _compute(
-    hidden: torch.Tensor,
-    head: LMHead,
-    tokens: torch.Tensor,
-    keep: torch.Tensor,
-    temperature: float | torch.Tensor,
-    entropy: bool,
-    workspace: int,
-    gather: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """From checked inputs of any leading shape to (logprobs, entropy) of that shape."""
-    shape, flat_keep = tokens.shape, keep.reshape(-1)
-    flat_hidden = hidden.reshape(-1, head.hidden_size)
-    flat_tokens = torch.where(keep, tokens, 0).reshape(-1).long()
-    flat_temperature = _per_row(temperature, keep, accumulation_dtype(hidden.dtype))
-
-    indices = None
-    if gather:
-        indices = flat_keep.nonzero()[:, 0]  # the one host read
-        if len(indices) == len(flat_keep):
-            indices = None
-        else:
-            flat_tokens = flat_tokens[indices]
-            flat_temperature = None if flat_temperature is None else flat_temperature[indices]
-    row_keep = None if gather else flat_keep
-
-    arguments = (flat_hidden, head.weight, head.bias, indices, row_keep, flat_tokens, flat_temperature)
-    options = (head.softcap, head.logit_scale, entropy, workspace)
-    tensors = (hidden, head.weight, head.bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        values = _LinearLogprobs.apply(*arguments, *options)
-    else:
-        values = _forward(*arguments, *options)[:2]
-
-    def place(value: torch.Tensor) -> torch.Tensor:
-        if indices is not None:
-            value = value.new_zeros(len(flat_keep)).index_copy(0, indices, value)
-        elif row_keep is not None:
-            value = torch.where(row_keep, value, 0)
-        return value.reshape(shape)
-
-    return place(values[0]), (place(values[1]) if entropy else None)
-
-
-def _per_row(temperature: float | torch.Tensor, keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """(N,) in `dtype`, 1 at masked positions; None where every row's temperature is the number 1."""
-    if isinstance(temperature, torch.Tensor):
-        return torch.where(keep, temperature.to(dtype), 1).reshape(-1)
-    return None if temperature == 1 else torch.full((keep.numel(),), temperature, dtype=dtype, device=keep.device)
 
 
 def _forward(hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace):
@@ -151,7 +126,7 @@ def _forward(hidden, weight, bias, indices, keep, tokens, temperature, softcap, 
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """(logprobs (K,), entropy (K,) or (0,)) of the rows that `schedules.Rows` describes."""
+    """(logprobs (K,), entropy (K,) or (0,)) of the rows that `rows.Rows` describes."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace):

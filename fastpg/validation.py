@@ -3,7 +3,8 @@ the host on a CPU and are asynchronous assertions on a GPU."""
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
     from .lm_head import LMHead
 
 IGNORED_TOKEN = -100
-_HIDDEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_WORKSPACE = {"cpu": 256 * 2**20}
 _DEFAULT_ACCELERATOR_WORKSPACE = 2**30
 
 
 def is_positive_number(value: object) -> bool:
-    """An int or float (no bool, no string, no tensor) that is finite and > 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """A real number of Python or numpy (no bool, string or tensor) that is finite and > 0."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def check_linear_inputs(
@@ -35,7 +36,7 @@ def check_linear_inputs(
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     weight = head.weight
-    if hidden.dtype not in _HIDDEN_DTYPES:
+    if hidden.dtype not in FLOATING_DTYPES:
         raise TypeError(f"hidden must be float16, bfloat16, float32 or float64; got {hidden.dtype}")
     if hidden.dtype != weight.dtype:
         raise TypeError(
@@ -125,9 +126,9 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     """`workspace` in bytes, or the device's default: 256 MiB on a CPU, 1 GiB on accelerators."""
     if workspace is None:
         return _DEFAULT_WORKSPACE.get(device.type, _DEFAULT_ACCELERATOR_WORKSPACE)
-    if not isinstance(workspace, int) or isinstance(workspace, bool) or workspace <= 0:
+    if not isinstance(workspace, numbers.Integral) or not is_positive_number(workspace):
         raise ValueError(f"workspace must be a positive number of bytes; got {workspace!r}")
-    return workspace
+    return int(workspace)
 
 
 def check_policy_inputs(
@@ -166,6 +167,8 @@ def check_policy_inputs(
         raise TypeError(
             f"objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got {given}"
         )
+    if kl is not None and not (callable(kl) and hasattr(kl, "coef")):
+        raise TypeError(f"kl must be a KLPenalty, such as KLPenalty(0.01), or None; got {kind(kl)}")
     if (kl is None) != (ref_logprobs is None):
         given, missing = ("kl", "ref_logprobs") if ref_logprobs is None else ("ref_logprobs", "kl")
         raise ValueError(f"{given} was given without {missing}; a KL penalty needs kl=KLPenalty(...) and ref_logprobs")

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
+torch.set_num_threads(1)
+
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 

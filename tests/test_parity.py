@@ -1,5 +1,7 @@
 """Every schedule against the float64 oracle: log-probabilities, loss, dX row by row, dW, db."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import (
@@ -13,7 +15,7 @@ from problems import (
     row_errors,
 )
 
-from fastpg import CISPO, ImportanceWeighted, Reinforce, linear_logprobs, policy_loss, reference
+from fastpg import CISPO, ImportanceWeighted, KLPenalty, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 OBJECTIVES = {
@@ -25,18 +27,29 @@ OBJECTIVES = {
 }
 
 
-def two_pass(problem: Problem, objective, reduction: str = "sum", **options) -> Result:
+def two_pass(problem: Problem, objective, reduction: str = "sum", kl: KLPenalty | None = None, **options) -> Result:
     leaves = problem.leaves()
     logprobs = linear_logprobs(
         leaves.hidden, leaves.head, leaves.tokens, mask=leaves.mask, temperature=leaves.temperature, **options
     ).logprobs
     out = policy_loss(
-        logprobs, leaves.old_logprobs, leaves.advantages, objective=objective, mask=leaves.mask, reduction=reduction
-    )
+        logprobs, leaves.old_logprobs, leaves.advantages, objective=objective, mask=leaves.mask, reduction=reduction,
+        kl=kl, ref_logprobs=leaves.ref_logprobs, rollout_weights=leaves.rollout_weights,
+    )  # fmt: skip
     return Result.of(leaves, out.logprobs, out.loss)
 
 
-SCHEDULES = pytest.mark.parametrize("schedule", [two_pass], ids=lambda f: f.__name__)
+def one_pass(problem: Problem, objective, reduction: str = "sum", kl: KLPenalty | None = None, **options) -> Result:
+    leaves = problem.leaves()
+    out = linear_policy_loss(
+        leaves.hidden, leaves.head, leaves.tokens, leaves.old_logprobs, leaves.advantages, objective=objective,
+        mask=leaves.mask, temperature=leaves.temperature, reduction=reduction,
+        kl=kl, ref_logprobs=leaves.ref_logprobs, rollout_weights=leaves.rollout_weights, **options,
+    )  # fmt: skip
+    return Result.of(leaves, out.logprobs, out.loss, out.metrics)
+
+
+SCHEDULES = pytest.mark.parametrize("schedule", [two_pass, one_pass], ids=lambda f: f.__name__)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -61,12 +74,50 @@ def test_objectives(schedule, dtype, name):
 
 
 @SCHEDULES
+@ALL_DTYPES
+@pytest.mark.parametrize("importance_weighted", [False, True], ids=["k", "r k"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_kl_penalty_and_rollout_weights(schedule, dtype, name, estimator, importance_weighted):
+    ours, theirs = OBJECTIVES[name]
+    kl = (0.1, estimator, importance_weighted)
+    problem = moderate_problem(64, dtype)
+    want, scale = oracle(problem, theirs, kl=kl)
+    conditioning = coefficient_conditioning(problem, want.logprobs, theirs, kl)
+    check_result(problem, schedule(problem, ours, kl=KLPenalty(*kl)), want, scale, conditioning)
+
+
+def moderate_problem(rows: int, dtype: torch.dtype) -> Problem:
+    """log ratios and log(ref / pi) of order 1, rollout weights around 1."""
+    problem = random_problem(rows, 1000, dtype)
+    want, _ = oracle(problem, reference.reinforce)
+    old, ref = (want.logprobs - torch.randn(rows) for _ in range(2))
+    return replace(problem, old_logprobs=old.float(), ref_logprobs=ref.float(), rollout_weights=torch.rand(rows) + 0.5)
+
+
+def coefficient_conditioning(problem: Problem, logprobs: torch.Tensor, objective, kl) -> torch.Tensor:
+    """(|c| + |dc/dlogp|) / |c|, c by float64 autograd at logp and its slope by a central difference."""
+
+    def coefficient(logprobs):
+        x = logprobs.clone().requires_grad_()
+        loss = reference.policy_loss(
+            x, problem.old_logprobs.double(), problem.advantages.double(), objective=objective, reduction="sum", kl=kl,
+            ref_logprobs=problem.ref_logprobs.double(), rollout_weights=problem.rollout_weights.double(),
+        )  # fmt: skip
+        return torch.autograd.grad(loss, x)[0]
+
+    step = 1e-6
+    slope = (coefficient(logprobs + step) - coefficient(logprobs - step)) / (2 * step)
+    return 1 + slope.abs() / coefficient(logprobs).abs()
+
+
+@SCHEDULES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_head_option_at_once(schedule, dtype):
     problem = random_problem(100, 1000, dtype, bias=True, softcap=9.0, logit_scale=0.7, temperature="per-token", masked=True)
     want, scale = oracle(problem, reference.cispo(5.0), "token-mean")
     if dtype == torch.float16:  # its dX is meant for gradients that fp16 can hold: no ratio of e^-40, no mean over tokens
-        problem = Problem(**{**vars(problem), "old_logprobs": want.logprobs.float()})
+        problem = replace(problem, old_logprobs=want.logprobs.float())
         want, scale = oracle(problem, reference.cispo(5.0), "sum")
     got = schedule(problem, CISPO(), "sum" if dtype == torch.float16 else "token-mean")
     check_result(problem, got, want, scale)
@@ -97,7 +148,7 @@ def test_each_head_option(schedule, dtype, options):
 @ALL_DTYPES
 def test_several_chunks_and_a_small_workspace_give_the_same(schedule, dtype):
     """2049 rows with the smallest workspace: many chunks, dX and dW summed over them, still rounded once."""
-    problem = random_problem(2049, 300, dtype, hidden_size=16)
+    problem = random_problem(2049, 300, dtype)
     want, scale = oracle(problem, reference.cispo(5.0))
     got = schedule(problem, CISPO(), workspace=3 * 2**20)
     check_result(problem, got, want, scale)
@@ -110,10 +161,10 @@ def test_tokens_banned_by_a_bias_of_minus_infinity(schedule):
     bias = problem.head.bias
     bias[torch.arange(17) % 3 == 0] = -torch.inf
     kept = ~torch.isin(problem.tokens, torch.arange(17)[torch.arange(17) % 3 == 0])
-    problem = Problem(**{**vars(problem), "mask": kept})
+    problem = replace(problem, mask=kept)
     want, scale = oracle(problem, reference.cispo(5.0))
     got = schedule(problem, CISPO())
-    finite = Problem(**{**vars(problem), "head": type(problem.head)(problem.head.weight, bias.clamp(min=-1e3))})
+    finite = replace(problem, head=replace(problem.head, bias=bias.clamp(min=-1e3)))
     assert (row_errors(got.dhidden, want.dhidden) <= logprob_tolerance(finite).clamp(max=1e-4)).all()
     assert (got.logprobs.double() - want.logprobs).abs().max() < 1e-4
     assert relative_error(got.dbias, want.dbias) < 1e-5

@@ -1,6 +1,4 @@
-"""The schedules: loops over token chunks and vocabulary tiles, and the matrix products. Written once for every backend.
-
-Two passes (design: any loss of the log-probabilities, four products, almost no memory)
+"""The two-pass schedule: any loss of the log-probabilities, four products, almost no memory.
 
     forward    per token chunk: one online pass over the vocabulary                          product 1
     backward   per vocabulary tile, per token chunk:
@@ -14,49 +12,19 @@ dX is summed in fp32 [K, H] and rounded once. Every sum has a fixed order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from . import tile_ops
 from .lm_head import LMHead
 from .products import accumulation_dtype, operand_dtype, product
-from .tile_ops import Chunk, RowStatistics
+from .rows import Gradients, Rows, Wanted
+from .tile_ops import RowStatistics
 
 # Chunks longer than this many tiles gain nothing: the products are at full speed and the chunk has left the cache.
 _LONGEST_CHUNK = 8
 
 
-class Rows(NamedTuple):
-    """The K rows of hidden (N, H) that a call computes.
-
-    Either `indices` (K,) gathers them, or all rows are computed (K = N) and those with `keep` (N,) False enter as zeros.
-    """
-
-    hidden: torch.Tensor  # (N, H)
-    indices: torch.Tensor | None  # (K,) int64
-    keep: torch.Tensor | None  # (N,) bool
-    tokens: torch.Tensor  # (K,) int64
-    temperature: torch.Tensor | None  # (K,) in the accumulation dtype
-
-    def chunk(self, start: int, stop: int, padded: int) -> Chunk:
-        """Rows [start, stop) in the operand dtype, with padding up to `padded` rows."""
-        size = stop - start
-        hidden = self.hidden[start:stop] if self.indices is None else self.hidden[self.indices[start:stop]]
-        if self.keep is not None:
-            hidden = torch.where(self.keep[start:stop, None], hidden, 0)
-        hidden = hidden.to(operand_dtype(hidden.dtype, hidden.device))
-        tokens = self.tokens[start:stop]
-        temperature = None if self.temperature is None else self.temperature[start:stop]
-        if padded > size:
-            hidden = torch.cat([hidden, hidden.new_zeros(padded - size, hidden.shape[1])])
-            tokens = torch.cat([tokens, tokens.new_full((padded - size,), -1)])
-            if temperature is not None:
-                temperature = torch.cat([temperature, temperature.new_ones(padded - size)])
-        return Chunk(hidden, tokens, None if temperature is None else temperature[:, None])
-
-
-def chunk_rows(head: LMHead, workspace: int) -> int:
+def chunk_rows(head: LMHead, workspace: int, entropy: bool) -> int:
     """How many tokens a chunk may have so that everything the two passes allocate fits `workspace` bytes.
 
     Raises ValueError where not even one tile fits.
@@ -65,8 +33,9 @@ def chunk_rows(head: LMHead, workspace: int) -> int:
     columns = min(columns, head.vocab_size)
     dtype, device = head.weight.dtype, head.weight.device
     wide, narrow = accumulation_dtype(dtype).itemsize, operand_dtype(dtype, device).itemsize
-    # a tile of weights and of its gradient; of logits, up to four temporaries at a time (entropy, softcap, slope)
-    fixed = columns * head.hidden_size * (wide + narrow) + 5 * rows * columns * wide
+    # a tile of weights and of its gradient; of logits, with the temporaries of the entropy and of the softcap's slope
+    tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
+    fixed = columns * head.hidden_size * (wide + narrow) + tiles * rows * columns * wide
     # hidden states (gathered, widened), a row of dlogits, and a score of per-row numbers
     per_row = 2 * head.hidden_size * narrow + columns * narrow + 20 * wide
     fitting = (workspace - fixed) // per_row // rows
@@ -80,31 +49,17 @@ def chunk_rows(head: LMHead, workspace: int) -> int:
 
 def two_pass_forward(rows: Rows, head: LMHead, entropy: bool, workspace: int) -> RowStatistics:
     """The statistics of every row: RowStatistics of (K,) vectors."""
-    count, longest, block = len(rows.tokens), chunk_rows(head, workspace), tile_ops.tile_shape(head).rows
+    count, longest, block = len(rows.tokens), chunk_rows(head, workspace, entropy), tile_ops.tile_shape(head).rows
     parts = []
     for start in range(0, count, longest):
         stop = min(start + longest, count)
-        chunk = rows.chunk(start, stop, padded=-(-(stop - start) // block) * block)
+        chunk = rows.chunk(start, stop, multiple=block)
         statistics = tile_ops.online_logsumexp(chunk, head, entropy)
         parts.append(RowStatistics(*(s[: stop - start] for s in statistics)))
     if not parts:
         dtype = accumulation_dtype(head.weight.dtype)
         return RowStatistics(*(head.weight.new_empty(0, dtype=dtype) for _ in RowStatistics._fields))
     return RowStatistics(*(torch.cat(s) for s in zip(*parts, strict=True)))
-
-
-class Wanted(NamedTuple):
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Gradients(NamedTuple):
-    """Each in its input's shape and dtype; empty (0,) where not wanted."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
 
 
 def two_pass_backward(
@@ -117,7 +72,8 @@ def two_pass_backward(
     workspace: int,
 ) -> Gradients:
     """Gradients for incoming gradients (K,) of the log-probabilities and entropies."""
-    count, longest, weight = len(rows.tokens), chunk_rows(head, workspace), head.weight
+    count, weight = len(rows.tokens), head.weight
+    longest = chunk_rows(head, workspace, grad_entropy is not None)
     columns = min(tile_ops.tile_shape(head).columns, head.vocab_size)
     wide, narrow = accumulation_dtype(weight.dtype), operand_dtype(weight.dtype, weight.device)
     as_bf16 = weight.dtype == torch.bfloat16
@@ -136,7 +92,7 @@ def two_pass_backward(
             dw = torch.empty(width, head.hidden_size, dtype=wide, device=device)
         for start in range(0, count, longest):
             part = slice(start, min(start + longest, count))
-            chunk = rows.chunk(part.start, part.stop, padded=0)
+            chunk = rows.chunk(part.start, part.stop)
             d = dlogits[: len(chunk.tokens) * width].view(-1, width)
             part_statistics = RowStatistics(*(s[part] for s in statistics))
             h = None if grad_entropy is None else grad_entropy[part]

@@ -1,0 +1,268 @@
+"""Policy-gradient losses of hidden states and the lm_head in one sweep: the one-pass schedule, any token-level objective."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from . import ops, validation
+from .lm_head import LMHead
+from .losses import PolicyLossOutput, TokenTerms, token_losses, token_terms
+from .metrics import token_metrics
+from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
+from .one_pass_schedule import OnePass, TokenLosses, chunk_length, loss_gradient, one_pass
+from .products import accumulation_dtype
+from .reductions import Reduction, check_reduction
+from .rows import Gradients, Rows, Wanted, rows_of
+from .two_pass import needs_gradient, prepare
+from .two_pass_schedule import chunk_rows
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,  # (..., H)
+    head: torch.Tensor | LMHead,  # (V, H), or an LMHead
+    tokens: torch.Tensor,  # (...)
+    old_logprobs: torch.Tensor | None,  # (...)
+    advantages: torch.Tensor,  # (...), or (B,) with (B, T) tokens
+    *,
+    objective: Objective | ObjectiveFunction,
+    mask: torch.Tensor | None = None,  # (...)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    reduction: Reduction = "token-mean",
+    denominator: float | torch.Tensor | None = None,
+    kl: KLPenalty | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_weights: torch.Tensor | None = None,  # (...)
+    entropy: bool = False,
+    skip_zero_weight: bool = True,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> PolicyLossOutput:
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D without the logits, its gradients computed in the same sweep.
+
+        z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+        logp = z[token] - logsumexp_v z_v          r = exp(logp - old_logprobs)          l = objective(logp, old, advantages)
+
+    Three matrix products for the loss and both gradients, the least an exact gradient can cost; two if one of hidden and
+    weight is frozen, one under no_grad. The sum over the vocabulary is anchored by old_logprobs (`one_pass_schedule`), which
+    may be arbitrarily wrong: rows where it is too far off are recomputed and counted in metrics["recomputed_tokens"].
+
+    Args:
+        hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`.
+        old_logprobs, advantages, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
+        objective: Reinforce(), ImportanceWeighted(), CISPO(...), or a function of (logprobs, old_logprobs, advantages) whose
+            value per token is maximised. It must be a function of its own token: it is called on chunks.
+        entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
+            entropies are differentiable.
+        skip_zero_weight: tokens with advantage (times rollout weight) exactly 0 cost no work where a built-in objective is
+            used without a KL penalty. They count in the denominators; their log-probability is reported as NaN, metrics are
+            means over the other tokens, and metrics["skipped_tokens"] counts them.
+        workspace: bytes of transient memory, which decide how many tokens form a chunk; default 256 MiB on a CPU, 1 GiB on
+            accelerators. On top come the gradients, and with several chunks one fp32 copy of dW where it is not fp32.
+        check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute. False reads
+            nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a row whose sum
+            overflows then makes the loss and the gradients NaN.
+
+    Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
+
+    Gradients exist before backward, which scales them by the incoming gradient; double backward raises. float16 inputs take
+    the two-pass schedule, whose probabilities do not underflow. Under non-reentrant checkpointing the products run again.
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
+    too small for one tile.
+    """
+    hidden, head, keep = prepare(hidden, head, tokens, mask, temperature, backend, check)
+    validation.check_policy_inputs("tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights)
+    check_reduction(reduction, tokens.shape, denominator)
+    wanted = _wanted(hidden, head)
+    workspace = validation.workspace_bytes(workspace, hidden.device)
+    _check_workspace(head, workspace, wanted, entropy)
+
+    dtype = accumulation_dtype(hidden.dtype)
+    terms = token_terms(keep, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
+    computed = keep
+    if check and skip_zero_weight and kl is None and isinstance(objective, Objective):
+        weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
+        computed = keep & (weight != 0)
+    rows = rows_of(hidden, tokens, computed, temperature, gather=check)
+    flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
+    row_terms = flat if rows.indices is None else flat.select(rows.indices)
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
+            rows.hidden, head.weight, head.bias, *rows[1:], *row_terms, partial(token_losses, objective=objective, kl=kl),
+            head.softcap, head.logit_scale, wanted, entropy, workspace, check,
+        )  # fmt: skip
+    logprobs = rows.scatter(logprobs).reshape(tokens.shape)
+    bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
+    metrics = token_metrics(logprobs, terms.old(logprobs), computed, bounds)
+    metrics |= {"skipped_tokens": keep.sum() - computed.sum(), "recomputed_tokens": recomputed}
+    if entropy:
+        metrics["entropy"] = entropies.sum() / metrics["tokens"].clamp(min=1)
+    reported = logprobs if computed is keep else torch.where(keep & ~computed, torch.nan, logprobs)
+    return PolicyLossOutput(loss, reported, metrics)
+
+
+def linear_cispo_loss(
+    hidden: torch.Tensor,  # (..., H)
+    head: torch.Tensor | LMHead,  # (V, H), or an LMHead
+    tokens: torch.Tensor,  # (...)
+    old_logprobs: torch.Tensor | None,  # (...)
+    advantages: torch.Tensor,  # (...), or (B,) with (B, T) tokens
+    *,
+    ratio_max: float | None = 5.0,
+    ratio_min: float | None = None,
+    mask: torch.Tensor | None = None,  # (...)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    reduction: Reduction = "token-mean",
+    denominator: float | torch.Tensor | None = None,
+    kl: KLPenalty | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_weights: torch.Tensor | None = None,  # (...)
+    entropy: bool = False,
+    skip_zero_weight: bool = True,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> PolicyLossOutput:
+    """`linear_policy_loss` with objective=CISPO(ratio_max, ratio_min): l = sg(clip(r, ratio_min, ratio_max)) A logp.
+
+    The bounds are on the ratio r itself (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, with ratio_max = 1 + eps_high).
+    """
+    return linear_policy_loss(
+        hidden,
+        head,
+        tokens,
+        old_logprobs,
+        advantages,
+        objective=CISPO(ratio_max, ratio_min),
+        mask=mask,
+        temperature=temperature,
+        reduction=reduction,
+        denominator=denominator,
+        kl=kl,
+        ref_logprobs=ref_logprobs,
+        rollout_weights=rollout_weights,
+        entropy=entropy,
+        skip_zero_weight=skip_zero_weight,
+        workspace=workspace,
+        backend=backend,
+        check=check,
+    )
+
+
+class LinearPolicyLoss(torch.nn.Module):
+    """`linear_policy_loss` with its options held: a module without parameters. See there for the arguments."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective | ObjectiveFunction,
+        temperature: float = 1.0,
+        reduction: Reduction = "token-mean",
+        kl: KLPenalty | None = None,
+        entropy: bool = False,
+        skip_zero_weight: bool = True,
+        workspace: int | None = None,
+        backend: str | None = None,
+        check: bool = True,
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "objective": objective,
+            "temperature": temperature,
+            "reduction": reduction,
+            "kl": kl,
+            "entropy": entropy,
+            "skip_zero_weight": skip_zero_weight,
+            "workspace": workspace,
+            "backend": backend,
+            "check": check,
+        }
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor | LMHead,
+        tokens: torch.Tensor,
+        old_logprobs: torch.Tensor | None,
+        advantages: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        denominator: float | torch.Tensor | None = None,
+        ref_logprobs: torch.Tensor | None = None,
+        rollout_weights: torch.Tensor | None = None,
+    ) -> PolicyLossOutput:
+        return linear_policy_loss(
+            hidden, head, tokens, old_logprobs, advantages,
+            mask=mask, denominator=denominator, ref_logprobs=ref_logprobs, rollout_weights=rollout_weights, **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _wanted(hidden: torch.Tensor, head: LMHead) -> Wanted:
+    grad = needs_gradient(hidden, head)
+    return Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)))
+
+
+def _check_workspace(head: LMHead, workspace: int, wanted: Wanted, entropy: bool) -> None:
+    """Raises before any work where the workspace is too small for the sweep, or for the two passes of flagged rows."""
+    chunk_rows(head, workspace, entropy)
+    if head.weight.dtype != torch.float16:
+        chunk_length(head, workspace, 1, any(wanted), entropy)
+
+
+def _two_passes(
+    rows: Rows,
+    head: LMHead,
+    terms: TokenTerms,
+    losses: TokenLosses,
+    wanted: Wanted,
+    entropy: bool,
+    workspace: int,
+    check: bool,
+) -> OnePass:
+    """`one_pass` by the two-pass schedule: for float16, whose E would underflow."""
+    fields = (head.weight, head.bias, head.softcap, head.logit_scale)
+    statistics = ops.two_pass_forward(*rows, *fields, entropy, workspace)
+    logprobs = statistics[0]
+    gradients = Gradients(*(logprobs.new_empty(0) for _ in wanted))
+    if any(wanted):
+        g = loss_gradient(losses, torch.where(terms.mask, logprobs, 0), terms)
+        gradients = Gradients(*ops.two_pass_backward(*rows, *fields, statistics, g, None, list(wanted), workspace))
+    return OnePass(logprobs, statistics[1], rows.tokens.new_zeros(()), gradients)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """(loss (), logprobs (K,), entropies (K,) or (0,), recomputed ()) of the rows that `rows.Rows` describes.
+
+    Only the loss is differentiable; its gradients are computed here, where they are wanted, and scaled in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *arguments):
+        rows, terms = Rows(hidden, *arguments[:4]), TokenTerms(*arguments[4:10])
+        losses, softcap, logit_scale, wanted, entropy, workspace, check = arguments[10:]
+        head = LMHead(weight, bias, softcap, logit_scale)
+        schedule = _two_passes if weight.dtype == torch.float16 else one_pass
+        result = schedule(rows, head, terms, losses, wanted, entropy, workspace, check)
+        logprobs = torch.where(terms.mask, result.logprobs, 0)
+        loss = losses(logprobs, terms).sum()
+        ctx.save_for_backward(*result.gradients)
+        ctx.wanted = wanted
+        ctx.mark_non_differentiable(logprobs, result.entropy, result.recomputed)
+        return loss, logprobs, result.entropy, result.recomputed
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
+                "and policy_loss without create_graph, or full logits (fastpg.reference)"
+            )
+        gradients = (g * grad_loss.to(g.dtype) if w else None for g, w in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+        return *gradients, *(None,) * 17

@@ -1,0 +1,283 @@
+"""The one-pass schedule: loss and gradients in one sweep, three matrix products, anchored by the old log-probabilities.
+
+Every policy-gradient loss is given old_n, an estimate of logp_n. So with a_n = clamp(old_n, -60, 0), anchor_n = z_n,y - a_n
+estimates the row's logsumexp up to the log ratio, before a single logit is known, and
+
+    E_nv = exp(z_nv - anchor_n)  for v != y_n        S_n = sum_v E_nv        D_n = S_n + exp(a_n)
+    t_n = log S_n - a_n          logp_n = logsigmoid(-t_n)                   p_nv = E_nv / D_n
+
+need no running maximum, no rescaling and no second pass: exp is taken in the epilogue of the first product. The loss enters
+through one number per row, g_n = dL/dlogp_n, which commutes with the other two products:
+
+    dL/dz_nv = g_n ([v = y] - p_nv) = -g_n E_nv / D_n  with  E_n,y = -S_n            u_n = -g_n logit_scale / (T_n D_n)
+    dX_n = u_n (E @ W)_n                      dW = E^T @ (u x)    db = E^T u
+
+Per token chunk: product 1 with its epilogue (`ops.anchored_scores`), plain Python on [C] vectors, products 2 and 3
+(`ops.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once.
+
+Range. E is capped at 2^100. A row is flagged unless 2^-90 <= S < 2^99 and (u = 0 or 2^-110 <= |u| <= 2^110), which NaN,
+overflow, underflow and the empty sum of V = 1 all fail. Flagged rows add nothing to their chunk; they form last chunks of
+their own, anchored at their own log-probability from the two-pass forward, not clamped. Then E = p, S = 1 - p, D = 1 and
+nothing overflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import ops, tile_ops
+from .lm_head import LMHead
+from .losses import TokenTerms
+from .products import accumulation_dtype, operand_dtype
+from .rows import Gradients, Rows, Wanted
+
+_LOWEST_ANCHOR = -60.0  # log-probabilities below it are anchored here: exp(60) leaves E room on both sides
+_SMALLEST_SUM, _LARGEST_SUM = 2.0**-90, 2.0**99
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-110, 2.0**110
+
+# (logprobs, terms) -> per-token losses, whose sum is the loss
+TokenLosses = Callable[[torch.Tensor, TokenTerms], torch.Tensor]
+
+
+class OnePass(NamedTuple):
+    """What a sweep returns of its K rows. The loss is token_losses(logprobs, terms).sum()."""
+
+    logprobs: torch.Tensor  # (K,)
+    entropy: torch.Tensor  # (K,), or (0,) if not asked for
+    recomputed: torch.Tensor  # (): how many rows were flagged
+    gradients: Gradients  # of the loss
+
+
+class _Scored(NamedTuple):
+    """A chunk after product 1: its hidden states (C, H) in the operand dtype, and vectors (C,)."""
+
+    hidden: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor  # (0,) if not asked for
+    factor: torch.Tensor  # u; (0,) if no gradient is wanted
+    sum_in_range: torch.Tensor  # bool
+    flagged: torch.Tensor  # bool
+
+
+def one_pass(
+    rows: Rows,
+    head: LMHead,
+    terms: TokenTerms,
+    token_losses: TokenLosses,
+    wanted: Wanted,
+    entropy: bool,
+    workspace: int,
+    check: bool,
+) -> OnePass:
+    """Log-probabilities, entropies and gradients of the loss for K rows.
+
+    check: flagged rows are found by one host read, after product 1 of the last chunk, and recomputed. Without it nothing is
+    read; a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients NaN.
+    """
+    count = len(rows.tokens)
+    length = chunk_length(head, workspace, count, any(wanted), entropy)
+    sweep = _Sweep(head, token_losses, wanted, entropy, check, rows, min(count, length))
+    scored = []
+    flagged = rows.tokens.new_empty(0)
+    for part in _parts(count, length):
+        part_terms = terms.select(part)
+        scored.append(sweep.score(rows, part, part_terms))
+        if check and part.stop == count:
+            flagged = torch.cat([s.flagged for s in scored]).nonzero()[:, 0]  # the host read
+        dropped = scored[-1].flagged if check else ~part_terms.mask
+        sweep.add_gradients(rows, part, scored[-1], dropped, once=count <= length and not len(flagged))
+
+    logprobs, entropies = sweep.join(scored, "logprobs"), sweep.join(scored, "entropy")
+    if len(flagged):
+        again, again_terms = rows.select(flagged), terms.select(flagged)
+        anchors, again_entropies = sweep.rescore(again, scored, flagged, logprobs, entropies, workspace)
+        logprobs = logprobs.index_copy(0, flagged, anchors)
+        entropies = entropies.index_copy(0, flagged, again_entropies) if entropy else entropies
+        for part in _parts(len(flagged), length):
+            last = sweep.score(again, part, again_terms.select(part), anchors[part])
+            sweep.add_gradients(again, part, last, None, once=False)
+    recomputed = torch.full((), len(flagged), dtype=torch.int64, device=rows.tokens.device)
+    return OnePass(logprobs, entropies, recomputed, sweep.gradients())
+
+
+class _Sweep:
+    """One call: what stays the same for all of its chunks, the buffer for E, and the sums of the gradients."""
+
+    def __init__(
+        self,
+        head: LMHead,
+        token_losses: TokenLosses,
+        wanted: Wanted,
+        entropy: bool,
+        check: bool,
+        rows: Rows,
+        longest: int,
+    ) -> None:
+        self.head, self.token_losses, self.wanted, self.entropy, self.check = head, token_losses, wanted, entropy, check
+        weight, hidden = head.weight, rows.hidden
+        self.dtype = accumulation_dtype(weight.dtype)
+        self.block = tile_ops.tile_shape(head).rows
+        self.scores = None
+        if any(wanted):
+            padded = -(-longest // self.block) * self.block
+            self.scores = torch.empty(padded, head.vocab_size, dtype=_score_dtype(weight.dtype), device=weight.device)
+        self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.dweight = self.dbias = None  # allocated by the first chunk, which knows whether there are others
+
+    def score(self, rows: Rows, part: slice, terms: TokenTerms, anchors: torch.Tensor | None = None) -> _Scored:
+        """Product 1 of a chunk, and what follows from it row by row. `anchors`: log-probabilities already known."""
+        size = part.stop - part.start
+        log_anchor = anchors
+        if anchors is None:
+            old = terms.old_logprobs
+            log_anchor = torch.zeros_like(terms.advantages) if old is None else old.clamp(_LOWEST_ANCHOR, 0)
+        chunk = rows.chunk(part.start, part.stop, multiple=self.block)
+        padding = len(chunk.tokens) - size
+        scores = None if self.scores is None else self.scores[: len(chunk.tokens)]
+        total, weighted = ops.anchored_scores(
+            *chunk, F.pad(log_anchor, (0, padding)), *_fields(self.head), self.entropy, scores
+        )
+        total = total[:size]
+        log_total = total.log()
+        t = log_total - log_anchor
+        logprobs = F.logsigmoid(-t) if anchors is None else anchors
+        entropy = tile_ops.entropy_of(t, log_total, total, weighted[:size]) if self.entropy else weighted
+        factor = total.new_empty(0)
+        if scores is not None:
+            factor = self._row_factor(logprobs, total + log_anchor.exp(), terms, chunk.temperature)
+        in_range = (total >= _SMALLEST_SUM) & (total < _LARGEST_SUM)
+        flagged = ~in_range | ~_factor_in_range(factor) if scores is not None else ~in_range
+        if not self.check:
+            lost = ~(total < _LARGEST_SUM) & terms.mask
+            if scores is not None:
+                lost = lost | (~factor.isfinite() & terms.mask)
+                factor = torch.where(lost, torch.nan, factor)
+            logprobs = torch.where(lost, torch.nan, logprobs)
+        return _Scored(chunk.hidden[:size], logprobs, entropy, factor, in_range, flagged)
+
+    def _row_factor(
+        self, logprobs: torch.Tensor, denominator: torch.Tensor, terms: TokenTerms, temperature: torch.Tensor | None
+    ) -> torch.Tensor:
+        """u = -g logit_scale / (T D), with g = dL/dlogp by automatic differentiation of the objective on [C] vectors."""
+        g = loss_gradient(self.token_losses, logprobs, terms)
+        scale = self.head.logit_scale
+        if temperature is not None:
+            scale = scale / temperature[: len(g), 0]
+        return -g * scale / denominator
+
+    def add_gradients(self, rows: Rows, part: slice, scored: _Scored, dropped: torch.Tensor | None, once: bool) -> None:
+        """Products 2 and 3 of a chunk. Rows in `dropped` (C,) add nothing. once: it is the only chunk of the call."""
+        if self.scores is None:
+            return
+        scores, factor, weight = self.scores[: len(scored.factor)], scored.factor, self.head.weight
+        if dropped is not None:
+            factor = torch.where(dropped, 0, factor)
+        accumulate = self.dweight is not None or self.dbias is not None
+        if not accumulate:
+            self._allocate_sums(weight.dtype if once else self.dtype)
+        dhidden = None
+        if self.wanted.hidden:
+            in_place = rows.indices is None
+            dhidden = self.dhidden[part] if in_place else self.dhidden.new_empty(len(factor), self.head.hidden_size)
+        sums = (dhidden, self.dweight, self.dbias)
+        ops.gradient_products(scores, factor, dropped, scored.hidden, weight, *sums, accumulate)
+        if dhidden is not None and rows.indices is not None:
+            self.dhidden.index_copy_(0, rows.indices[part], dhidden)
+
+    def _allocate_sums(self, dtype: torch.dtype) -> None:
+        head = self.head
+        if self.wanted.weight:
+            self.dweight = torch.empty(head.weight.shape, dtype=dtype, device=head.weight.device)
+        if self.wanted.bias:
+            self.dbias = torch.empty(head.vocab_size, dtype=self.dtype, device=head.weight.device)
+
+    def rescore(
+        self,
+        flagged_rows: Rows,
+        scored: list[_Scored],
+        flagged: torch.Tensor,
+        logprobs: torch.Tensor,
+        entropies: torch.Tensor,
+        workspace: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of flagged rows from the two-pass forward; rows flagged only for u keep theirs."""
+        statistics = ops.two_pass_forward(*flagged_rows, *_fields(self.head), self.entropy, workspace)
+        keeps = torch.cat([s.sum_in_range for s in scored])[flagged]
+        again = torch.where(keeps, logprobs[flagged], statistics[0])
+        return again, torch.where(keeps, entropies[flagged], statistics[1]) if self.entropy else entropies
+
+    def join(self, scored: list[_Scored], name: str) -> torch.Tensor:
+        nothing = torch.empty(0, dtype=self.dtype, device=self.head.weight.device)
+        return torch.cat([nothing, *(getattr(s, name) for s in scored)])
+
+    def gradients(self) -> Gradients:
+        head = self.head
+        dweight, dbias = self.dweight, self.dbias
+        if self.wanted.weight:
+            dweight = torch.zeros_like(head.weight) if dweight is None else dweight.to(head.weight.dtype)
+        if self.wanted.bias:
+            dbias = torch.zeros_like(head.bias) if dbias is None else dbias.to(head.bias.dtype)
+        return Gradients(*(head.weight.new_empty(0) if g is None else g for g in (self.dhidden, dweight, dbias)))
+
+
+def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: TokenTerms) -> torch.Tensor:
+    """g = dL/dlogp (C,), by automatic differentiation of the objective on vectors, inside an autograd.Function's forward."""
+    if torch.compiler.is_compiling():  # Dynamo refuses torch.autograd.grad there
+        return torch.func.grad(lambda x: token_losses(x, terms).sum())(logprobs)
+    # torch.func refuses the saved-tensor hooks of checkpointing; identity hooks keep these few vectors out of theirs
+    identity = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.enable_grad(), identity:
+        x = logprobs.detach().requires_grad_()
+        return torch.autograd.grad(token_losses(x, terms).sum(), x)[0]
+
+
+def chunk_length(head: LMHead, workspace: int, count: int, with_gradients: bool, entropy: bool) -> int:
+    """Rows per chunk, a multiple of the tile's: the fewest chunks that fit `workspace` bytes, of equal length.
+
+    Raises ValueError where not even one tile of rows fits.
+    """
+    rows, columns = tile_ops.tile_shape(head)
+    columns = min(columns, head.vocab_size)
+    weight = head.weight
+    wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
+    # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
+    tiles = 1 + entropy + (4 if head.softcap is not None else 0)
+    fixed = columns * head.hidden_size * narrow + tiles * rows * columns * wide
+    # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
+    per_row = 4 * head.hidden_size * wide + 20 * wide
+    if with_gradients:
+        per_row += head.vocab_size * _score_dtype(weight.dtype).itemsize
+    fitting = max(0, workspace - fixed) // per_row // rows
+    padded = -(-count // rows)
+    if with_gradients and fitting < padded and _score_dtype(weight.dtype).itemsize < narrow:
+        # several chunks: product 3 is summed in the accumulation dtype, from widened tiles of E
+        fitting = max(0, workspace - fixed) // (per_row + columns * wide) // rows
+    if fitting < 1:
+        raise ValueError(
+            f"workspace={workspace} bytes is too small: {rows} rows of a ({head.vocab_size}, {head.hidden_size}) "
+            f"{weight.dtype} head on {weight.device.type} need {fixed + rows * (per_row + columns * wide)}"
+        )
+    chunks = max(1, -(-padded // fitting))
+    return max(1, -(-padded // chunks)) * rows
+
+
+def _parts(count: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def _score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """E is stored in the dtype of the inputs, so that products 2 and 3 run at its speed; fp16 has too little range."""
+    return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
+
+
+def _factor_in_range(factor: torch.Tensor) -> torch.Tensor:
+    size = factor.abs()
+    return (factor == 0) | ((size >= _SMALLEST_FACTOR) & (size <= _LARGEST_FACTOR))
+
+
+def _fields(head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None, float | None, float]:
+    return head.weight, head.bias, head.softcap, head.logit_scale
