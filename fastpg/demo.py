@@ -1,0 +1,309 @@
+"""`fastpg demo`: reinforcement learning of a small language model on a CPU, with a loss that never builds the logits.
+
+The algorithm is `train`: sample answers in groups, verify them, compare each with its group, take two CISPO steps. What it
+calls, in the same order, is below it, and the report at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from .demo_tasks import Task, check_packages, larger_digit, load_smollm2, sums, tiny_model
+from .lm_head import LMHead
+from .losses import policy_loss
+from .objectives import CISPO
+from .profiling import transient_bytes
+from .two_pass import linear_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OBJECTIVE = CISPO(ratio_max=5.0)
+UPDATES = 2  # optimiser steps for each batch of rollouts: the second one finds ratios that differ from 1
+
+
+class Rollouts(NamedTuple):
+    """Completions of P prompts, G of each: B = P * G rows, and row p * G + g is completion g of prompt p."""
+
+    prompts: torch.Tensor  # (P, L), all of one length
+    tokens: torch.Tensor  # (B, T); what follows a stop token is padding
+    mask: torch.Tensor  # (B, T) bool, True up to and including the stop token
+    hidden: torch.Tensor  # (B, T, H) of the policy that sampled; hidden[:, t] predicts tokens[:, t]
+    rewards: torch.Tensor  # (B,) 1 where the answer is right, else 0
+
+
+class LossMemory(NamedTuple):
+    """Transient bytes of one update's loss and its gradients: all that is allocated from hidden states to dX and dW."""
+
+    fastpg: int
+    full_logits: int
+    gradients: int  # dX and dW themselves, which both contain
+
+
+class Training(NamedTuple):
+    history: list[dict[str, float]]  # the numbers of each step
+    seconds: dict[str, float]  # by phase
+    memory: LossMemory
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+
+
+def train(model: PreTrainedModel, task: Task, steps: int, seed: int = 0, shuffle: bool = False) -> Training:
+    """CISPO with group advantages. `shuffle` deals a batch's advantages out at random: a control that cannot learn."""
+    clock = Clock()
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
+    head = LMHead.from_model(model)  # the tied embedding itself
+    history = []
+    progress = tqdm(range(1, steps + 1), unit="step")
+    for step in progress:
+        with clock("sample"):
+            rollouts = sample(model, task, random, generator)
+        with clock("score"), torch.no_grad():
+            old_logprobs = linear_logprobs(rollouts.hidden, head, rollouts.tokens, mask=rollouts.mask).logprobs
+        advantages = group_advantages(rollouts.rewards, task.group_size)
+        if shuffle:
+            advantages = advantages[torch.randperm(len(advantages), generator=generator)]
+
+        updates = []
+        for rows in parts_of_groups(len(advantages), task.group_size):
+            tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
+            with clock("update"):
+                hidden = hidden_states(model, rollouts.prompts, tokens)
+                logprobs = linear_logprobs(hidden, head, tokens, mask=mask).logprobs
+                out = policy_loss(logprobs, old_logprobs[rows], advantages[rows], objective=OBJECTIVE, mask=mask)
+                out.loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            updates.append({"loss": out.loss.item()} | {name: value.item() for name, value in out.metrics.items()})
+
+        history.append(step_numbers(step, rollouts, updates))
+        shown = ("reward", "loss", "ratio_mean", "ratio_max", "clip_fraction")
+        progress.set_postfix({name: f"{history[-1][name]:.3g}" for name in shown}, refresh=False)
+    memory = loss_memory(hidden, head, tokens, mask, old_logprobs[rows], advantages[rows])
+    return Training(history, dict(clock.seconds), memory)
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.Generator) -> Rollouts:
+    """Draw prompts, sample a group of completions of each at temperature 1, and verify their answers."""
+    problems = [task.draw(random) for _ in range(task.prompts_per_step)]
+    prompts = torch.tensor([ids for ids, _ in problems])
+    answers = [answer for _, answer in problems for _ in range(task.group_size)]
+
+    last, cache = read_prompts(model, prompts, task.group_size)
+    running = torch.ones(len(last), dtype=torch.bool)
+    tokens, mask, hidden = [], [], []
+    for _ in range(task.max_new_tokens):
+        # One position of each completion: the only logits that the demo ever builds, because they are what it samples from.
+        probabilities = model.get_output_embeddings()(last).softmax(-1)
+        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        token = torch.where(running, token, task.stop_token)
+        tokens.append(token)
+        mask.append(running)
+        hidden.append(last)
+        running = running & (token != task.stop_token)
+        if not running.any():
+            break
+        last = model.base_model(token[:, None], past_key_values=cache).last_hidden_state[:, -1]
+
+    tokens, mask, hidden = (torch.stack(columns, 1) for columns in (tokens, mask, hidden))
+    completions = [[i for i in row if i != task.stop_token] for row in tokens.tolist()]
+    rewards = [float(task.verify(ids, answer)) for ids, answer in zip(completions, answers, strict=True)]
+    return Rollouts(prompts, tokens, mask, hidden, torch.tensor(rewards))
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(R - mean) / (std + 1e-6) over each group, (B,) -> (B,). A group of equal rewards teaches nothing: exactly 0."""
+    groups = rewards.reshape(-1, group_size)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # whatever the mean was rounded to
+    return torch.where(equal, 0.0, advantages).reshape(-1)
+
+
+def parts_of_groups(rows: int, group_size: int) -> Iterator[torch.Tensor]:
+    """The rows of each update: an equal share of every group, so that each update has every prompt, and no row comes twice."""
+    shares = torch.arange(rows).reshape(-1, UPDATES, group_size // UPDATES)
+    for update in range(UPDATES):
+        yield shares[:, update].reshape(-1)
+
+
+def hidden_states(model: PreTrainedModel, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(P, L) prompts and (B, T) completions -> (B, T, H), where hidden[:, t] predicts tokens[:, t]. Differentiable."""
+    last, cache = read_prompts(model, prompts, len(tokens) // len(prompts))
+    # The last token predicts nothing that counts. Padding is to the right, where causal attention does not see it.
+    rest = model.base_model(tokens[:, :-1], past_key_values=cache).last_hidden_state
+    return torch.cat([last[:, None], rest], 1)
+
+
+def read_prompts(model: PreTrainedModel, prompts: torch.Tensor, copies: int):
+    """Reads each prompt once for all of its completions: (P, L) -> hidden state of its end (P * copies, H), and the cache."""
+    out = model.base_model(prompts, use_cache=True)
+    out.past_key_values.batch_repeat_interleave(copies)
+    return out.last_hidden_state[:, -1].repeat_interleave(copies, 0), out.past_key_values
+
+
+def step_numbers(step: int, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
+    """One row of the history. Ratios are those of the last update; the first finds the policy that sampled, so ratios of 1."""
+    last = {name: updates[-1][name] for name in ("ratio_mean", "ratio_max", "clip_fraction", "ess", "kl_k3")}
+    return {
+        "step": step,
+        "reward": rollouts.rewards.mean().item(),
+        "loss": sum(update["loss"] for update in updates) / len(updates),
+        "tokens": rollouts.mask.sum(1).float().mean().item(),
+        "first_ratio_mean": updates[0]["ratio_mean"],
+        "first_ratio_max": updates[0]["ratio_max"],
+        **last,
+    }
+
+
+class Clock:
+    """`with clock("phase"):` adds the time inside to `seconds["phase"]`."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+
+def loss_memory(
+    hidden: torch.Tensor,  # (B, T, H)
+    head: LMHead,
+    tokens: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+    old_logprobs: torch.Tensor,  # (B, T)
+    advantages: torch.Tensor,  # (B,)
+) -> LossMemory:
+    """Measures one update's loss and gradients, as in `train` and with full logits."""
+    hidden = hidden.detach().requires_grad_()
+
+    def gradients(logprobs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = policy_loss(logprobs, old_logprobs, advantages, objective=OBJECTIVE, mask=mask).loss
+        return torch.autograd.grad(loss, (hidden, head.weight))
+
+    def fastpg() -> None:
+        gradients(linear_logprobs(hidden, head, tokens, mask=mask).logprobs)
+
+    def full_logits() -> None:
+        gradients(torch.log_softmax(hidden @ head.weight.T, -1).gather(-1, tokens[..., None])[..., 0])
+
+    return LossMemory(transient_bytes(fastpg), transient_bytes(full_logits), hidden.nbytes + head.weight.nbytes)
+
+
+def quarters(history: list[dict[str, float]]) -> tuple[float, float]:
+    """Answer accuracy over the first and the last quarter of the steps."""
+    rewards = [row["reward"] for row in history]
+    n = max(1, len(rewards) // 4)
+    return sum(rewards[:n]) / n, sum(rewards[-n:]) / n
+
+
+def report(console: Console, training: Training) -> None:
+    first, last = quarters(training.history)
+    fastpg, full, gradients = (f"{size / 2**20:.1f} MiB" for size in training.memory)
+    table = Table("", "", show_header=False, title="fastpg demo")
+    table.add_row("answer accuracy, first quarter of the steps", f"{first:.0%}")
+    table.add_row("answer accuracy, last quarter of the steps", f"{last:.0%}", end_section=True)
+    table.add_row("memory of one update's loss, its gradients dX and dW included", fastpg)
+    table.add_row("the same with full logits", full)
+    table.add_row("of each, dX and dW alone", gradients, end_section=True)
+    for phase, seconds in training.seconds.items():
+        table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
+    table.add_row("seconds: all", f"{sum(training.seconds.values()):.1f}")
+    console.print(table)
+
+
+def save(training: Training, folder: Path, title: str) -> list[Path]:
+    """Writes history.csv and curves.png, and returns their paths."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "history.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, training.history[0])
+        writer.writeheader()
+        writer.writerows(training.history)
+
+    steps = [row["step"] for row in training.history]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.suptitle(title)
+    curves = {"answer accuracy": "reward", "loss": "loss", "largest ratio": "ratio_max", "clip fraction": "clip_fraction"}
+    for axes, (label, name) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
+        axes.plot(steps, [row[name] for row in training.history], marker="." if len(steps) < 50 else "")
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        if name in ("reward", "clip_fraction"):
+            axes.set_ylim(bottom=0)
+    figure.savefig(folder / "curves.png", dpi=120)
+    return [folder / "history.csv", folder / "curves.png"]
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+
+def add_command(commands) -> None:
+    """`fastpg demo`, for the parser in __main__."""
+    parser = commands.add_parser("demo", help="train a small language model to answer, with a loss without logits")
+    parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2", help="tiny: a random Llama, 20 s")
+    parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 200 for tiny)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of curves.png and history.csv")
+    parser.add_argument(
+        "--advantage",
+        choices=("group", "none"),
+        default="group",
+        help="none: advantages are shuffled over the completions of a batch, a control that must not learn",
+    )
+    parser.set_defaults(run=run)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError  # argparse names the option and the value
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
+    console = Console()
+    try:
+        check_packages(args.model)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"fastpg demo: {error}") from None
+
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    if args.model == "smollm2":
+        console.print("Loading SmolLM2-135M-Instruct ...")
+        model, tokenizer = load_smollm2()
+        task = sums(tokenizer)
+    else:
+        model, task = tiny_model(), larger_digit()
+    loading = time.perf_counter() - start
+
+    training = train(model, task, args.steps or task.steps, args.seed, shuffle=args.advantage == "none")
+    training.seconds["load"] = loading
+    report(console, training)
+    title = f"{args.model}, seed {args.seed}, " + ("group advantages" if args.advantage == "group" else "shuffled advantages")
+    for path in save(training, args.out, title):
+        console.print(f"wrote {path}")
