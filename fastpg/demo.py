@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import time
 from collections import defaultdict
@@ -26,6 +27,7 @@ from .demo_tasks import Task, check_packages, larger_digit, load_smollm2, sums, 
 from .lm_head import LMHead
 from .losses import policy_loss
 from .objectives import CISPO
+from .one_pass import linear_policy_loss
 from .profiling import transient_bytes
 from .two_pass import linear_logprobs
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OBJECTIVE = CISPO(ratio_max=5.0)
+MEASURED_TOKENS = 2048  # of the report's memory
 UPDATES = 2  # optimiser steps for each batch of rollouts: the second one finds ratios that differ from 1
 
 
@@ -47,11 +50,12 @@ class Rollouts(NamedTuple):
 
 
 class LossMemory(NamedTuple):
-    """Transient bytes of one update's loss and its gradients: all that is allocated from hidden states to dX and dW."""
+    """Transient bytes of the loss and its gradients for `tokens` tokens, dX and dW themselves not counted."""
 
+    tokens: int
+    vocab: int
     fastpg: int
     full_logits: int
-    gradients: int  # dX and dW themselves, which both contain
 
 
 class Training(NamedTuple):
@@ -85,8 +89,9 @@ def train(model: PreTrainedModel, task: Task, steps: int, seed: int = 0, shuffle
             tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
             with clock("update"):
                 hidden = hidden_states(model, rollouts.prompts, tokens)
-                logprobs = linear_logprobs(hidden, head, tokens, mask=mask).logprobs
-                out = policy_loss(logprobs, old_logprobs[rows], advantages[rows], objective=OBJECTIVE, mask=mask)
+                out = linear_policy_loss(
+                    hidden, head, tokens, old_logprobs[rows], advantages[rows], objective=OBJECTIVE, mask=mask
+                )
                 out.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -160,7 +165,11 @@ def read_prompts(model: PreTrainedModel, prompts: torch.Tensor, copies: int):
 
 def step_numbers(step: int, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
     """One row of the history. Ratios are those of the last update; the first finds the policy that sampled, so ratios of 1."""
-    last = {name: updates[-1][name] for name in ("ratio_mean", "ratio_max", "clip_fraction", "ess", "kl_k3")}
+    # groups whose answers are all right or all wrong have advantage 0 and cost no work: no token, no ratio
+    last = {
+        name: updates[-1][name] if updates[-1]["tokens"] else math.nan
+        for name in ("ratio_mean", "ratio_max", "clip_fraction", "ess", "kl_k3")
+    }
     return {
         "step": step,
         "reward": rollouts.rewards.mean().item(),
@@ -196,20 +205,25 @@ def loss_memory(
     old_logprobs: torch.Tensor,  # (B, T)
     advantages: torch.Tensor,  # (B,)
 ) -> LossMemory:
-    """Measures one update's loss and gradients, as in `train` and with full logits."""
-    hidden = hidden.detach().requires_grad_()
-
-    def gradients(logprobs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        loss = policy_loss(logprobs, old_logprobs, advantages, objective=OBJECTIVE, mask=mask).loss
-        return torch.autograd.grad(loss, (hidden, head.weight))
+    """Measures the loss and its gradients, as in `train` and with full logits, for a batch of about 2048 tokens: the given
+    one repeated, since the demo's own are smaller than any that a trainer would use."""
+    copies = max(1, round(MEASURED_TOKENS / tokens.numel()))
+    tokens, mask, old_logprobs = (x.repeat(copies, 1) for x in (tokens, mask, old_logprobs))
+    hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), advantages.repeat(copies)
+    mask, advantages = torch.ones_like(mask), torch.ones_like(advantages)  # all of them computed, on both sides
 
     def fastpg() -> None:
-        gradients(linear_logprobs(hidden, head, tokens, mask=mask).logprobs)
+        out = linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=OBJECTIVE, mask=mask)
+        torch.autograd.grad(out.loss, (hidden, head.weight))
 
     def full_logits() -> None:
-        gradients(torch.log_softmax(hidden @ head.weight.T, -1).gather(-1, tokens[..., None])[..., 0])
+        logprobs = torch.log_softmax(hidden @ head.weight.T, -1).gather(-1, tokens[..., None])[..., 0]
+        out = policy_loss(logprobs, old_logprobs, advantages, objective=OBJECTIVE, mask=mask)
+        torch.autograd.grad(out.loss, (hidden, head.weight))
 
-    return LossMemory(transient_bytes(fastpg), transient_bytes(full_logits), hidden.nbytes + head.weight.nbytes)
+    gradients = hidden.nbytes + head.weight.nbytes
+    used = (transient_bytes(call) - gradients for call in (fastpg, full_logits))
+    return LossMemory(tokens.numel(), head.vocab_size, *used)
 
 
 def quarters(history: list[dict[str, float]]) -> tuple[float, float]:
@@ -221,13 +235,13 @@ def quarters(history: list[dict[str, float]]) -> tuple[float, float]:
 
 def report(console: Console, training: Training) -> None:
     first, last = quarters(training.history)
-    fastpg, full, gradients = (f"{size / 2**20:.1f} MiB" for size in training.memory)
+    tokens, vocab, *sizes = training.memory
+    fastpg, full = (f"{size / 2**20:.1f} MiB" for size in sizes)
     table = Table("", "", show_header=False, title="fastpg demo")
     table.add_row("answer accuracy, first quarter of the steps", f"{first:.0%}")
     table.add_row("answer accuracy, last quarter of the steps", f"{last:.0%}", end_section=True)
-    table.add_row("memory of one update's loss, its gradients dX and dW included", fastpg)
-    table.add_row("the same with full logits", full)
-    table.add_row("of each, dX and dW alone", gradients, end_section=True)
+    table.add_row(f"memory of the loss of {tokens} tokens, V = {vocab}, beyond dX and dW", fastpg)
+    table.add_row("the same with full logits", full, end_section=True)
     for phase, seconds in training.seconds.items():
         table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
     table.add_row("seconds: all", f"{sum(training.seconds.values()):.1f}")

@@ -264,5 +264,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
                 "and policy_loss without create_graph, or full logits (fastpg.reference)"
             )
-        gradients = (g * grad_loss.to(g.dtype) if w else None for g, w in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+        gradients = [g if w else None for g, w in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+        # Reading the incoming gradient is free on a CPU, and the usual 1 spares a copy of each gradient.
+        free_to_read = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (free_to_read and grad_loss == 1):
+            gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
         return *gradients, *(None,) * 17

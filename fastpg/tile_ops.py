@@ -209,8 +209,9 @@ def anchored_exp(
 
         E_v = exp(z_v - anchor) for v != y, capped at 2^100         S = sum_v E_v       Q = sum_v E_v log E_v
 
-    and E_y = -S, the gradient of the target's own column. Returns S and Q (C,), Q only if `entropy`. With `out` (C, V), E is
-    stored there in its dtype, every entry times the softcap's slope, which the sums do not have.
+    and E_y = -S, the gradient of the target's own column. Returns S and Q (C,), Q only if `entropy`. With `out`, E is stored
+    there in its dtype, every entry times the softcap's slope, which the sums do not have; out (R, V) takes the first R rows,
+    without the padding.
     """
     rows, columns = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
@@ -237,10 +238,14 @@ def anchored_exp(
             if log_e is not None:
                 weighted[block] += log_e.mul_(e).sum(1)
             if out is not None:
-                out[block, start:stop] = e if slope is None else e.mul_(slope)
+                stored = e if slope is None else e.mul_(slope)
+                out[block, start:stop] = stored[: len(out) - r]
     if out is not None:
-        at_target = -total[:, None] if target_slope is None else -total[:, None] * target_slope
-        out.scatter_(1, chunk.tokens.clamp(min=0)[:, None], at_target.to(out.dtype))
+        at_target = -total if target_slope is None else -total * target_slope[:, 0]
+        rows_of_out = torch.arange(len(out), device=out.device)
+        targets = chunk.tokens[: len(out)].clamp(0, vocab - 1)
+        # not scatter_, which on a CPU widens the whole of a bf16 tensor
+        out.index_put_((rows_of_out, targets), at_target[: len(out)].to(out.dtype))
     return total, weighted
 
 

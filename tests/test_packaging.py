@@ -86,7 +86,10 @@ LAYERS = [
     {"tile_ops", "reference", "losses"},
     {"two_pass_schedule"},
     {"ops"},
-    {"two_pass"},
+    {"two_pass", "one_pass_schedule"},
+    {"one_pass"},
+    {"demo_tasks"},
+    {"demo"},
 ]
 
 
