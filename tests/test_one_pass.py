@@ -125,6 +125,25 @@ def test_many_recomputed_rows_in_several_chunks(dtype, workspace):
 
 
 @ALL_DTYPES
+def test_a_row_recomputed_only_for_its_factor_keeps_the_bits_of_its_logprob(dtype):
+    problem = random_problem(64, 300, dtype)
+    problem = replace(problem, old_logprobs=logprobs_of(problem).float())
+    ordinary = one_pass(problem, CISPO())
+    huge = torch.where(torch.arange(64) % 8 == 0, 1e34, problem.advantages)
+    got = one_pass(replace(problem, advantages=huge), CISPO())
+    assert got.metrics["recomputed_tokens"] == 8
+    assert torch.equal(got.logprobs, ordinary.logprobs)
+
+
+def test_dweight_of_many_chunks_is_rounded_once():
+    """16 chunks: summed in bf16 its error would be several times that of one chunk."""
+    problem = random_problem(4096, 300, torch.bfloat16)
+    want, _ = oracle(problem, reference.cispo(5.0))
+    one, many = (relative_error(one_pass(problem, CISPO(), workspace=w).dweight, want.dweight) for w in (None, 2_100_000))
+    assert many <= 1.1 * one
+
+
+@ALL_DTYPES
 def test_entropies_of_all_rows_recomputed_ones_included(dtype):
     problem = replace(far_target(160, dtype), temperature=0.8)
     wide = problem.leaves(torch.float64)
@@ -355,6 +374,19 @@ def test_garbage_at_masked_positions_changes_no_bit(dtype, check):
     assert not clean[-3][~problem.mask].any()
     for garbage in (torch.nan, torch.inf, -torch.inf):
         assert all(torch.equal(a, b) for a, b in zip(clean, run(garbage), strict=True))
+
+
+@ALL_DTYPES
+def test_masked_rows_are_harmless_where_their_placeholder_token_is_banned(dtype):
+    """With check=False masked rows are computed, as token 0; a bias of -inf there makes their scores NaN."""
+    problem = random_problem(60, 50, dtype, bias=True, masked=True)
+    problem.head.bias[:2] = -torch.inf
+    problem = replace(problem, mask=problem.mask & (problem.tokens > 1))
+    checked, unchecked = (one_pass(problem, CISPO(), check=check) for check in (True, False))
+    assert unchecked.dweight.isfinite().all()
+    assert torch.equal(checked.logprobs, unchecked.logprobs)
+    assert not unchecked.dhidden[~problem.mask].any()
+    assert relative_error(unchecked.dweight, checked.dweight.double()) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize("name", ["hidden", "old_logprobs", "advantages"])

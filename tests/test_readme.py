@@ -1,0 +1,45 @@
+"""Every Python block of the README runs, and the first two are the same loss."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpg
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def names() -> dict:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    input_ids = torch.randint(0, 50, (3, 9))
+    head, old_logprobs, advantages = fastpg.LMHead.from_model(model), -4 * torch.rand(3, 8), torch.randn(3, 8)
+    hidden, mask = torch.randn(3, 8, 32), torch.rand(3, 8) > 0.3
+    micro = {"hidden": hidden, "tokens": input_ids[:, 1:], "old_logprobs": old_logprobs, "advantages": advantages}
+    return {
+        "torch": torch, "fastpg": fastpg, "model": model, "input_ids": input_ids, "tokens": input_ids[:, 1:], "mask": mask,
+        "old_logprobs": old_logprobs, "advantages": advantages, "head": head, "hidden": hidden, "micro_batches": [micro] * 2,
+        "total_tokens": 48,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
+def test_block_runs(block, names):
+    exec(block, names)
+
+
+def test_before_and_after_are_the_same_loss_and_gradients(names):
+    results = []
+    for block in BLOCKS[:2]:
+        assert len([line for line in block.splitlines() if not line.startswith("#")]) <= 6
+        names["model"].zero_grad()
+        exec(block, names)
+        results.append([names["loss"].detach(), *(p.grad.clone() for p in names["model"].parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
