@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -22,7 +22,12 @@ ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 class Objective(ABC):
-    """A named objective. `ratio_bounds` is what the clip_fraction metric counts against; (None, None) for no bounds."""
+    """A named objective. `ratio_bounds` is what the clip_fraction metric counts against; (None, None) for no bounds.
+
+    zero_at_zero_advantage: A = 0 makes value and gradient 0, so that such tokens need not be computed.
+    """
+
+    zero_at_zero_advantage: ClassVar[bool] = False
 
     @property
     def ratio_bounds(self) -> tuple[float | None, float | None]:
@@ -36,6 +41,8 @@ class Objective(ABC):
 class Reinforce(Objective):
     """l = A logp, dl/dlogp = A. On-policy; off-policy samples are not corrected. (Williams 1992)"""
 
+    zero_at_zero_advantage: ClassVar[bool] = True
+
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         return advantages * logprobs
 
@@ -47,6 +54,7 @@ class ImportanceWeighted(Objective):
     level: "token", one ratio per token.
     """
 
+    zero_at_zero_advantage: ClassVar[bool] = True
     level: Literal["token"] = "token"
 
     def __post_init__(self) -> None:
@@ -68,6 +76,7 @@ class CISPO(Objective):
     ratio_max; verl's, SkyRL's and NeMo-RL's is ratio_max - 1. With ratio_max=None this is the form without a clip.
     """
 
+    zero_at_zero_advantage: ClassVar[bool] = True
     ratio_max: float | None = 5.0
     ratio_min: float | None = None
 

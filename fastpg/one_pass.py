@@ -53,17 +53,19 @@ def linear_policy_loss(
         hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`.
         old_logprobs, advantages, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
         objective: Reinforce(), ImportanceWeighted(), CISPO(...), or a function of (logprobs, old_logprobs, advantages) whose
-            value per token is maximised. It must be a function of its own token: it is called on chunks.
+            value per token is maximised. It must be elementwise and deterministic: it is called on chunks for the gradients
+            and on all tokens for the loss. Gradients reach hidden, weight and bias only, not tensors it closes over.
         entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
             entropies are differentiable.
         skip_zero_weight: tokens with advantage (times rollout weight) exactly 0 cost no work where a built-in objective is
             used without a KL penalty. They count in the denominators; their log-probability is reported as NaN, metrics are
             means over the other tokens, and metrics["skipped_tokens"] counts them.
         workspace: bytes of transient memory, which decide how many tokens form a chunk; default 256 MiB on a CPU, 1 GiB on
-            accelerators. On top come the gradients, and with several chunks one fp32 copy of dW where it is not fp32.
+            accelerators. On top come the gradients, one copy of them in backward, which scales them, and, where several
+            chunks or recomputed rows are summed, one fp32 copy of dW where it is not fp32.
         check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute. False reads
             nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a row whose sum
-            overflows then makes the loss and the gradients NaN.
+            overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be read anyway.)
 
     Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
 
@@ -78,14 +80,14 @@ def linear_policy_loss(
     check_reduction(reduction, tokens.shape, denominator)
     wanted = _wanted(hidden, head)
     workspace = validation.workspace_bytes(workspace, hidden.device)
-    _check_workspace(head, workspace, wanted, entropy)
+    _check_workspace(head, workspace, tokens.numel(), wanted, entropy)
 
     dtype = accumulation_dtype(hidden.dtype)
     terms = token_terms(keep, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
     computed = keep
-    if check and skip_zero_weight and kl is None and isinstance(objective, Objective):
+    if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
         weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
-        computed = keep & (weight != 0)
+        computed = keep & ((weight != 0) | ~terms.weights.isfinite())
     rows = rows_of(hidden, tokens, computed, temperature, gather=check)
     flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
     row_terms = flat if rows.indices is None else flat.select(rows.indices)
@@ -209,11 +211,11 @@ def _wanted(hidden: torch.Tensor, head: LMHead) -> Wanted:
     return Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)))
 
 
-def _check_workspace(head: LMHead, workspace: int, wanted: Wanted, entropy: bool) -> None:
+def _check_workspace(head: LMHead, workspace: int, count: int, wanted: Wanted, entropy: bool) -> None:
     """Raises before any work where the workspace is too small for the sweep, or for the two passes of flagged rows."""
     chunk_rows(head, workspace, entropy)
     if head.weight.dtype != torch.float16:
-        chunk_length(head, workspace, 1, any(wanted), entropy)
+        chunk_length(head, workspace, count, any(wanted), entropy)
 
 
 def _two_passes(
@@ -245,17 +247,20 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, *arguments):
-        rows, terms = Rows(hidden, *arguments[:4]), TokenTerms(*arguments[4:10])
-        losses, softcap, logit_scale, wanted, entropy, workspace, check = arguments[10:]
+        first = len(Rows._fields) - 1
+        options = first + len(TokenTerms._fields)
+        rows, terms = Rows(hidden, *arguments[:first]), TokenTerms(*arguments[first:options])
+        losses, softcap, logit_scale, wanted, entropy, workspace, check = arguments[options:]
         head = LMHead(weight, bias, softcap, logit_scale)
         schedule = _two_passes if weight.dtype == torch.float16 else one_pass
         result = schedule(rows, head, terms, losses, wanted, entropy, workspace, check)
         logprobs = torch.where(terms.mask, result.logprobs, 0)
+        entropies = torch.where(terms.mask, result.entropy, 0) if entropy else result.entropy
         loss = losses(logprobs, terms).sum()
         ctx.save_for_backward(*result.gradients)
         ctx.wanted = wanted
-        ctx.mark_non_differentiable(logprobs, result.entropy, result.recomputed)
-        return loss, logprobs, result.entropy, result.recomputed
+        ctx.mark_non_differentiable(logprobs, entropies, result.recomputed)
+        return loss, logprobs, entropies, result.recomputed
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -264,9 +269,5 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
                 "and policy_loss without create_graph, or full logits (fastpg.reference)"
             )
-        gradients = [g if w else None for g, w in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-        # Reading the incoming gradient is free on a CPU, and the usual 1 spares a copy of each gradient.
-        free_to_read = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (free_to_read and grad_loss == 1):
-            gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
-        return *gradients, *(None,) * 17
+        gradients = (g * grad_loss.to(g.dtype) if w else None for g, w in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)

@@ -53,12 +53,12 @@ class OnePass(NamedTuple):
 
 
 class _Scored(NamedTuple):
-    """A chunk after product 1: its hidden states (C, H) in the operand dtype, and vectors (C,)."""
+    """Vectors (C,) of a chunk after product 1."""
 
-    hidden: torch.Tensor
     logprobs: torch.Tensor
     entropy: torch.Tensor  # (0,) if not asked for
     factor: torch.Tensor  # u; (0,) if no gradient is wanted
+    residual: torch.Tensor  # what rounding took from the rows of E; (0,) if they are not rounded
     sum_in_range: torch.Tensor  # bool
     flagged: torch.Tensor  # bool
 
@@ -85,11 +85,12 @@ def one_pass(
     flagged = rows.tokens.new_empty(0)
     for part in _parts(count, length):
         part_terms = terms.select(part)
-        scored.append(sweep.score(rows, part, part_terms))
+        hidden, vectors = sweep.score(rows, part, part_terms)
+        scored.append(vectors)
         if check and part.stop == count:
             flagged = torch.cat([s.flagged for s in scored]).nonzero()[:, 0]  # the host read
-        dropped = scored[-1].flagged if check else ~part_terms.mask
-        sweep.add_gradients(rows, part, scored[-1], dropped, once=count <= length and not len(flagged))
+        dropped = vectors.flagged if check else ~part_terms.mask
+        sweep.add_gradients(rows, part, hidden, vectors, dropped, once=count <= length and not len(flagged))
 
     logprobs, entropies = sweep.join(scored, "logprobs"), sweep.join(scored, "entropy")
     if len(flagged):
@@ -97,9 +98,9 @@ def one_pass(
         anchors, again_entropies = sweep.rescore(again, scored, flagged, logprobs, entropies, workspace)
         logprobs = logprobs.index_copy(0, flagged, anchors)
         entropies = entropies.index_copy(0, flagged, again_entropies) if entropy else entropies
-        for part in _parts(len(flagged), length):
-            last = sweep.score(again, part, again_terms.select(part), anchors[part])
-            sweep.add_gradients(again, part, last, None, once=False)
+        for part in _parts(len(flagged), length) if any(wanted) else []:
+            hidden, vectors = sweep.score(again, part, again_terms.select(part), anchors[part])
+            sweep.add_gradients(again, part, hidden, vectors, None, once=False)
     recomputed = torch.full((), len(flagged), dtype=torch.int64, device=rows.tokens.device)
     return OnePass(logprobs, entropies, recomputed, sweep.gradients())
 
@@ -128,8 +129,13 @@ class _Sweep:
         self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
         self.dweight = self.dbias = None  # allocated by the first chunk, which knows whether there are others
 
-    def score(self, rows: Rows, part: slice, terms: TokenTerms, anchors: torch.Tensor | None = None) -> _Scored:
-        """Product 1 of a chunk, and what follows from it row by row. `anchors`: log-probabilities already known."""
+    def score(
+        self, rows: Rows, part: slice, terms: TokenTerms, anchors: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, _Scored]:
+        """Product 1 of a chunk, and what follows from it row by row. `anchors`: log-probabilities already known.
+
+        Also returns the chunk's hidden states (C, H) in the operand dtype, which product 3 needs.
+        """
         size = part.stop - part.start
         log_anchor = anchors
         if anchors is None:
@@ -138,7 +144,7 @@ class _Sweep:
         chunk = rows.chunk(part.start, part.stop, multiple=self.block)
         padding = len(chunk.tokens) - size
         scores = None if self.scores is None else self.scores[:size]
-        total, weighted = ops.anchored_scores(
+        total, weighted, residual = ops.anchored_scores(
             *chunk, F.pad(log_anchor, (0, padding)), *_fields(self.head), self.entropy, scores
         )
         total = total[:size]
@@ -148,7 +154,7 @@ class _Sweep:
         entropy = tile_ops.entropy_of(t, log_total, total, weighted[:size]) if self.entropy else weighted
         factor = total.new_empty(0)
         if scores is not None:
-            factor = self._row_factor(logprobs, total + log_anchor.exp(), terms, chunk.temperature)
+            factor = self._row_factor(torch.where(terms.mask, logprobs, 0), total + log_anchor.exp(), terms, chunk.temperature)
         in_range = (total >= _SMALLEST_SUM) & (total < _LARGEST_SUM)
         flagged = ~in_range | ~_factor_in_range(factor) if scores is not None else ~in_range
         if not self.check:
@@ -157,7 +163,8 @@ class _Sweep:
                 lost = lost | (~factor.isfinite() & terms.mask)
                 factor = torch.where(lost, torch.nan, factor)
             logprobs = torch.where(lost, torch.nan, logprobs)
-        return _Scored(chunk.hidden[:size], logprobs, entropy, factor, in_range, flagged)
+            entropy = torch.where(lost, torch.nan, entropy) if self.entropy else entropy
+        return chunk.hidden[:size], _Scored(logprobs, entropy, factor, residual, in_range, flagged)
 
     def _row_factor(
         self, logprobs: torch.Tensor, denominator: torch.Tensor, terms: TokenTerms, temperature: torch.Tensor | None
@@ -169,11 +176,20 @@ class _Sweep:
             scale = scale / temperature[: len(g), 0]
         return -g * scale / denominator
 
-    def add_gradients(self, rows: Rows, part: slice, scored: _Scored, dropped: torch.Tensor | None, once: bool) -> None:
+    def add_gradients(
+        self,
+        rows: Rows,
+        part: slice,
+        hidden: torch.Tensor,
+        scored: _Scored,
+        dropped: torch.Tensor | None,
+        once: bool,
+    ) -> None:
         """Products 2 and 3 of a chunk. Rows in `dropped` (C,) add nothing. once: it is the only chunk of the call."""
         if self.scores is None:
             return
-        scores, factor, weight = self.scores[: len(scored.factor)], scored.factor, self.head.weight
+        factor, weight = scored.factor, self.head.weight
+        scores = self.scores[: len(factor)]
         if dropped is not None:
             factor = torch.where(dropped, 0, factor)
         accumulate = self.dweight is not None or self.dbias is not None
@@ -184,7 +200,8 @@ class _Sweep:
             in_place = rows.indices is None
             dhidden = self.dhidden[part] if in_place else self.dhidden.new_empty(len(factor), self.head.hidden_size)
         sums = (dhidden, self.dweight, self.dbias)
-        ops.gradient_products(scores, factor, dropped, scored.hidden, weight, *sums, accumulate)
+        tokens = rows.tokens[part]
+        ops.gradient_products(scores, factor, scored.residual, dropped, hidden, tokens, weight, *sums, accumulate)
         if dhidden is not None and rows.indices is not None:
             self.dhidden.index_copy_(0, rows.indices[part], dhidden)
 
@@ -227,12 +244,14 @@ class _Sweep:
 def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: TokenTerms) -> torch.Tensor:
     """g = dL/dlogp (C,), by automatic differentiation of the objective on vectors, inside an autograd.Function's forward."""
     if torch.compiler.is_compiling():  # Dynamo refuses torch.autograd.grad there
-        return torch.func.grad(lambda x: token_losses(x, terms).sum())(logprobs)
-    # torch.func refuses the saved-tensor hooks of checkpointing; identity hooks keep these few vectors out of theirs
-    identity = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    with torch.enable_grad(), identity:
-        x = logprobs.detach().requires_grad_()
-        return torch.autograd.grad(token_losses(x, terms).sum(), x)[0]
+        g = torch.func.grad(lambda x: token_losses(x, terms).sum())(logprobs)
+    else:
+        # torch.func refuses the saved-tensor hooks of checkpointing; identity hooks keep these few vectors out of theirs
+        identity = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.enable_grad(), identity:
+            x = logprobs.detach().requires_grad_()
+            g = torch.autograd.grad(token_losses(x, terms).sum(), x)[0]
+    return torch.where(terms.mask, g, 0)  # a user's function may have an infinite slope at a masked token's zeros
 
 
 def chunk_length(head: LMHead, workspace: int, count: int, with_gradients: bool, entropy: bool) -> int:
@@ -251,16 +270,14 @@ def chunk_length(head: LMHead, workspace: int, count: int, with_gradients: bool,
     per_row = 4 * head.hidden_size * wide + 20 * wide
     if with_gradients:
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
+        fixed += tile_ops.widened_bytes(head)
     fitting = max(0, workspace - fixed) // per_row // rows
-    padded = -(-count // rows)
-    if with_gradients and fitting < padded and _score_dtype(weight.dtype).itemsize < narrow:
-        # several chunks: product 3 is summed in the accumulation dtype, from widened tiles of E
-        fitting = max(0, workspace - fixed) // (per_row + columns * wide) // rows
     if fitting < 1:
         raise ValueError(
             f"workspace={workspace} bytes is too small: {rows} rows of a ({head.vocab_size}, {head.hidden_size}) "
-            f"{weight.dtype} head on {weight.device.type} need {fixed + rows * (per_row + columns * wide)}"
+            f"{weight.dtype} head on {weight.device.type} need {fixed + rows * per_row}"
         )
+    padded = -(-count // rows)
     chunks = max(1, -(-padded // fitting))
     return max(1, -(-padded // chunks)) * rows
 

@@ -89,7 +89,7 @@ def anchored_scores(
     logit_scale: float,
     entropy: bool,
     scores: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Product 1 of the one-pass schedule, for a chunk (C, H): `tile_ops.anchored_exp`. Writes scores (C, V) if given."""
     head = LMHead(weight, bias, softcap, logit_scale)
     return tile_ops.anchored_exp(Chunk(hidden, tokens, temperature), head, log_anchor, entropy, scores)
@@ -98,15 +98,18 @@ def anchored_scores(
 @anchored_scores.register_fake
 def _(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, scores):
     total = torch.empty_like(log_anchor)
-    return total, total.new_empty(len(log_anchor) if entropy else 0)
+    is_rounded = scores is not None and scores.dtype != total.dtype
+    return total, total.new_empty(len(log_anchor) if entropy else 0), total.new_empty(len(scores) if is_rounded else 0)
 
 
 @torch.library.custom_op("fastpg::gradient_products", mutates_args={"scores", "dhidden", "dweight", "dbias"})
 def gradient_products(
     scores: torch.Tensor,
     factor: torch.Tensor,
+    residual: torch.Tensor,
     dropped: torch.Tensor | None,
     hidden: torch.Tensor,
+    tokens: torch.Tensor,
     weight: torch.Tensor,
     dhidden: torch.Tensor | None,
     dweight: torch.Tensor | None,
@@ -116,4 +119,5 @@ def gradient_products(
     """Products 2 and 3 of a chunk (`tile_ops.gradient_products`), without the rows that are `dropped` (C,)."""
     if dropped is not None:
         tile_ops.zero_rows_(scores, dropped)
-    tile_ops.gradient_products(scores, factor, hidden, weight, dhidden, dweight, dbias, accumulate)
+        residual = torch.where(dropped, 0, residual) if len(residual) else residual
+    tile_ops.gradient_products(scores, factor, residual, hidden, tokens, weight, dhidden, dweight, dbias, accumulate)

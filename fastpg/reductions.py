@@ -65,4 +65,6 @@ def token_weights(
         count = (lengths > 0).sum().to(dtype)
         if reduction == "seq-mean-token-mean":
             weights = weights / lengths.clamp(min=1)
-    return weights / (count.clamp(min=1) if denominator is None else denominator)
+    if isinstance(denominator, torch.Tensor):
+        denominator = denominator.detach()  # a constant, as the documents say
+    return (weights / (count.clamp(min=1) if denominator is None else denominator)).to(dtype)

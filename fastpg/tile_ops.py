@@ -21,7 +21,7 @@ from .rows import Chunk
 _EXP_IS_ZERO = -1e4
 # E is capped at 2^100, far from the overflow of its dtype and of its sums.
 _LARGEST_LOG_E = 100 * math.log(2)
-_BIAS_COLUMNS = 4096
+_WIDENED_ROWS = 512
 
 
 class TileShape(NamedTuple):
@@ -204,7 +204,7 @@ def dlogits(
 
 def anchored_exp(
     chunk: Chunk, head: LMHead, log_anchor: torch.Tensor, entropy: bool, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a:
 
         E_v = exp(z_v - anchor) for v != y, capped at 2^100         S = sum_v E_v       Q = sum_v E_v log E_v
@@ -212,6 +212,10 @@ def anchored_exp(
     and E_y = -S, the gradient of the target's own column. Returns S and Q (C,), Q only if `entropy`. With `out`, E is stored
     there in its dtype, every entry times the softcap's slope, which the sums do not have; out (R, V) takes the first R rows,
     without the padding.
+
+    Also returns what rounding took from the sum of each stored row, (R,), or (0,) where E is not rounded. Rows of E sum to 0
+    (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
+    the common part of real embeddings would turn that into errors of several per cent.
     """
     rows, columns = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
@@ -220,6 +224,8 @@ def anchored_exp(
     anchor = target - log_anchor[:, None]
     total = torch.zeros(size, dtype=dtype, device=weight.device)
     weighted = torch.zeros_like(total) if entropy else total.new_empty(0)
+    is_rounded = out is not None and out.dtype != dtype
+    residual = torch.zeros(len(out) if is_rounded else 0, dtype=dtype, device=weight.device)
     buffer = weight_buffer(head)
     scratch = torch.empty(rows * min(columns, vocab), dtype=dtype, device=weight.device)
     for start in range(0, vocab, columns):
@@ -238,15 +244,19 @@ def anchored_exp(
             if log_e is not None:
                 weighted[block] += log_e.mul_(e).sum(1)
             if out is not None:
-                stored = e if slope is None else e.mul_(slope)
-                out[block, start:stop] = stored[: len(out) - r]
+                exact = (e if slope is None else e.mul_(slope))[: len(out) - r]
+                stored = out[block, start:stop].copy_(exact)
+                if is_rounded:
+                    residual[block] += exact.sum(1) - stored.sum(1, dtype=dtype)
     if out is not None:
-        at_target = -total if target_slope is None else -total * target_slope[:, 0]
-        rows_of_out = torch.arange(len(out), device=out.device)
+        exact = (-total if target_slope is None else -total * target_slope[:, 0])[: len(out)]
+        stored = exact.to(out.dtype)
         targets = chunk.tokens[: len(out)].clamp(0, vocab - 1)
         # not scatter_, which on a CPU widens the whole of a bf16 tensor
-        out.index_put_((rows_of_out, targets), at_target[: len(out)].to(out.dtype))
-    return total, weighted
+        out.index_put_((torch.arange(len(out), device=out.device), targets), stored)
+        if is_rounded:
+            residual += exact - stored.to(dtype)
+    return total, weighted, residual
 
 
 def _target_logits(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -272,7 +282,9 @@ def zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
 def gradient_products(
     scores: torch.Tensor,  # E (C, V)
     factor: torch.Tensor,  # u (C,) in the accumulation dtype
+    residual: torch.Tensor,  # (C,) or (0,), of `anchored_exp`
     hidden: torch.Tensor,  # (C, H) in the operand dtype
+    tokens: torch.Tensor,  # (C,)
     weight: torch.Tensor,  # (V, H)
     dhidden: torch.Tensor | None,
     dweight: torch.Tensor | None,
@@ -281,27 +293,42 @@ def gradient_products(
 ) -> None:
     """Products 2 and 3: dhidden (C, H) = u (E @ W);  dweight (V, H) = or += E^T @ (u x);  dbias (V,) likewise E^T u.
 
+    What rounding took from the sum of a row of E is given back at its target's column, in fp32.
+
     dweight in the weight's dtype is written once, with one rounding; in the accumulation dtype it may be added to.
     """
     vocab, hidden_size = weight.shape
     if dhidden is not None:
         # on a CPU a bf16 product is rounded here as well as after the row factor
-        dhidden.copy_(multiply(scores, weight) * factor[:, None])
-    if dbias is not None:
-        for v in range(0, vocab, _BIAS_COLUMNS):
-            part = slice(v, v + _BIAS_COLUMNS)
-            product(dbias[part, None], scores[:, part].to(factor.dtype).T, factor[:, None], accumulate, False)
-    if dweight is None:
-        return
+        sums = multiply(scores, weight)
+        if len(residual):
+            inside = tokens.clamp(0, vocab - 1)
+            sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
+        dhidden.copy_(sums.mul_(factor[:, None]))
     weighted = (hidden * factor[:, None]).to(scores.dtype)
-    if dweight.dtype == scores.dtype or scores.device.type != "cpu":
+    direct = dweight is not None and (dweight.dtype == scores.dtype or scores.device.type != "cpu")
+    if direct:
         product(dweight, scores.T, weighted, accumulate, False)
+    if dbias is None and (direct or dweight is None):
         return
-    # no CPU product takes bf16 operands and adds in fp32: widened tile by tile
-    wide = weighted.to(dweight.dtype)
+    # no CPU product takes bf16 operands and adds in fp32, and none takes E and u in two dtypes: widened tile by tile
     columns = _columns(hidden_size)
     for v in range(0, vocab, columns):
-        product(dweight[v : v + columns], scores[:, v : v + columns].to(dweight.dtype).T, wide, accumulate, True)
+        for r in range(0, len(scores), _WIDENED_ROWS):
+            rows, adds = slice(r, r + _WIDENED_ROWS), accumulate or r > 0
+            e = scores[rows, v : v + columns].to(factor.dtype).T
+            if dbias is not None:
+                product(dbias[v : v + columns, None], e, factor[rows, None], adds, False)
+            if dweight is not None and not direct:
+                product(dweight[v : v + columns], e, weighted[rows].to(dweight.dtype), adds, True)
+
+
+def widened_bytes(head: LMHead) -> int:
+    """What `gradient_products` needs for a widened tile of E: nothing where E is stored in the accumulation dtype."""
+    dtype = accumulation_dtype(head.weight.dtype)
+    if head.weight.dtype == dtype:
+        return 0
+    return _WIDENED_ROWS * min(_columns(head.hidden_size), head.vocab_size) * dtype.itemsize
 
 
 def _logits(
