@@ -50,16 +50,18 @@ def peak(schedule, rows, vocab, dtype, workspace=None, masked=False) -> tuple[in
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocab", "dtype"),
+    ("schedule", "rows", "vocab", "dtype"),
     [
-        (2048, 49152, torch.float32),
-        (2048, 49152, torch.bfloat16),
-        (2048, 2 * 49152, torch.bfloat16),
-        (4 * 2048, 49152, torch.bfloat16),
+        (two_pass, 2048, 49152, torch.float32),
+        (two_pass, 2048, 49152, torch.bfloat16),
+        (two_pass, 2048, 2 * 49152, torch.bfloat16),
+        (two_pass, 4 * 2048, 49152, torch.bfloat16),
+        (one_pass, 2048, 49152, torch.float32),
+        (one_pass, 2048, 49152, torch.bfloat16),
+        (one_pass, 2048, 2 * 49152, torch.bfloat16),  # several chunks
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
-@SCHEDULES
 def test_forward_and_backward_stay_within_the_default_workspace(schedule, rows, vocab, dtype):
     used, results, copy = peak(schedule, rows, vocab, dtype)
     assert results < used <= results + copy + DEFAULT
