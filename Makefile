@@ -31,9 +31,9 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/.installed
 	$(BIN)/fastpg demo $(ARGS)
 
-# Tests are single-threaded: one process per core, each with whole files, whose fixtures load models.
+# Tests are single-threaded: one process per core.
 test: $(VENV)/.installed
-	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ from fastpg.__main__ import main
 
 STEPS = 80
 
+pytestmark = pytest.mark.xdist_group("demo")
+
 
 def train_tiny(steps: int, shuffle: bool = False) -> demo.Training:
     torch.manual_seed(0)

@@ -10,6 +10,8 @@ from test_parity import SCHEDULES
 from fastpg import CISPO, LMHead, reference
 from fastpg.demo_tasks import load_smollm2
 
+pytestmark = pytest.mark.xdist_group("smollm2")
+
 PROMPTS = ["What is 17 + 25?", "Name three colors.", "Write a short poem about the sea.", "Count from one to ten."]
 
 
