@@ -51,11 +51,11 @@ class Rows(NamedTuple):
         temperature = None if self.temperature is None else self.temperature[positions]
         return Rows(self.hidden, indices, None, self.tokens[positions], temperature)
 
-    def scatter(self, values: torch.Tensor, absent: float = 0.0) -> torch.Tensor:
-        """Values of the K rows (K,) -> (N,), with `absent` where a row was not computed."""
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the K rows (K,) -> (N,), 0 where a row was not computed."""
         if self.indices is not None:
-            return values.new_full((len(self.hidden),), absent).index_copy(0, self.indices, values)
-        return values if self.keep is None else torch.where(self.keep, values, absent)
+            return values.new_zeros(len(self.hidden)).index_copy(0, self.indices, values)
+        return values if self.keep is None else torch.where(self.keep, values, 0)
 
 
 def rows_of(
