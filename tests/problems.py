@@ -106,7 +106,10 @@ def _plant(hidden: torch.Tensor, problem: Problem, log_odds: torch.Tensor, rows:
         now = z.gather(1, problem.tokens[:, None])[:, 0] - others
         slope = (torch.autograd.grad(now.sum(), x)[0] * w_y).sum(1)
         step = ((log_odds - now.detach()) / slope).clamp(-20, 20) * rows
-        hidden = hidden + torch.where(slope > 1e-3, step, 0)[:, None] * w_y  # a softcap bounds what can be reached
+        step = torch.where(slope > 1e-3, step, 0)  # a softcap bounds what can be reached
+        hidden = hidden + step[:, None] * w_y
+        if (step * slope).abs().max() < 1e-4:
+            break
     return hidden
 
 
