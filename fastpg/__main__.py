@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import demo
+from . import compile_report, demo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastpg", description="Policy-gradient losses that never build the logits.")
     commands = parser.add_subparsers(title="commands", metavar="command")
     demo.add_command(commands)
+    compile_report.add_command(commands)
     args = parser.parse_args(argv)
     if hasattr(args, "run"):
         args.run(args)

@@ -11,7 +11,7 @@ from .lm_head import LMHead
 from .losses import PolicyLossOutput, TokenTerms, token_losses, token_terms
 from .metrics import token_metrics
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
-from .one_pass_schedule import OnePass, TokenLosses, chunk_length, loss_gradient, one_pass
+from .one_pass_schedule import OnePass, Options, TokenLosses, chunk_length, loss_gradient, one_pass
 from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction
 from .rows import Gradients, Rows, Wanted, rows_of
@@ -75,12 +75,13 @@ def linear_policy_loss(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
-    hidden, head, keep = prepare(hidden, head, tokens, mask, temperature, backend, check)
+    hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
     validation.check_policy_inputs("tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights)
     check_reduction(reduction, tokens.shape, denominator)
-    wanted = _wanted(hidden, head)
     workspace = validation.workspace_bytes(workspace, hidden.device)
-    _check_workspace(head, workspace, tokens.numel(), wanted, entropy)
+    fused = objective.ratio_bounds if backend == "triton" and _is_plain_cispo(objective, kl, old_logprobs) else None
+    options = Options(_wanted(hidden, head), entropy, workspace, check, backend, fused)
+    _check_workspace(head, tokens.numel(), options)
 
     dtype = accumulation_dtype(hidden.dtype)
     terms = token_terms(keep, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
@@ -95,7 +96,7 @@ def linear_policy_loss(
     with torch.autocast(hidden.device.type, enabled=False):
         loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
             rows.hidden, head.weight, head.bias, *rows[1:], *row_terms, partial(token_losses, objective=objective, kl=kl),
-            head.softcap, head.logit_scale, wanted, entropy, workspace, check,
+            head.softcap, head.logit_scale, *options,
         )  # fmt: skip
     logprobs = rows.scatter(logprobs).reshape(tokens.shape)
     bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
@@ -211,32 +212,30 @@ def _wanted(hidden: torch.Tensor, head: LMHead) -> Wanted:
     return Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)))
 
 
-def _check_workspace(head: LMHead, workspace: int, count: int, wanted: Wanted, entropy: bool) -> None:
+def _is_plain_cispo(objective: object, kl: KLPenalty | None, old_logprobs: torch.Tensor | None) -> bool:
+    """Whether the kernel that completes the rows can also compute the loss."""
+    return type(objective) is CISPO and kl is None and old_logprobs is not None
+
+
+def _check_workspace(head: LMHead, count: int, options: Options) -> None:
     """Raises before any work where the workspace is too small for the sweep, or for the two passes of flagged rows."""
-    chunk_rows(head, workspace, entropy)
+    chunk_rows(ops.tiles_of(options.backend), head, options.workspace, options.entropy)
     if head.weight.dtype != torch.float16:
-        chunk_length(head, workspace, count, any(wanted), entropy)
+        chunk_length(head, count, options)
 
 
-def _two_passes(
-    rows: Rows,
-    head: LMHead,
-    terms: TokenTerms,
-    losses: TokenLosses,
-    wanted: Wanted,
-    entropy: bool,
-    workspace: int,
-    check: bool,
-) -> OnePass:
+def _two_passes(rows: Rows, head: LMHead, terms: TokenTerms, losses: TokenLosses, options: Options) -> OnePass:
     """`one_pass` by the two-pass schedule: for float16, whose E would underflow."""
     fields = (head.weight, head.bias, head.softcap, head.logit_scale)
-    statistics = ops.two_pass_forward(*rows, *fields, entropy, workspace)
-    logprobs = statistics[0]
+    entropy, workspace, backend, wanted = options.entropy, options.workspace, options.backend, options.wanted
+    statistics = ops.two_pass_forward(*rows, *fields, entropy, workspace, backend)
+    logprobs = torch.where(terms.mask, statistics[0], 0)
+    entropies = torch.where(terms.mask, statistics[1], 0) if entropy else statistics[1]
     gradients = Gradients(*(logprobs.new_empty(0) for _ in wanted))
     if any(wanted):
-        g = loss_gradient(losses, torch.where(terms.mask, logprobs, 0), terms)
-        gradients = Gradients(*ops.two_pass_backward(*rows, *fields, statistics, g, None, list(wanted), workspace))
-    return OnePass(logprobs, statistics[1], rows.tokens.new_zeros(()), gradients)
+        g = loss_gradient(losses, logprobs, terms)
+        gradients = Gradients(*ops.two_pass_backward(*rows, *fields, statistics, g, None, list(wanted), workspace, backend))
+    return OnePass(logprobs, losses(logprobs, terms), entropies, rows.tokens.new_zeros(()), gradients)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -248,19 +247,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, *arguments):
         first = len(Rows._fields) - 1
-        options = first + len(TokenTerms._fields)
-        rows, terms = Rows(hidden, *arguments[:first]), TokenTerms(*arguments[first:options])
-        losses, softcap, logit_scale, wanted, entropy, workspace, check = arguments[options:]
-        head = LMHead(weight, bias, softcap, logit_scale)
+        second = first + len(TokenTerms._fields)
+        rows, terms = Rows(hidden, *arguments[:first]), TokenTerms(*arguments[first:second])
+        losses, softcap, logit_scale, *options = arguments[second:]
+        head, options = LMHead(weight, bias, softcap, logit_scale), Options(*options)
         schedule = _two_passes if weight.dtype == torch.float16 else one_pass
-        result = schedule(rows, head, terms, losses, wanted, entropy, workspace, check)
-        logprobs = torch.where(terms.mask, result.logprobs, 0)
-        entropies = torch.where(terms.mask, result.entropy, 0) if entropy else result.entropy
-        loss = losses(logprobs, terms).sum()
+        result = schedule(rows, head, terms, losses, options)
+        loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)
-        ctx.wanted = wanted
-        ctx.mark_non_differentiable(logprobs, entropies, result.recomputed)
-        return loss, logprobs, entropies, result.recomputed
+        ctx.wanted = options.wanted
+        ctx.mark_non_differentiable(result.logprobs, result.entropy, result.recomputed)
+        return loss, result.logprobs, result.entropy, result.recomputed
 
     @staticmethod
     def backward(ctx, grad_loss, *_):

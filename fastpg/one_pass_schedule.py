@@ -13,7 +13,8 @@ through one number per row, g_n = dL/dlogp_n, which commutes with the other two 
     dX_n = u_n (E @ W)_n                      dW = E^T @ (u x)    db = E^T u
 
 Per token chunk: product 1 with its epilogue (`ops.anchored_scores`), plain Python on [C] vectors, products 2 and 3
-(`ops.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once.
+(`ops.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once. With
+CISPO on Triton the vectors are computed where the sums are completed, in one launch (`ops.cispo_scores`).
 
 Range. E is capped at 2^100. A row is flagged unless 2^-90 <= S < 2^99 and (u = 0 or 2^-110 <= |u| <= 2^110), which NaN,
 overflow, underflow and the empty sum of V = 1 all fail. Flagged rows add nothing to their chunk; they form last chunks of
@@ -29,14 +30,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import ops, tile_ops
+from . import ops
 from .lm_head import LMHead
 from .losses import TokenTerms
-from .products import accumulation_dtype, operand_dtype
-from .rows import Gradients, Rows, Wanted
+from .products import accumulation_dtype, widened_bytes
+from .row_statistics import LARGEST_SUM, entropy_of
+from .rows import Chunk, Gradients, Rows, Wanted
 
 _LOWEST_ANCHOR = -60.0  # log-probabilities below it are anchored here: exp(60) leaves E room on both sides
-_SMALLEST_SUM, _LARGEST_SUM = 2.0**-90, 2.0**99
+_SMALLEST_SUM = 2.0**-90
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-110, 2.0**110
 
 # (logprobs, terms) -> per-token losses, whose sum is the loss
@@ -44,43 +46,49 @@ TokenLosses = Callable[[torch.Tensor, TokenTerms], torch.Tensor]
 
 
 class OnePass(NamedTuple):
-    """What a sweep returns of its K rows. The loss is token_losses(logprobs, terms).sum()."""
+    """What a sweep returns of its K rows."""
 
     logprobs: torch.Tensor  # (K,)
+    losses: torch.Tensor  # (K,), 0 where masked; the loss is their sum
     entropy: torch.Tensor  # (K,), or (0,) if not asked for
     recomputed: torch.Tensor  # (): how many rows were flagged
     gradients: Gradients  # of the loss
+
+
+class Options(NamedTuple):
+    """How a call is computed; not what."""
+
+    wanted: Wanted
+    entropy: bool
+    workspace: int
+    check: bool
+    backend: str
+    # (ratio_min, ratio_max) where the loss is CISPO's and nothing else: the Triton backend has it in a kernel
+    cispo: tuple[float | None, float | None] | None
 
 
 class _Scored(NamedTuple):
     """Vectors (C,) of a chunk after product 1."""
 
     logprobs: torch.Tensor
+    losses: torch.Tensor  # (0,) if they are left to the end
     entropy: torch.Tensor  # (0,) if not asked for
     factor: torch.Tensor  # u; (0,) if no gradient is wanted
     residual: torch.Tensor  # what rounding took from the rows of E; (0,) if they are not rounded
+    total: torch.Tensor  # S
     sum_in_range: torch.Tensor  # bool
     flagged: torch.Tensor  # bool
 
 
-def one_pass(
-    rows: Rows,
-    head: LMHead,
-    terms: TokenTerms,
-    token_losses: TokenLosses,
-    wanted: Wanted,
-    entropy: bool,
-    workspace: int,
-    check: bool,
-) -> OnePass:
-    """Log-probabilities, entropies and gradients of the loss for K rows.
+def one_pass(rows: Rows, head: LMHead, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
+    """Log-probabilities, losses, entropies and gradients of the loss for K rows.
 
     check: flagged rows are found by one host read, after product 1 of the last chunk, and recomputed. Without it nothing is
     read; a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients NaN.
     """
-    count = len(rows.tokens)
-    length = chunk_length(head, workspace, count, any(wanted), entropy)
-    sweep = _Sweep(head, token_losses, wanted, entropy, check, rows, min(count, length))
+    count, check = len(rows.tokens), options.check
+    length = chunk_length(head, count, options)
+    sweep = _Sweep(head, token_losses, options, rows, min(count, length))
     scored = []
     flagged = rows.tokens.new_empty(0)
     for part in _parts(count, length):
@@ -92,41 +100,38 @@ def one_pass(
         dropped = vectors.flagged if check else ~part_terms.mask
         sweep.add_gradients(rows, part, hidden, vectors, dropped, once=count <= length and not len(flagged))
 
-    logprobs, entropies = sweep.join(scored, "logprobs"), sweep.join(scored, "entropy")
+    logprobs, losses, entropies = (sweep.join(scored, name) for name in ("logprobs", "losses", "entropy"))
     if len(flagged):
         again, again_terms = rows.select(flagged), terms.select(flagged)
-        anchors, again_entropies = sweep.rescore(again, scored, flagged, logprobs, entropies, workspace)
+        anchors, again_entropies = sweep.rescore(again, scored, flagged, logprobs, entropies)
         logprobs = logprobs.index_copy(0, flagged, anchors)
-        entropies = entropies.index_copy(0, flagged, again_entropies) if entropy else entropies
-        for part in _parts(len(flagged), length) if any(wanted) else []:
+        entropies = entropies.index_copy(0, flagged, again_entropies) if options.entropy else entropies
+        if len(losses):
+            losses = losses.index_copy(0, flagged, token_losses(anchors, again_terms))
+        for part in _parts(len(flagged), length) if any(options.wanted) else []:
             hidden, vectors = sweep.score(again, part, again_terms.select(part), anchors[part])
             sweep.add_gradients(again, part, hidden, vectors, None, once=False)
+    logprobs = torch.where(terms.mask, logprobs, 0)
+    losses = losses if len(losses) else token_losses(logprobs, terms)
+    entropies = torch.where(terms.mask, entropies, 0) if options.entropy else entropies
     recomputed = torch.full((), len(flagged), dtype=torch.int64, device=rows.tokens.device)
-    return OnePass(logprobs, entropies, recomputed, sweep.gradients())
+    return OnePass(logprobs, losses, entropies, recomputed, sweep.gradients())
 
 
 class _Sweep:
     """One call: what stays the same for all of its chunks, the buffer for E, and the sums of the gradients."""
 
-    def __init__(
-        self,
-        head: LMHead,
-        token_losses: TokenLosses,
-        wanted: Wanted,
-        entropy: bool,
-        check: bool,
-        rows: Rows,
-        longest: int,
-    ) -> None:
-        self.head, self.token_losses, self.wanted, self.entropy, self.check = head, token_losses, wanted, entropy, check
+    def __init__(self, head: LMHead, token_losses: TokenLosses, options: Options, rows: Rows, longest: int) -> None:
+        self.head, self.token_losses, self.options, self.wanted = head, token_losses, options, options.wanted
         weight, hidden = head.weight, rows.hidden
+        tiles = ops.tiles_of(options.backend)
         self.dtype = accumulation_dtype(weight.dtype)
-        self.block = tile_ops.tile_shape(head).rows
+        self.operand_dtype, self.padding = tiles.operand_dtype(weight.dtype, weight.device), tiles.tile_shape(head).padding
         self.scores = None
-        if any(wanted):
+        if any(self.wanted):
             scores = torch.empty(longest, _row_stride(head), dtype=_score_dtype(weight.dtype), device=weight.device)
             self.scores = scores[:, : head.vocab_size]
-        self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.wanted.hidden else None
         self.dweight = self.dbias = None  # allocated by the first chunk, which knows whether there are others
 
     def score(
@@ -136,35 +141,60 @@ class _Sweep:
 
         Also returns the chunk's hidden states (C, H) in the operand dtype, which product 3 needs.
         """
-        size = part.stop - part.start
-        log_anchor = anchors
-        if anchors is None:
-            old = terms.old_logprobs
-            log_anchor = torch.zeros_like(terms.advantages) if old is None else old.clamp(_LOWEST_ANCHOR, 0)
-        chunk = rows.chunk(part.start, part.stop, multiple=self.block)
-        padding = len(chunk.tokens) - size
-        scores = None if self.scores is None else self.scores[:size]
+        chunk = rows.chunk(part.start, part.stop, self.operand_dtype, multiple=self.padding)
+        scores = None if self.scores is None else self.scores[: part.stop - part.start]
+        if self.options.cispo is not None and anchors is None:
+            scored = self._score_cispo(chunk, scores, terms)
+        else:
+            scored = self._score(chunk, scores, terms, anchors)
+        if not self.options.check:
+            scored = self._show_lost(scored, terms.mask)
+        return chunk.hidden[: part.stop - part.start], scored
+
+    def _score(self, chunk: Chunk, scores: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None) -> _Scored:
+        """Any objective, on vectors."""
+        size = len(terms.mask)
+        log_anchor = _log_anchor(terms) if anchors is None else anchors
+        padded = F.pad(log_anchor, (0, len(chunk.tokens) - size))
         total, weighted, residual = ops.anchored_scores(
-            *chunk, F.pad(log_anchor, (0, padding)), *_fields(self.head), self.entropy, scores
+            *chunk, padded, *_fields(self.head), self.options.entropy, self.options.backend, scores
         )
         total = total[:size]
-        log_total = total.log()
-        t = log_total - log_anchor
+        t = total.log() - log_anchor
         logprobs = F.logsigmoid(-t) if anchors is None else anchors
-        entropy = tile_ops.entropy_of(t, log_total, total, weighted[:size]) if self.entropy else weighted
+        entropy = entropy_of(t, total.log(), total, weighted[:size]) if self.options.entropy else weighted
         factor = total.new_empty(0)
+        in_range = (total >= _SMALLEST_SUM) & (total < LARGEST_SUM)
+        flagged = ~in_range
         if scores is not None:
             factor = self._row_factor(torch.where(terms.mask, logprobs, 0), total + log_anchor.exp(), terms, chunk.temperature)
-        in_range = (total >= _SMALLEST_SUM) & (total < _LARGEST_SUM)
-        flagged = ~in_range | ~_factor_in_range(factor) if scores is not None else ~in_range
-        if not self.check:
-            lost = ~(total < _LARGEST_SUM) & terms.mask
-            if scores is not None:
-                lost = lost | (~factor.isfinite() & terms.mask)
-                factor = torch.where(lost, torch.nan, factor)
-            logprobs = torch.where(lost, torch.nan, logprobs)
-            entropy = torch.where(lost, torch.nan, entropy) if self.entropy else entropy
-        return chunk.hidden[:size], _Scored(logprobs, entropy, factor, residual, in_range, flagged)
+            flagged = flagged | ~_factor_in_range(factor)
+        return _Scored(logprobs, total.new_empty(0), entropy, factor, residual, total, in_range, flagged)
+
+    def _score_cispo(self, chunk: Chunk, scores: torch.Tensor | None, terms: TokenTerms) -> _Scored:
+        """CISPO, by the kernel that completes the sums."""
+        log_anchor = _log_anchor(terms)
+        loss_weights = -terms.weights if terms.rollout_weights is None else -terms.weights * terms.rollout_weights
+        total, weighted, residual, logprobs, losses, factor, state = ops.cispo_scores(
+            *chunk, log_anchor, *_fields(self.head), self.options.entropy, scores,
+            terms.mask, terms.old_logprobs, terms.advantages, loss_weights, *self.options.cispo,
+        )  # fmt: skip
+        entropy = weighted
+        if self.options.entropy:
+            entropy = entropy_of(total.log() - log_anchor, total.log(), total, weighted)
+        flagged = state == 2 if scores is None else state > 0
+        return _Scored(logprobs, losses, entropy, factor, residual, total, state < 2, flagged)
+
+    def _show_lost(self, scored: _Scored, mask: torch.Tensor) -> _Scored:
+        """With check=False: NaN where the sum of a kept row, or its factor, has left the range of its dtype."""
+        lost = ~(scored.total < LARGEST_SUM) & mask
+        if self.scores is not None:
+            lost = lost | (~scored.factor.isfinite() & mask)
+
+        def shown(values: torch.Tensor) -> torch.Tensor:
+            return torch.where(lost, torch.nan, values) if len(values) else values
+
+        return scored._replace(**{name: shown(getattr(scored, name)) for name in ("logprobs", "losses", "entropy", "factor")})
 
     def _row_factor(
         self, logprobs: torch.Tensor, denominator: torch.Tensor, terms: TokenTerms, temperature: torch.Tensor | None
@@ -201,7 +231,7 @@ class _Sweep:
             dhidden = self.dhidden[part] if in_place else self.dhidden.new_empty(len(factor), self.head.hidden_size)
         sums = (dhidden, self.dweight, self.dbias)
         tokens = rows.tokens[part]
-        ops.gradient_products(scores, factor, scored.residual, dropped, hidden, tokens, weight, *sums, accumulate)
+        ops.gradient_products(scores, factor, scored.residual, hidden, tokens, weight, *sums, accumulate)
         if dhidden is not None and rows.indices is not None:
             self.dhidden.index_copy_(0, rows.indices[part], dhidden)
 
@@ -219,13 +249,13 @@ class _Sweep:
         flagged: torch.Tensor,
         logprobs: torch.Tensor,
         entropies: torch.Tensor,
-        workspace: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of flagged rows from the two-pass forward; rows flagged only for u keep theirs."""
-        statistics = ops.two_pass_forward(*flagged_rows, *_fields(self.head), self.entropy, workspace)
+        entropy, workspace, backend = self.options.entropy, self.options.workspace, self.options.backend
+        statistics = ops.two_pass_forward(*flagged_rows, *_fields(self.head), entropy, workspace, backend)
         keeps = torch.cat([s.sum_in_range for s in scored])[flagged]
         again = torch.where(keeps, logprobs[flagged], statistics[0])
-        return again, torch.where(keeps, entropies[flagged], statistics[1]) if self.entropy else entropies
+        return again, torch.where(keeps, entropies[flagged], statistics[1]) if entropy else entropies
 
     def join(self, scored: list[_Scored], name: str) -> torch.Tensor:
         nothing = torch.empty(0, dtype=self.dtype, device=self.head.weight.device)
@@ -254,23 +284,21 @@ def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: Toke
     return torch.where(terms.mask, g, 0)  # a user's function may have an infinite slope at a masked token's zeros
 
 
-def chunk_length(head: LMHead, workspace: int, count: int, with_gradients: bool, entropy: bool) -> int:
-    """Rows per chunk, a multiple of the tile's: the fewest chunks that fit `workspace` bytes, of equal length.
+def chunk_length(head: LMHead, count: int, options: Options) -> int:
+    """Rows per chunk, a multiple of the tile's: the fewest chunks that fit the workspace, of equal length.
 
     Raises ValueError where not even one tile of rows fits.
     """
-    rows, columns = tile_ops.tile_shape(head)
-    columns = min(columns, head.vocab_size)
+    tiles, workspace = ops.tiles_of(options.backend), options.workspace
+    rows = tiles.tile_shape(head).rows
     weight = head.weight
-    wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
-    # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
-    tiles = 1 + entropy + (4 if head.softcap is not None else 0)
-    fixed = columns * head.hidden_size * narrow + tiles * rows * columns * wide
+    wide = accumulation_dtype(weight.dtype).itemsize
+    fixed, per_row = tiles.one_pass_bytes(head, options.entropy)
     # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
-    per_row = 4 * head.hidden_size * wide + 20 * wide
-    if with_gradients:
+    per_row += 4 * head.hidden_size * wide + 20 * wide
+    if any(options.wanted):
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
-        fixed += tile_ops.widened_bytes(head)
+        fixed += widened_bytes(head)
     fitting = max(0, workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
@@ -280,6 +308,11 @@ def chunk_length(head: LMHead, workspace: int, count: int, with_gradients: bool,
     padded = -(-count // rows)
     chunks = max(1, -(-padded // fitting))
     return max(1, -(-padded // chunks)) * rows
+
+
+def _log_anchor(terms: TokenTerms) -> torch.Tensor:
+    old = terms.old_logprobs
+    return torch.zeros_like(terms.advantages) if old is None else old.clamp(_LOWEST_ANCHOR, 0)
 
 
 def _parts(count: int, length: int) -> list[slice]:

@@ -3,13 +3,61 @@
 Operators take tensors and numbers one by one; here they are put together into the structures the schedules use.
 """
 
+import importlib.util
+import os
+from types import ModuleType
+
 import torch
 
-from . import tile_ops, two_pass_schedule
+from . import products, tile_ops, two_pass_schedule
 from .lm_head import LMHead
 from .products import accumulation_dtype
+from .row_statistics import RowStatistics
 from .rows import Chunk, Rows, Wanted
-from .tile_ops import RowStatistics
+
+BACKENDS = ("torch", "triton")
+# FASTPG_BACKEND replaces the default, for debugging; an argument `backend=` goes before it.
+_ENVIRONMENT = os.environ.get("FASTPG_BACKEND")
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: str | None, hidden: torch.Tensor) -> str:
+    """ "torch" or "triton": the argument, else FASTPG_BACKEND, else triton for CUDA and ROCm tensors and torch elsewhere.
+
+    float64 has no kernels: it takes torch unless triton is asked for by the argument, which is then an error, as it is where
+    triton is not installed, or for CPU tensors outside Triton's interpreter.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f'backend must be "torch", "triton" or None; got {backend!r}')
+    if backend is None and _ENVIRONMENT not in (None, "", *BACKENDS):
+        raise ValueError(f'the environment variable FASTPG_BACKEND must be "torch" or "triton"; got {_ENVIRONMENT!r}')
+    is_float64 = hidden.dtype == torch.float64
+    default = "triton" if hidden.is_cuda and _TRITON_IS_INSTALLED else "torch"
+    chosen = backend or ("torch" if is_float64 else _ENVIRONMENT or default)
+    if chosen == "triton":
+        if is_float64:
+            raise TypeError('backend="triton" has no float64 kernels; use backend="torch", or float32 inputs')
+        _check_triton(hidden.device.type)
+    return chosen
+
+
+def _check_triton(device: str) -> None:
+    if not _TRITON_IS_INSTALLED:
+        raise ModuleNotFoundError('backend="triton" needs triton, which is not installed: pip install triton')
+    if device != "cuda" and not tiles_of("triton").INTERPRETED:
+        raise ValueError(
+            f'backend="triton" runs on CUDA and ROCm tensors; hidden is on {device}. Use backend="torch"; to debug the kernels '
+            "on a CPU, start Python with TRITON_INTERPRET=1"
+        )
+
+
+def tiles_of(backend: str) -> ModuleType:
+    """The tile ops of a backend. Triton is imported here and not with fastpg."""
+    if backend == "torch":
+        return tile_ops
+    from . import triton_tile_ops
+
+    return triton_tile_ops
 
 
 @torch.library.custom_op("fastpg::two_pass_forward", mutates_args=())
@@ -25,14 +73,15 @@ def two_pass_forward(
     logit_scale: float,
     entropy: bool,
     workspace: int,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """RowStatistics of the rows that `rows.Rows` describes; entropy and others_entropy are (0,) unless asked for."""
-    rows = Rows(hidden, indices, keep, tokens, temperature)
-    return tuple(two_pass_schedule.two_pass_forward(rows, LMHead(weight, bias, softcap, logit_scale), entropy, workspace))
+    rows, head = Rows(hidden, indices, keep, tokens, temperature), LMHead(weight, bias, softcap, logit_scale)
+    return tuple(two_pass_schedule.two_pass_forward(tiles_of(backend), rows, head, entropy, workspace))
 
 
 @two_pass_forward.register_fake
-def _(hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace):
+def _(hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace, backend):
     def per_row(present: bool) -> torch.Tensor:
         return weight.new_empty(tokens.shape[0] if present else 0, dtype=accumulation_dtype(weight.dtype))
 
@@ -55,13 +104,14 @@ def two_pass_backward(
     grad_entropy: torch.Tensor | None,
     wanted: list[bool],
     workspace: int,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (hidden, weight, bias), (0,) where not wanted."""
     rows = Rows(hidden, indices, keep, tokens, temperature)
     head = LMHead(weight, bias, softcap, logit_scale)
     return tuple(
         two_pass_schedule.two_pass_backward(
-            rows, head, RowStatistics(*statistics), grad_logprobs, grad_entropy, Wanted(*wanted), workspace
+            tiles_of(backend), rows, head, RowStatistics(*statistics), grad_logprobs, grad_entropy, Wanted(*wanted), workspace
         )
     )
 
@@ -69,7 +119,7 @@ def two_pass_backward(
 @two_pass_backward.register_fake
 def _(
     hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale,
-    statistics, grad_logprobs, grad_entropy, wanted, workspace,
+    statistics, grad_logprobs, grad_entropy, wanted, workspace, backend,
 ):  # fmt: skip
     def like(x: torch.Tensor, present: bool) -> torch.Tensor:
         return x.new_empty(x.shape if present else (0,))
@@ -88,26 +138,65 @@ def anchored_scores(
     softcap: float | None,
     logit_scale: float,
     entropy: bool,
+    backend: str,
     scores: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Product 1 of the one-pass schedule, for a chunk (C, H): `tile_ops.anchored_exp`. Writes scores (C, V) if given."""
     head = LMHead(weight, bias, softcap, logit_scale)
-    return tile_ops.anchored_exp(Chunk(hidden, tokens, temperature), head, log_anchor, entropy, scores)
+    return tiles_of(backend).anchored_exp(Chunk(hidden, tokens, temperature), head, log_anchor, entropy, scores)
 
 
-@anchored_scores.register_fake
-def _(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, scores):
+def _row_sums(log_anchor: torch.Tensor, entropy: bool, scores: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     total = torch.empty_like(log_anchor)
     is_rounded = scores is not None and scores.dtype != total.dtype
     return total, total.new_empty(len(log_anchor) if entropy else 0), total.new_empty(len(scores) if is_rounded else 0)
 
 
-@torch.library.custom_op("fastpg::gradient_products", mutates_args={"scores", "dhidden", "dweight", "dbias"})
+@anchored_scores.register_fake
+def _(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, backend, scores):
+    return _row_sums(log_anchor, entropy, scores)
+
+
+@torch.library.custom_op("fastpg::cispo_scores", mutates_args={"scores"})
+def cispo_scores(
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    log_anchor: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    scores: torch.Tensor | None,
+    mask: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_weights: torch.Tensor,
+    ratio_min: float | None,
+    ratio_max: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`anchored_scores` on Triton with the CISPO loss in its last kernel: `triton_tile_ops.anchored_cispo`."""
+    head, chunk = LMHead(weight, bias, softcap, logit_scale), Chunk(hidden, tokens, temperature)
+    return tiles_of("triton").anchored_cispo(
+        chunk, head, log_anchor, entropy, scores, mask, old_logprobs, advantages, loss_weights, ratio_min, ratio_max
+    )
+
+
+@cispo_scores.register_fake
+def _(
+    hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, scores,
+    mask, old_logprobs, advantages, loss_weights, ratio_min, ratio_max,
+):  # fmt: skip
+    numbers = (torch.empty_like(log_anchor) for _ in range(3))
+    return *_row_sums(log_anchor, entropy, scores), *numbers, torch.empty_like(mask, dtype=torch.int8)
+
+
+@torch.library.custom_op("fastpg::gradient_products", mutates_args={"dhidden", "dweight", "dbias"})
 def gradient_products(
     scores: torch.Tensor,
     factor: torch.Tensor,
     residual: torch.Tensor,
-    dropped: torch.Tensor | None,
     hidden: torch.Tensor,
     tokens: torch.Tensor,
     weight: torch.Tensor,
@@ -116,8 +205,5 @@ def gradient_products(
     dbias: torch.Tensor | None,
     accumulate: bool,
 ) -> None:
-    """Products 2 and 3 of a chunk (`tile_ops.gradient_products`), without the rows that are `dropped` (C,)."""
-    if dropped is not None:
-        tile_ops.zero_rows_(scores, dropped)
-        residual = torch.where(dropped, 0, residual) if len(residual) else residual
-    tile_ops.gradient_products(scores, factor, residual, hidden, tokens, weight, dhidden, dweight, dbias, accumulate)
+    """Products 2 and 3 of a chunk (`products.gradient_products`)."""
+    products.gradient_products(scores, factor, residual, hidden, tokens, weight, dhidden, dweight, dbias, accumulate)

@@ -5,7 +5,8 @@ here returns or accumulates in fp32 (float64 for float64 operands):
 
     CUDA, ROCm   bf16 operands go to the tensor cores as they are, with `out_dtype=torch.float32`
     CPU          operands are fp32 copies of tiles; where they hold bf16 values, oneDNN is asked to multiply them as bf16
-                 with fp32 accumulation, which is exact for the operands and 2x faster than an fp32 product
+                 with fp32 accumulation, which is exact for the operands and faster than an fp32 product where the CPU has
+                 matrix instructions
 
 The CPU request is a process-wide switch of torch, held for the product alone and restored on every path. Another thread that
 multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as for any
@@ -16,34 +17,31 @@ from __future__ import annotations
 
 import torch
 
+from .lm_head import LMHead
+
+_WIDENED_ROWS = 512
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, statistics and gradient sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which tiles of inputs of `dtype` are multiplied.
-
-    fp16 is widened: its range loses softmax tails (probabilities below 6e-8) and small gradients.
-    """
-    if dtype == torch.bfloat16 and device.type != "cpu":
-        return dtype
-    return accumulation_dtype(dtype)
-
-
 @torch.library.custom_op("fastpg::product", mutates_args={"out"})
 def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
-    """out = a @ b, or out += a @ b. a (M, K), b (K, N) of one dtype; out (M, N) in their accumulation dtype.
+    """out = a @ b, or out += a @ b. a (M, K), b (K, N) of one dtype; out (M, N) in it or in its accumulation dtype.
 
     as_bf16: on a CPU, multiply the fp32 operands rounded to bf16 (exact if they hold bf16 values).
     """
-    if a.dtype != out.dtype:
+    if a.dtype != out.dtype and out.device.type != "cpu":
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         return
+    if a.dtype != out.dtype:  # no CPU product takes 16-bit operands and returns fp32
+        as_bf16 = a.dtype == torch.bfloat16
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if not (as_bf16 and out.device.type == "cpu"):
         _multiply(out, a, b, accumulate)
         return
@@ -75,3 +73,71 @@ def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @product.register_fake
 def _(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: f"product: {tuple(a.shape)} @ {tuple(b.shape)}")
+
+
+def tile_columns(hidden_size: int) -> int:
+    """Vocabulary entries of a tile on a CPU: at most 8 MiB of fp32 weights and 4 MiB of logits stay in cache between passes."""
+    return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
+
+
+def gradient_products(
+    scores: torch.Tensor,  # E (C, V)
+    factor: torch.Tensor,  # u (C,) in the accumulation dtype
+    residual: torch.Tensor,  # (C,) or (0,), of `anchored_exp`
+    hidden: torch.Tensor,  # (C, H) in the operand dtype
+    tokens: torch.Tensor,  # (C,)
+    weight: torch.Tensor,  # (V, H)
+    dhidden: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Products 2 and 3: dhidden (C, H) = u (E @ W);  dweight (V, H) = or += E^T @ (u x);  dbias (V,) likewise E^T u.
+
+    What rounding took from the sum of a row of E is given back at its target's column, in fp32.
+
+    dweight in the weight's dtype is written once, with one rounding; in the accumulation dtype it may be added to.
+    """
+    vocab, hidden_size = weight.shape
+    if dhidden is not None:
+        # on a CPU a bf16 product is rounded here as well as after the row factor
+        sums = multiply(scores, weight)
+        if len(residual):
+            inside = tokens.clamp(0, vocab - 1)
+            sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
+        dhidden.copy_(sums.mul_(factor[:, None]))
+    weighted = (hidden * factor[:, None]).to(scores.dtype)
+    direct = dweight is not None and (dweight.dtype == scores.dtype or scores.device.type != "cpu")
+    if direct:
+        product(dweight, scores.T, weighted, accumulate, False)
+    if dbias is not None and scores.dtype != factor.dtype and scores.device.type != "cpu":
+        _add_bias_gradient(scores, factor, dbias, accumulate)
+        dbias = None
+    if dbias is None and (direct or dweight is None):
+        return
+    # no CPU product takes bf16 operands and adds in fp32, and none takes E and u in two dtypes: widened tile by tile
+    columns = tile_columns(hidden_size)
+    for v in range(0, vocab, columns):
+        for r in range(0, len(scores), _WIDENED_ROWS):
+            rows, adds = slice(r, r + _WIDENED_ROWS), accumulate or r > 0
+            e = scores[rows, v : v + columns].to(factor.dtype).T
+            if dbias is not None:
+                product(dbias[v : v + columns, None], e, factor[rows, None], adds, False)
+            if dweight is not None and not direct:
+                product(dweight[v : v + columns], e, weighted[rows].to(dweight.dtype), adds, True)
+
+
+def _add_bias_gradient(scores: torch.Tensor, factor: torch.Tensor, dbias: torch.Tensor, accumulate: bool) -> None:
+    """dbias (V,) = or += E^T u with 16-bit E (C, V): u in two 16-bit parts, whose sum has twice the digits."""
+    high = factor.to(scores.dtype)
+    low = (factor - high.to(factor.dtype)).to(scores.dtype)
+    sums = torch.mm(scores.T, torch.stack([high, low], 1), out_dtype=dbias.dtype).sum(1)
+    torch.add(dbias, sums, out=dbias) if accumulate else dbias.copy_(sums)
+
+
+def widened_bytes(head: LMHead) -> int:
+    """What `gradient_products` needs for a widened tile of E: nothing where E is stored in the accumulation dtype."""
+    dtype = accumulation_dtype(head.weight.dtype)
+    if head.weight.dtype == dtype:
+        return 0
+    return _WIDENED_ROWS * min(tile_columns(head.hidden_size), head.vocab_size) * dtype.itemsize

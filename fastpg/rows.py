@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .products import accumulation_dtype, operand_dtype
+from .products import accumulation_dtype
 
 
 class Chunk(NamedTuple):
@@ -29,12 +29,12 @@ class Rows(NamedTuple):
     tokens: torch.Tensor  # (K,) int64
     temperature: torch.Tensor | None  # (K,) in the accumulation dtype; None is 1
 
-    def chunk(self, start: int, stop: int, multiple: int = 1) -> Chunk:
-        """Rows [start, stop) in the operand dtype, padded to a multiple of `multiple` rows."""
+    def chunk(self, start: int, stop: int, dtype: torch.dtype, multiple: int = 1) -> Chunk:
+        """Rows [start, stop) in the operand dtype `dtype`, padded to a multiple of `multiple` rows."""
         hidden = self.hidden[start:stop] if self.indices is None else self.hidden[self.indices[start:stop]]
         if self.keep is not None:
             hidden = torch.where(self.keep[start:stop, None], hidden, 0)
-        hidden = hidden.to(operand_dtype(hidden.dtype, hidden.device))
+        hidden = hidden.to(dtype)
         tokens = self.tokens[start:stop]
         temperature = None if self.temperature is None else self.temperature[start:stop]
         padding = (start - stop) % multiple

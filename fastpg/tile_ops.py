@@ -1,5 +1,7 @@
 """The tile ops in PyTorch: what a schedule calls between its loops. Any device; the default on CPU.
 
+`triton_tile_ops` has the same functions, with the same signatures, on the kernels.
+
 Shapes: a chunk has C rows; in the forward pass a multiple of `tile_shape(...).rows`, so that every product there has exactly
 that many rows. BLAS libraries choose their summation order by the shape of the product, so this, and not the values, is what
 makes a token's log-probability the same bits whatever else is in the batch.
@@ -14,41 +16,58 @@ import torch
 import torch.nn.functional as F
 
 from .lm_head import LMHead
-from .products import accumulation_dtype, multiply, operand_dtype, product
+from .products import accumulation_dtype, product, tile_columns
+from .row_statistics import LARGEST_SUM, RowStatistics, finish_rows
 from .rows import Chunk
 
 # exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
 _EXP_IS_ZERO = -1e4
 # E is capped at 2^100, far from the overflow of its dtype and of its sums.
 _LARGEST_LOG_E = 100 * math.log(2)
-_WIDENED_ROWS = 512
 
 
 class TileShape(NamedTuple):
-    rows: int  # tokens per product
-    columns: int  # vocabulary entries per product
-
-
-class RowStatistics(NamedTuple):
-    """What the two-pass forward keeps of each row; all (C,) in the accumulation dtype. Defined in `finish_rows`."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    t: torch.Tensor
-    logsumexp: torch.Tensor
-    others_entropy: torch.Tensor
+    rows: int  # tokens; chunks are as long as a number of these
+    columns: int  # vocabulary entries
+    padding: int  # chunks of a forward pass are padded to a multiple of this many rows
 
 
 def tile_shape(head: LMHead) -> TileShape:
     """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
     if head.weight.device.type != "cpu":
-        return TileShape(2048, 8192)
-    return TileShape(256, _columns(head.hidden_size))
+        return TileShape(2048, 8192, 2048)
+    return TileShape(256, tile_columns(head.hidden_size), 256)
 
 
-def _columns(hidden_size: int) -> int:
-    # at most 8 MiB of fp32 weights and 4 MiB of logits, so that a tile stays in cache between its passes
-    return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which tiles of inputs of `dtype` are multiplied.
+
+    fp16 is widened: its range loses softmax tails (probabilities below 6e-8) and small gradients.
+    """
+    if dtype == torch.bfloat16 and device.type != "cpu":
+        return dtype
+    return accumulation_dtype(dtype)
+
+
+def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+    """Transient bytes of `anchored_exp`, E and the chunk's hidden states left out: (of the call, of each row)."""
+    rows, columns, _ = tile_shape(head)
+    columns = min(columns, head.vocab_size)
+    weight = head.weight
+    wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
+    # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
+    tiles = 1 + entropy + (4 if head.softcap is not None else 0)
+    return columns * head.hidden_size * narrow + tiles * rows * columns * wide, 0
+
+
+def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+    """Transient bytes of `online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
+    rows, columns, _ = tile_shape(head)
+    columns = min(columns, head.vocab_size)
+    weight = head.weight
+    wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
+    tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
+    return columns * head.hidden_size * narrow + tiles * rows * columns * wide, 0
 
 
 def weight_tile(head: LMHead, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
@@ -74,7 +93,7 @@ def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics
     kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y. Nothing larger than a tile of logits exists.
     q only if `entropy`.
     """
-    rows, columns = tile_shape(head)
+    rows, columns, _ = tile_shape(head)
     weight = head.weight
     dtype = accumulation_dtype(weight.dtype)
     buffer = weight_buffer(head)
@@ -116,44 +135,6 @@ def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weig
     maximum.copy_(larger)
 
 
-def finish_rows(
-    maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor, target: torch.Tensor, entropy: bool
-) -> RowStatistics:
-    """From m, s, q of the other columns and z_y, each (C,):
-
-        t    = (m - z_y) + log s               log-odds against the target; the differences first, for small 1 - p_y
-        logp = logsigmoid(-t)
-        Ho   = log s - q / s                   entropy of the others alone; 0 where there are none
-        H    = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t))
-        logsumexp over all columns, from the side that does not cancel
-
-    V = 1, or all others banned: s = 0, t = -inf, logp = 0, H = 0.
-    """
-    pivot = torch.where(maximum == -torch.inf, 0, maximum)
-    log_total = total.log()
-    t = (pivot - target) + log_total
-    log_p, log_1mp = F.logsigmoid(-t), F.logsigmoid(t)
-    logsumexp = torch.where(t < 0, target - log_p, (pivot + log_total) - log_1mp)
-    if not entropy:
-        nothing = t.new_empty(0)
-        return RowStatistics(log_p, nothing, t, logsumexp, nothing)
-    others = torch.where(total == 0, 0, log_total - weighted / total)
-    return RowStatistics(log_p, _entropy(t, others), t, logsumexp, others)
-
-
-def entropy_of(t: torch.Tensor, log_total: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
-    """H (C,) from t, log S, S and Q of the anchored sums: Ho = log S - Q / S, 0 where S = 0."""
-    return _entropy(t, torch.where(total == 0, 0, log_total - weighted / total))
-
-
-def _entropy(t: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """H = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t)), where exp(-inf) * inf is 0 in both shares."""
-    log_p, log_1mp = F.logsigmoid(-t), F.logsigmoid(t)
-    target_share = torch.where(t == torch.inf, 0, log_p.exp() * -log_p)
-    others_share = torch.where(t == -torch.inf, 0, log_1mp.exp() * (others - log_1mp))
-    return target_share + others_share
-
-
 def dlogits(
     chunk: Chunk,
     head: LMHead,
@@ -162,9 +143,13 @@ def dlogits(
     statistics: RowStatistics,
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
+    unit: torch.Tensor | None,
     out: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """The gradient of the columns [start, start + len(w)), into out (C, len(w)) in the operand dtype.
+
+    Returns what rounding took from the sum of each row, (C,), or (0,) where `out` is not rounded. `unit` is None here: only
+    fp16 slices have one, and these are widened.
 
     For incoming g (logp) and h (entropy), each (C,), with log p_v = z_v - logsumexp:
 
@@ -184,6 +169,7 @@ def dlogits(
         p_q = (statistics.logprobs + F.logsigmoid(statistics.t)).exp()
         at_target = at_target + torch.where(statistics.t.isinf(), 0, h * p_q * (statistics.t - statistics.others_entropy))
     needs_rounding = out.dtype != statistics.t.dtype
+    residual = torch.zeros(len(out) if needs_rounding else 0, dtype=statistics.t.dtype, device=out.device)
     for r in range(0, len(chunk.tokens), rows):
         block = slice(r, r + rows)
         z = torch.empty_like(out[block], dtype=statistics.t.dtype) if needs_rounding else out[block]
@@ -200,6 +186,8 @@ def dlogits(
             z.mul_(slope)
         if needs_rounding:
             out[block].copy_(z)
+            residual[block] = z.sum(1) - out[block].sum(1, dtype=z.dtype)
+    return residual
 
 
 def anchored_exp(
@@ -211,13 +199,13 @@ def anchored_exp(
 
     and E_y = -S, the gradient of the target's own column. Returns S and Q (C,), Q only if `entropy`. With `out`, E is stored
     there in its dtype, every entry times the softcap's slope, which the sums do not have; out (R, V) takes the first R rows,
-    without the padding.
+    without the padding. A row whose S is not below 2^99 is stored as zeros: nothing of it may reach the other rows' dW.
 
     Also returns what rounding took from the sum of each stored row, (R,), or (0,) where E is not rounded. Rows of E sum to 0
     (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
     the common part of real embeddings would turn that into errors of several per cent.
     """
-    rows, columns = tile_shape(head)
+    rows, columns, _ = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
     dtype = accumulation_dtype(weight.dtype)
     target, target_slope = _target_logits(chunk, head)
@@ -240,14 +228,16 @@ def anchored_exp(
             e.exp_()
             column, inside = _target_column(chunk.tokens[block], start, stop)
             e.scatter_(1, column, torch.where(inside, 0, e.gather(1, column)))
-            total[block] += e.sum(1)
+            sums = e.sum(1)
+            total[block] += sums
             if log_e is not None:
                 weighted[block] += log_e.mul_(e).sum(1)
             if out is not None:
-                exact = (e if slope is None else e.mul_(slope))[: len(out) - r]
-                stored = out[block, start:stop].copy_(exact)
+                if slope is not None:
+                    sums = e.mul_(slope).sum(1)
+                stored = out[block, start:stop].copy_(e[: len(out) - r])
                 if is_rounded:
-                    residual[block] += exact.sum(1) - stored.sum(1, dtype=dtype)
+                    residual[block] += sums[: len(out) - r] - stored.sum(1, dtype=dtype)
     if out is not None:
         exact = (-total if target_slope is None else -total * target_slope[:, 0])[: len(out)]
         stored = exact.to(out.dtype)
@@ -256,6 +246,9 @@ def anchored_exp(
         out.index_put_((torch.arange(len(out), device=out.device), targets), stored)
         if is_rounded:
             residual += exact - stored.to(dtype)
+        lost = ~(total[: len(out)] < LARGEST_SUM)
+        _zero_rows_(out, lost)
+        residual = torch.where(lost, 0, residual) if is_rounded else residual
     return total, weighted, residual
 
 
@@ -271,64 +264,12 @@ def _target_logits(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tens
     return torch.where(inside[:, None], z, torch.nan), slope
 
 
-def zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
+def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
     """scores (C, V)[rows (C,) bool] = 0, whatever was there."""
     if scores.device.type == "cpu":
         scores.index_fill_(0, rows.nonzero()[:, 0], 0)  # touches those rows only
     else:  # finding them would wait for the host
         scores.masked_fill_(rows[:, None], 0)
-
-
-def gradient_products(
-    scores: torch.Tensor,  # E (C, V)
-    factor: torch.Tensor,  # u (C,) in the accumulation dtype
-    residual: torch.Tensor,  # (C,) or (0,), of `anchored_exp`
-    hidden: torch.Tensor,  # (C, H) in the operand dtype
-    tokens: torch.Tensor,  # (C,)
-    weight: torch.Tensor,  # (V, H)
-    dhidden: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-    dbias: torch.Tensor | None,
-    accumulate: bool,
-) -> None:
-    """Products 2 and 3: dhidden (C, H) = u (E @ W);  dweight (V, H) = or += E^T @ (u x);  dbias (V,) likewise E^T u.
-
-    What rounding took from the sum of a row of E is given back at its target's column, in fp32.
-
-    dweight in the weight's dtype is written once, with one rounding; in the accumulation dtype it may be added to.
-    """
-    vocab, hidden_size = weight.shape
-    if dhidden is not None:
-        # on a CPU a bf16 product is rounded here as well as after the row factor
-        sums = multiply(scores, weight)
-        if len(residual):
-            inside = tokens.clamp(0, vocab - 1)
-            sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
-        dhidden.copy_(sums.mul_(factor[:, None]))
-    weighted = (hidden * factor[:, None]).to(scores.dtype)
-    direct = dweight is not None and (dweight.dtype == scores.dtype or scores.device.type != "cpu")
-    if direct:
-        product(dweight, scores.T, weighted, accumulate, False)
-    if dbias is None and (direct or dweight is None):
-        return
-    # no CPU product takes bf16 operands and adds in fp32, and none takes E and u in two dtypes: widened tile by tile
-    columns = _columns(hidden_size)
-    for v in range(0, vocab, columns):
-        for r in range(0, len(scores), _WIDENED_ROWS):
-            rows, adds = slice(r, r + _WIDENED_ROWS), accumulate or r > 0
-            e = scores[rows, v : v + columns].to(factor.dtype).T
-            if dbias is not None:
-                product(dbias[v : v + columns, None], e, factor[rows, None], adds, False)
-            if dweight is not None and not direct:
-                product(dweight[v : v + columns], e, weighted[rows].to(dweight.dtype), adds, True)
-
-
-def widened_bytes(head: LMHead) -> int:
-    """What `gradient_products` needs for a widened tile of E: nothing where E is stored in the accumulation dtype."""
-    dtype = accumulation_dtype(head.weight.dtype)
-    if head.weight.dtype == dtype:
-        return 0
-    return _WIDENED_ROWS * min(_columns(head.hidden_size), head.vocab_size) * dtype.itemsize
 
 
 def _logits(

@@ -54,7 +54,8 @@ def linear_logprobs(
         entropy: also return the entropy of each row, in nats.
         workspace: bytes of transient memory; default 256 MiB on a CPU, 1 GiB on accelerators. On top come the results, and
             one fp32 copy of dX. Log-probabilities do not depend on it.
-        backend: "torch", or None for the default.
+        backend: "torch" or "triton"; None: triton for CUDA and ROCm tensors, torch elsewhere. The environment variable
+            FASTPG_BACKEND replaces that default.
         check: True checks token ids and temperatures, and reads the host once to skip masked rows. False reads nothing and
             computes every row (for torch.compile and CUDA graphs); a token outside [0, V) then gives NaN.
 
@@ -65,11 +66,12 @@ def linear_logprobs(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
-    hidden, head, keep = prepare(hidden, head, tokens, mask, temperature, backend, check)
+    hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
     workspace = validation.workspace_bytes(workspace, hidden.device)
-    chunk_rows(head, workspace, entropy)  # raises before any work where the workspace is too small
+    chunk_rows(ops.tiles_of(backend), head, workspace, entropy)  # raises before any work where the workspace is too small
     rows = rows_of(hidden, tokens, keep, temperature, gather=check)
-    arguments = (rows.hidden, head.weight, head.bias, *rows[1:], head.softcap, head.logit_scale, entropy, workspace)
+    fields = head.softcap, head.logit_scale, entropy, workspace, backend
+    arguments = (rows.hidden, head.weight, head.bias, *rows[1:], *fields)
     with torch.autocast(hidden.device.type, enabled=False):
         if needs_gradient(hidden, head):
             values = _LinearLogprobs.apply(*arguments)
@@ -87,18 +89,18 @@ def prepare(
     temperature: float | torch.Tensor,
     backend: str | None,
     check: bool,
-) -> tuple[torch.Tensor, LMHead, torch.Tensor]:
-    """What both schedules do first: checks, autocast, and which tokens count, (...) bool."""
+) -> tuple[torch.Tensor, LMHead, torch.Tensor, str]:
+    """What both schedules do first: checks, autocast, which tokens count, (...) bool, and the backend."""
     head = as_head(head)
-    validation.check_backend(backend)
     hidden, head = _autocast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
+    backend = ops.choose_backend(backend, hidden)
     keep = tokens != validation.IGNORED_TOKEN
     if mask is not None:
         keep = keep & mask
     if check:
         validation.check_values(tokens, keep, head.vocab_size, temperature)
-    return hidden, head, keep
+    return hidden, head, keep, backend
 
 
 def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
@@ -119,9 +121,9 @@ def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]
     return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.softcap, head.logit_scale)
 
 
-def _forward(hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace):
+def _forward(hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace, backend):
     return ops.two_pass_forward(
-        hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace
+        hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace, backend
     )
 
 
@@ -129,12 +131,11 @@ class _LinearLogprobs(torch.autograd.Function):
     """(logprobs (K,), entropy (K,) or (0,)) of the rows that `rows.Rows` describes."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace):
-        statistics = _forward(
-            hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace
-        )
+    def forward(ctx, hidden, weight, bias, indices, keep, tokens, temperature, *options):
+        statistics = _forward(hidden, weight, bias, indices, keep, tokens, temperature, *options)
+        softcap, logit_scale, entropy, workspace, backend = options
         ctx.save_for_backward(hidden, weight, bias, indices, keep, tokens, temperature, *statistics)
-        ctx.options = softcap, logit_scale, workspace
+        ctx.options = softcap, logit_scale, workspace, backend
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(statistics[1])
@@ -145,12 +146,12 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, bias, indices, keep, tokens, temperature, *statistics = ctx.saved_tensors
-        softcap, logit_scale, workspace = ctx.options
+        softcap, logit_scale, workspace, backend = ctx.options
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics[0])
         wanted = list(ctx.needs_input_grad[:3])
         gradients = ops.two_pass_backward(
             hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale,
-            statistics, grad_logprobs, grad_entropy, wanted, workspace,
+            statistics, grad_logprobs, grad_entropy, wanted, workspace, backend,
         )  # fmt: skip
-        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 8
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (len(ctx.needs_input_grad) - 3)

@@ -8,36 +8,45 @@
 
 The vocabulary is the outer loop of the backward, so that dW is summed in one fp32 tile and rounded once, with no [V, H] copy;
 dX is summed in fp32 [K, H] and rounded once. Every sum has a fixed order.
+
+Rows of D sum to 0, so that what the rows of W have in common cancels in D @ W. Where D is stored in 16 bits, what rounding took
+from a row is given back at its token's row of W, in fp32. Where these bits are fp16's, whose range is short, row n is stored
+times unit_n = 2^14 / m_n with m_n a power of two that bounds its entries; dX is divided by it in fp32, and dW multiplies D with
+fp16(s x_n / unit_n), s one power of two for the call that brings the largest of these to fp16's range.
+
+`tiles` is the module of tile ops to run on: `tile_ops` or `triton_tile_ops`.
 """
 
 from __future__ import annotations
 
-import torch
+from types import ModuleType
+from typing import NamedTuple
 
-from . import tile_ops
+import torch
+import torch.nn.functional as F
+
 from .lm_head import LMHead
-from .products import accumulation_dtype, operand_dtype, product
+from .products import accumulation_dtype, product
+from .row_statistics import RowStatistics
 from .rows import Gradients, Rows, Wanted
-from .tile_ops import RowStatistics
 
 # Chunks longer than this many tiles gain nothing: the products are at full speed and the chunk has left the cache.
 _LONGEST_CHUNK = 8
 
 
-def chunk_rows(head: LMHead, workspace: int, entropy: bool) -> int:
+def chunk_rows(tiles: ModuleType, head: LMHead, workspace: int, entropy: bool) -> int:
     """How many tokens a chunk may have so that everything the two passes allocate fits `workspace` bytes.
 
     Raises ValueError where not even one tile fits.
     """
-    rows, columns = tile_ops.tile_shape(head)
+    rows, columns, _ = tiles.tile_shape(head)
     columns = min(columns, head.vocab_size)
     dtype, device = head.weight.dtype, head.weight.device
-    wide, narrow = accumulation_dtype(dtype).itemsize, operand_dtype(dtype, device).itemsize
-    # a tile of weights and of its gradient; of logits, with the temporaries of the entropy and of the softcap's slope
-    tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
-    fixed = columns * head.hidden_size * (wide + narrow) + tiles * rows * columns * wide
+    wide, narrow = accumulation_dtype(dtype).itemsize, tiles.operand_dtype(dtype, device).itemsize
+    fixed, per_row = tiles.two_pass_bytes(head, entropy)
+    fixed += columns * head.hidden_size * wide  # a tile of dW
     # hidden states (gathered, widened), a row of dlogits, and a score of per-row numbers
-    per_row = 2 * head.hidden_size * narrow + columns * narrow + 20 * wide
+    per_row += 2 * head.hidden_size * narrow + columns * narrow + 20 * wide
     fitting = (workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
@@ -47,14 +56,15 @@ def chunk_rows(head: LMHead, workspace: int, entropy: bool) -> int:
     return min(fitting, _LONGEST_CHUNK) * rows
 
 
-def two_pass_forward(rows: Rows, head: LMHead, entropy: bool, workspace: int) -> RowStatistics:
+def two_pass_forward(tiles: ModuleType, rows: Rows, head: LMHead, entropy: bool, workspace: int) -> RowStatistics:
     """The statistics of every row: RowStatistics of (K,) vectors."""
-    count, longest, block = len(rows.tokens), chunk_rows(head, workspace, entropy), tile_ops.tile_shape(head).rows
+    count, longest = len(rows.tokens), chunk_rows(tiles, head, workspace, entropy)
+    dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
     parts = []
     for start in range(0, count, longest):
         stop = min(start + longest, count)
-        chunk = rows.chunk(start, stop, multiple=block)
-        statistics = tile_ops.online_logsumexp(chunk, head, entropy)
+        chunk = rows.chunk(start, stop, dtype, multiple=padding)
+        statistics = tiles.online_logsumexp(chunk, head, entropy)
         parts.append(RowStatistics(*(s[: stop - start] for s in statistics)))
     if not parts:
         dtype = accumulation_dtype(head.weight.dtype)
@@ -63,6 +73,7 @@ def two_pass_forward(rows: Rows, head: LMHead, entropy: bool, workspace: int) ->
 
 
 def two_pass_backward(
+    tiles: ModuleType,
     rows: Rows,
     head: LMHead,
     statistics: RowStatistics,
@@ -73,42 +84,115 @@ def two_pass_backward(
 ) -> Gradients:
     """Gradients for incoming gradients (K,) of the log-probabilities and entropies."""
     count, weight = len(rows.tokens), head.weight
-    longest = chunk_rows(head, workspace, grad_entropy is not None)
-    columns = min(tile_ops.tile_shape(head).columns, head.vocab_size)
-    wide, narrow = accumulation_dtype(weight.dtype), operand_dtype(weight.dtype, weight.device)
+    longest = chunk_rows(tiles, head, workspace, grad_entropy is not None)
+    columns = min(tiles.tile_shape(head).columns, head.vocab_size)
+    wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
     as_bf16 = weight.dtype == torch.bfloat16
     device = weight.device
+    parts = [slice(start, min(start + longest, count)) for start in range(0, count, longest)]
+    half = None
+    if narrow == torch.float16:
+        half = _half_scales(rows, head, statistics, grad_logprobs, grad_entropy, parts)
 
     dhidden = torch.zeros(count if wanted.hidden else 0, head.hidden_size, dtype=wide, device=device)
+    residual = torch.zeros(count if narrow != wide else 0, dtype=wide, device=device)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted.weight else weight.new_empty(0)
     dbias = torch.zeros(head.vocab_size if wanted.bias else 0, dtype=wide, device=device)
-    buffer = tile_ops.weight_buffer(head)
+    buffer = tiles.weight_buffer(head)
     dlogits = torch.empty(min(longest, count) * columns, dtype=narrow, device=device)
     for v in range(0, head.vocab_size if count else 0, columns):
         width = min(columns, head.vocab_size - v)
-        w = tile_ops.weight_tile(head, v, v + width, buffer)
-        dw = dweight[v : v + width] if wanted.weight else None
-        if dw is not None and dw.dtype != wide:
-            dw = torch.empty(width, head.hidden_size, dtype=wide, device=device)
-        for start in range(0, count, longest):
-            part = slice(start, min(start + longest, count))
-            chunk = rows.chunk(part.start, part.stop)
+        w = tiles.weight_tile(head, v, v + width, buffer)
+        dw = torch.empty(width, head.hidden_size, dtype=wide, device=device) if wanted.weight else None
+        if wanted.weight and weight.dtype == wide:
+            dw = dweight[v : v + width]
+        for part in parts:
+            chunk = rows.chunk(part.start, part.stop, narrow)
             d = dlogits[: len(chunk.tokens) * width].view(-1, width)
-            part_statistics = RowStatistics(*(s[part] for s in statistics))
-            h = None if grad_entropy is None else grad_entropy[part]
-            tile_ops.dlogits(chunk, head, w, v, part_statistics, grad_logprobs[part], h, d)
+            taken = tiles.dlogits(
+                chunk, head, w, v, RowStatistics(*(s[part] for s in statistics)), grad_logprobs[part],
+                None if grad_entropy is None else grad_entropy[part], None if half is None else half.unit[part], d,
+            )  # fmt: skip
+            if len(taken):
+                residual[part] += taken
             if wanted.hidden:
                 product(dhidden[part], d, w, v > 0, as_bf16)
             if dw is not None:
-                product(dw, d.T, chunk.hidden, start > 0, as_bf16)
+                x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
+                product(dw, d.T, x, part.start > 0, as_bf16)
             if wanted.bias:
-                dbias[v : v + width] += d.sum(0, dtype=wide)
+                db = dbias[v : v + width]
+                if half is None:
+                    db += d.sum(0, dtype=wide)
+                else:
+                    product(db[:, None], d.T, half.share[part, None].to(narrow), part.start > 0, False)
+        if half is not None and dw is not None:
+            dw.div_(half.scale)
         if dw is not None and dw.dtype != weight.dtype:
             dweight[v : v + width] = dw
-    return Gradients(_place(dhidden, rows, longest, wanted.hidden), dweight, dbias.to(weight.dtype))
+    if half is not None:
+        dbias.div_(half.scale)
+    if wanted.hidden:
+        _finish_rows_(dhidden, residual, half, rows, head, parts)
+    return Gradients(_place(dhidden, rows, parts, wanted.hidden), dweight, dbias.to(weight.dtype))
 
 
-def _place(dhidden: torch.Tensor, rows: Rows, longest: int, wanted: bool) -> torch.Tensor:
+class _HalfScales(NamedTuple):
+    """The powers of two that keep fp16 operands in their range."""
+
+    unit: torch.Tensor  # (K,): rows of D are stored times it
+    share: torch.Tensor  # (K,) scale / unit: rows of X, and the ones of the bias, are multiplied by it
+    scale: torch.Tensor  # (): what dW and db are divided by
+
+
+def _half_scales(
+    rows: Rows,
+    head: LMHead,
+    statistics: RowStatistics,
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    parts: list[slice],
+) -> _HalfScales:
+    """|D_nv| <= m_n = sigmoid(t) (|g| + |h| (|t| + Ho + 1)) logit_scale / T, rounded up to a power of two."""
+    bound = grad_logprobs.abs()
+    if grad_entropy is not None:
+        log_odds = torch.where(statistics.t.isinf(), 0, statistics.t.abs())
+        bound = bound + grad_entropy.abs() * (log_odds + statistics.others_entropy + 1)
+    bound = bound * F.logsigmoid(statistics.t).exp() * head.logit_scale
+    unit = _to_2_14(bound if rows.temperature is None else bound / rows.temperature)
+    largest = bound.new_ones(len(bound))
+    for part in parts:
+        chunk = rows.chunk(part.start, part.stop, rows.hidden.dtype)
+        largest[part] = chunk.hidden.abs().amax(1).clamp(min=1) / unit[part]
+    scale = _to_2_14(largest.amax()) if len(largest) else largest.new_ones(())
+    return _HalfScales(unit, scale / unit, scale)
+
+
+def _to_2_14(x: torch.Tensor) -> torch.Tensor:
+    """The power of two that brings |x| into [2^13, 2^14); NaN and 0 take any."""
+    exponent = torch.frexp(x).exponent.clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(x), 14 - exponent)
+
+
+def _finish_rows_(
+    dhidden: torch.Tensor,
+    residual: torch.Tensor,
+    half: _HalfScales | None,
+    rows: Rows,
+    head: LMHead,
+    parts: list[slice],
+) -> None:
+    """Gives back to dX (K, H) what rounding took from the rows of D, and takes fp16's units out of it."""
+    for part in parts:
+        dx = dhidden[part]
+        if len(residual):
+            at_target = head.weight[rows.tokens[part].clamp(0, head.vocab_size - 1)].to(dx.dtype)
+            dx.add_(at_target.mul_(residual[part, None]))
+        if half is not None:
+            dx.div_(half.unit[part, None])
+
+
+def _place(dhidden: torch.Tensor, rows: Rows, parts: list[slice], wanted: bool) -> torch.Tensor:
     """Rounds dX (K, H) once, into (N, H) with zeros where rows were not computed; chunk by chunk, to need no third copy."""
     hidden = rows.hidden
     if not wanted:
@@ -116,8 +200,7 @@ def _place(dhidden: torch.Tensor, rows: Rows, longest: int, wanted: bool) -> tor
     if rows.indices is None and dhidden.dtype == hidden.dtype:
         return dhidden
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    for start in range(0, len(dhidden), longest):
-        part = slice(start, start + longest)
+    for part in parts:
         rounded = dhidden[part].to(hidden.dtype)
         if rows.indices is None:
             out[part] = rounded

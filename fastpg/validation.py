@@ -117,11 +117,6 @@ def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
         torch._assert_async(holds.all())
 
 
-def check_backend(backend: str | None) -> None:
-    if backend not in (None, "torch"):
-        raise ValueError(f'backend must be "torch" or None; got {backend!r}')
-
-
 def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     """`workspace` in bytes, or the device's default: 256 MiB on a CPU, 1 GiB on accelerators."""
     if workspace is None:

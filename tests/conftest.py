@@ -1,5 +1,9 @@
-"""Keeps the checkout off sys.path (its kernels/ would shadow Hugging Face's `kernels`) and poisons uninitialised memory."""
+"""Keeps the checkout off sys.path (its kernels/ would shadow Hugging Face's `kernels`) and poisons uninitialised memory.
 
+Without a GPU the kernels run in Triton's interpreter, which has to be asked for before they are imported.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +12,9 @@ import torch
 
 # Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]

@@ -39,7 +39,7 @@ def op_arguments(dtype, gather, entropy):
     temperature = torch.rand(len(rows)) + 0.5
     return (
         hidden.detach(), indices, keep, rows, temperature.to(torch.promote_types(dtype, torch.float32)),
-        weight.detach(), bias.detach(), 3.0, 0.8, entropy, 2**24,
+        weight.detach(), bias.detach(), 3.0, 0.8, entropy, 2**24, "torch",
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_opcheck_two_pass(dtype, gather, entropy):
     g = torch.randn_like(statistics[0])
     h = torch.randn_like(g) if entropy else None
     for wanted in ([True, True, True], [False, True, False], [True, False, False]):
-        torch.library.opcheck(two_pass_backward, (*arguments[:9], statistics, g, h, wanted, 2**24))
+        torch.library.opcheck(two_pass_backward, (*arguments[:9], statistics, g, h, wanted, 2**24, "torch"))
 
 
 @pytest.mark.parametrize("accumulate", [True, False])

@@ -1,0 +1,59 @@
+"""What the vocabulary is reduced to, row by row: the two-pass forward's statistics, and the formulas that finish them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# An anchored sum beyond it has overflowed, or is about to.
+LARGEST_SUM = 2.0**99
+
+
+class RowStatistics(NamedTuple):
+    """What the two-pass forward keeps of each row; all (C,) in the accumulation dtype. Defined in `finish_rows`."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    t: torch.Tensor
+    logsumexp: torch.Tensor
+    others_entropy: torch.Tensor
+
+
+def finish_rows(
+    maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor, target: torch.Tensor, entropy: bool
+) -> RowStatistics:
+    """From m, s, q of the other columns and z_y, each (C,):
+
+        t    = (m - z_y) + log s               log-odds against the target; the differences first, for small 1 - p_y
+        logp = logsigmoid(-t)
+        Ho   = log s - q / s                   entropy of the others alone; 0 where there are none
+        H    = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t))
+        logsumexp over all columns, from the side that does not cancel
+
+    V = 1, or all others banned: s = 0, t = -inf, logp = 0, H = 0.
+    """
+    pivot = torch.where(maximum == -torch.inf, 0, maximum)
+    log_total = total.log()
+    t = (pivot - target) + log_total
+    log_p, log_1mp = F.logsigmoid(-t), F.logsigmoid(t)
+    logsumexp = torch.where(t < 0, target - log_p, (pivot + log_total) - log_1mp)
+    if not entropy:
+        nothing = t.new_empty(0)
+        return RowStatistics(log_p, nothing, t, logsumexp, nothing)
+    others = torch.where(total == 0, 0, log_total - weighted / total)
+    return RowStatistics(log_p, _entropy(t, others), t, logsumexp, others)
+
+
+def entropy_of(t: torch.Tensor, log_total: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+    """H (C,) from t, log S, S and Q of the anchored sums: Ho = log S - Q / S, 0 where S = 0."""
+    return _entropy(t, torch.where(total == 0, 0, log_total - weighted / total))
+
+
+def _entropy(t: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """H = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t)), where exp(-inf) * inf is 0 in both shares."""
+    log_p, log_1mp = F.logsigmoid(-t), F.logsigmoid(t)
+    target_share = torch.where(t == torch.inf, 0, log_p.exp() * -log_p)
+    others_share = torch.where(t == -torch.inf, 0, log_1mp.exp() * (others - log_1mp))
+    return target_share + others_share

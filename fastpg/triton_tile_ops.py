@@ -1,0 +1,153 @@
+"""The tile ops on the kernels of `fastpg.kernels`: the functions of `tile_ops`, with the same signatures.
+
+On CUDA and ROCm tensors; on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the first import). Operands keep
+their dtype, bf16 and fp16 included. A row's numbers do not depend on its place in a tile, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .kernels.anchored_exp import anchored_exp as anchored_exp_tiles
+from .kernels.blocks import Blocks, blocks_for, target_of
+from .kernels.dlogits import dlogits as dlogits_tiles
+from .kernels.finalize import finalize, finalize_cispo
+from .kernels.logits import INTERPRETED
+from .kernels.logsumexp import logsumexp, split_count
+from .kernels.target import target_logits
+from .lm_head import LMHead
+from .products import accumulation_dtype
+from .row_statistics import RowStatistics, finish_rows
+from .rows import Chunk
+from .tile_ops import TileShape
+
+__all__ = [
+    "INTERPRETED",
+    "anchored_cispo",
+    "anchored_exp",
+    "dlogits",
+    "one_pass_bytes",
+    "online_logsumexp",
+    "operand_dtype",
+    "tile_shape",
+    "two_pass_bytes",
+    "weight_buffer",
+    "weight_tile",
+]
+
+
+def tile_shape(head: LMHead) -> TileShape:
+    """What a schedule steps by: chunks of a number of row tiles, slices wide enough for products at full speed."""
+    return TileShape(256, 2048, 1) if head.weight.device.type == "cpu" else TileShape(2048, 8192, 1)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return dtype
+
+
+def weight_buffer(head: LMHead) -> None:
+    return None
+
+
+def weight_tile(head: LMHead, start: int, stop: int, buffer: None) -> torch.Tensor:
+    return head.weight[start:stop]
+
+
+def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+    partials = 1 + entropy + (head.weight.dtype != torch.float32)
+    return 0, partials * -(-head.vocab_size // _blocks(head).columns) * 4
+
+
+def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+    blocks = _blocks(head)
+    slice_tiles = -(-min(tile_shape(head).columns, head.vocab_size) // blocks.columns)
+    return 0, 4 * max((3 + entropy) * split_count(head.vocab_size, blocks), slice_tiles)
+
+
+def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics:
+    hidden, scale, inner = _rows_of(chunk, head)
+    maximum, total, weighted, target = logsumexp(
+        hidden, head.weight, head.bias, chunk.tokens, scale, inner, entropy, _blocks(head)
+    )
+    inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
+    return finish_rows(maximum, total, weighted, torch.where(inside, target, torch.nan), entropy)
+
+
+def dlogits(
+    chunk: Chunk,
+    head: LMHead,
+    w: torch.Tensor,
+    start: int,
+    statistics: RowStatistics,
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    unit: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    hidden, scale, inner = _rows_of(chunk, head)
+    bias = None if head.bias is None else head.bias[start : start + len(w)]
+    for_entropy = None
+    if grad_entropy is not None:
+        for_entropy = grad_entropy.contiguous(), statistics.entropy, statistics.others_entropy
+    return dlogits_tiles(
+        hidden, w, bias, chunk.tokens - start, scale, inner, statistics.logprobs, statistics.t, statistics.logsumexp,
+        grad_logprobs.contiguous(), for_entropy, unit, out, _blocks(head),
+    )  # fmt: skip
+
+
+def anchored_exp(
+    chunk: Chunk, head: LMHead, log_anchor: torch.Tensor, entropy: bool, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    partials, slope = _anchored_partials(chunk, head, log_anchor, entropy, out)
+    return finalize(partials, chunk.tokens, slope, out)
+
+
+def anchored_cispo(
+    chunk: Chunk,
+    head: LMHead,
+    log_anchor: torch.Tensor,
+    entropy: bool,
+    out: torch.Tensor | None,
+    mask: torch.Tensor,  # (C,) bool
+    old_logprobs: torch.Tensor,  # (C,) fp32
+    advantages: torch.Tensor,  # (C,) fp32
+    loss_weights: torch.Tensor,  # (C,) fp32: the loss is their product with clip(ratio) A logp
+    ratio_min: float | None,
+    ratio_max: float | None,
+) -> tuple[torch.Tensor, ...]:
+    """`anchored_exp` and, from the same launch that completes the rows, (C,) logp, loss, u and int8 state: 0 in range, 1 u is
+    not, 2 the sum is not."""
+    partials, slope = _anchored_partials(chunk, head, log_anchor, entropy, out)
+    row_scale = _row_scale(chunk, head.logit_scale)
+    return finalize_cispo(
+        partials, chunk.tokens, slope, out, log_anchor, old_logprobs, advantages, loss_weights, row_scale, mask,
+        ratio_min, ratio_max,
+    )  # fmt: skip
+
+
+def _anchored_partials(chunk, head, log_anchor, entropy, out):
+    hidden, scale, inner = _rows_of(chunk, head)
+    arguments = hidden, head.weight, head.bias, chunk.tokens, scale, inner
+    target, slope = target_logits(*arguments)
+    return anchored_exp_tiles(*arguments, target - log_anchor, entropy, out, _blocks(head)), slope
+
+
+def _blocks(head: LMHead) -> Blocks:
+    has_bias, has_softcap = head.bias is not None, head.softcap is not None
+    return blocks_for(target_of(head.weight.device), head.weight.dtype, has_bias, has_softcap)
+
+
+def _rows_of(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """The chunk's hidden states with contiguous rows; scale (C,) and inner of `kernels.logits`."""
+    hidden = chunk.hidden if chunk.hidden.stride(1) == 1 else chunk.hidden.contiguous()
+    if head.softcap is None:
+        return hidden, _row_scale(chunk, head.logit_scale), None
+    return hidden, _row_scale(chunk, head.softcap), head.logit_scale / head.softcap
+
+
+def _row_scale(chunk: Chunk, numerator: float) -> torch.Tensor:
+    """numerator / T, (C,) fp32."""
+    if chunk.temperature is None:
+        dtype = accumulation_dtype(chunk.hidden.dtype)
+        return torch.full((len(chunk.tokens),), numerator, dtype=dtype, device=chunk.hidden.device)
+    return numerator / chunk.temperature[:, 0]

@@ -1,0 +1,78 @@
+"""Tile sizes of the kernels that multiply matrices: one small table, read off the compile report.
+
+A function of the target, the operands' dtype and the head's bias and softcap, and of nothing else: not of the number of rows,
+nor of whether an entropy is asked for. So a token's log-probability has the same bits in every call.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Blocks(NamedTuple):
+    """A program's tile: `rows` tokens x `columns` vocabulary entries, `depth` of the hidden size at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    parts: int = 1  # how many parts an epilogue takes the tile's columns in
+    groups: int = 1  # how many warp groups share a row of the tile
+    descriptors: bool = False  # tensor descriptors (TMA) where alignment allows, pointers elsewhere
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# 16-bit operands. 128 x 256 is the largest tile whose accumulators leave room for an epilogue, and needs a quarter less L2
+# traffic than 128 x 128. As one piece it spills as soon as an entropy or a softcap is asked for (1 to 2 KB on sm_90 and
+# sm_100); in parts it does not. A softcap's tanh and slope still spill on sm_90 (20 bytes in 16 parts): half the tile there.
+# Descriptors save sm_90 30 registers of the anchored exponential, which spills without them. sm_100 keeps accumulators in
+# tensor memory, whose columns its two warp groups share. sm_80 serves every other NVIDIA architecture: 64 KiB of shared memory
+# fit the 99 KiB of consumer cards. gfx942 has 64 KiB.
+# In each row: a plain head, one with a bias, one with a softcap (and perhaps a bias).
+_HALF = {
+    "cuda:80": (
+        Blocks(128, 128, 64, 8, 3, parts=2),
+        Blocks(128, 128, 64, 8, 3, parts=2),
+        Blocks(128, 128, 64, 8, 3, parts=4),
+    ),
+    "cuda:90": (
+        Blocks(128, 256, 64, 8, 3, parts=8, descriptors=True),
+        Blocks(128, 256, 64, 8, 3, parts=16, descriptors=True),
+        Blocks(128, 128, 64, 8, 4, parts=2, descriptors=True),
+    ),
+    "cuda:100": (
+        Blocks(128, 256, 64, 8, 3, parts=4, groups=2, descriptors=True),
+        Blocks(128, 256, 64, 8, 3, parts=8, groups=2, descriptors=True),
+        Blocks(128, 256, 64, 8, 3, parts=8, groups=2, descriptors=True),
+    ),
+    "hip:gfx942": (Blocks(128, 128, 64, 8, 2),) * 3,
+}
+# fp32 operands are multiplied in fp32 (no TF32), by ordinary multiply-adds on NVIDIA.
+_SINGLE = Blocks(64, 64, 16, 4, 2)
+# The interpreter's time goes into the number of operations, not into their size.
+_INTERPRETED = Blocks(64, 1024, 64, 4, 1, parts=2)
+
+
+def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool) -> Blocks:
+    """target: as `target_of` names it."""
+    if target == "interpreter":
+        return _INTERPRETED
+    return _SINGLE if dtype == torch.float32 else _HALF[target][2 if softcap else int(bias)]
+
+
+@cache
+def target_of(device: torch.device) -> str:
+    """The row of the table that serves a device: the newest architecture that is not newer."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    if torch.version.hip:
+        return "hip:gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return f"cuda:{major}0" if major in (9, 10) else "cuda:80"

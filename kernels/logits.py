@@ -1,0 +1,201 @@
+"""What every kernel that multiplies matrices shares: one tile of logits, from operands to z, and how results are stored.
+
+    score = x . w_v + b_v                                     fp32 accumulators, operands in their own dtype
+    z     = score * scale_n                                   scale_n = logit_scale / T_n
+    z     = tanh(score * inner) * scale_n                     with a softcap c: inner = logit_scale / c, scale_n = c / T_n
+
+so that in both cases d z / d score = scale_n * (1, or inner * slope), with slope = 1 - tanh^2.
+
+Everything after `product_tile` is elementwise on fp32 registers; logits are never rounded to 16 bits.
+"""
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# exp of this is 0, and unlike -inf it can be multiplied by 0
+EXP_IS_ZERO = tl.constexpr(-1e4)
+
+# Under TRITON_INTERPRET=1 kernels run on CPU tensors in numpy, which has no bf16: there tl.dot would multiply bit patterns and
+# casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied, and rounded by `round_to`.
+INTERPRETED = triton.knobs.runtime.interpret
+# rows of programs that share their columns of W in the L2 cache
+_GROUP = tl.constexpr(8)
+
+
+@triton.jit
+def tile_position(pid, row_tiles, column_tiles):
+    """(row tile, column tile) of a program of a 1-D grid; neighbours share operands, so that these are read from the cache."""
+    width = _GROUP * column_tiles
+    first = (pid // width) * _GROUP
+    rows = tl.minimum(row_tiles - first, _GROUP)
+    return first + (pid % width) % rows, (pid % width) // rows
+
+
+@triton.jit
+def product_tile(
+    X,  # (C, H), pointer or descriptor
+    W,  # (V, H), pointer or descriptor
+    row_start,
+    column_start,
+    C,
+    V,
+    H,
+    stride_x,
+    stride_w,
+    stride_h,  # of W along H; 1 unless W is a transposed view
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """x @ w^T of one tile, (ROWS, COLUMNS) fp32. Rows and columns beyond the edge hold anything: the caller masks them."""
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    depth = tl.arange(0, DEPTH)
+    if not DESCRIPTORS:
+        # wrapped around instead of masked, which keeps the loop free of masks
+        rows = (row_start + tl.arange(0, ROWS)) % C
+        columns = (column_start + tl.arange(0, COLUMNS)) % V
+        x_pointers = X + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
+        w_pointers = W + columns.to(tl.int64)[:, None] * stride_w + depth[None, :] * stride_h
+    for k in range(0, tl.cdiv(H, DEPTH)):
+        if DESCRIPTORS:
+            x = X.load([row_start, k * DEPTH])
+            w = W.load([column_start, k * DEPTH])
+        elif EVEN_H:
+            x = tl.load(x_pointers)
+            w = tl.load(w_pointers)
+        else:
+            inside = depth[None, :] < H - k * DEPTH
+            x = tl.load(x_pointers, mask=inside, other=0.0)
+            w = tl.load(w_pointers, mask=inside, other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        if not DESCRIPTORS:
+            x_pointers += DEPTH
+            w_pointers += DEPTH * stride_h
+    return acc
+
+
+@triton.jit
+def halves(tile, GROUPS: tl.constexpr):
+    """A tile (ROWS, COLUMNS) in two parts, each half of every one of GROUPS runs of its columns.
+
+    Epilogues work through a tile part by part, so that what they compute on the way is as small as a part: a thread holds
+    128 accumulators of a 128 x 256 tile, and has 255 registers. GROUPS is how many warp groups share a row: every one of
+    them is to have its share of each part.
+    """
+    half: tl.constexpr = tile.shape[1] // (2 * GROUPS)
+    left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], GROUPS, 2, half)), (0, 1, 3, 2)))
+    shape: tl.constexpr = (tile.shape[0], GROUPS * half)
+    return tl.reshape(left, shape), tl.reshape(right, shape)
+
+
+@triton.jit
+def part_columns(start, WIDTH: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr):
+    """The columns (WIDTH,) of a part that begins at `start`: of each of GROUPS runs of RUN columns, WIDTH / GROUPS."""
+    lane = tl.arange(0, WIDTH)
+    share: tl.constexpr = WIDTH // GROUPS
+    return start + (lane // share) * RUN + lane % share
+
+
+@triton.jit
+def logits(score, scale, inner, SOFTCAP: tl.constexpr):
+    """score -> (z, slope of the softcap). Without a softcap the slope is 1."""
+    if SOFTCAP:
+        tanh, slope = softcap_tanh(score * inner)
+        z = tanh * scale
+    else:
+        z = score * scale
+        slope = 1.0
+    return z, slope
+
+
+@triton.jit
+def softcap_tanh(x):
+    """tanh x and 1 - tanh^2 x without cancellation: with q = exp(-2 |x|),
+
+        tanh = sign(x) (1 - q) / (1 + q)        1 - tanh^2 = 4 q / (1 + q)^2
+
+    1 - q cancels at small |x|; there tanh is its Taylor polynomial, whose first neglected term is below 5e-8 of it.
+    """
+    size = tl.abs(x)
+    q = tl.exp2(size * (-2.0 * LOG2E))
+    slope = 4.0 * q / ((1.0 + q) * (1.0 + q))
+    ratio = (1.0 - q) / (1.0 + q)
+    s = x * x
+    series = size * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    tanh = tl.where(size < 0.3, series, ratio)
+    return tl.where(x < 0, -tanh, tanh), slope
+
+
+@triton.jit
+def add_bias(score, BIAS, columns, V):
+    """score (ROWS, COLUMNS) + b; BIAS is None where the head has none."""
+    if BIAS is not None:
+        score += tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    return score
+
+
+@triton.jit
+def log_sigmoid(x):
+    """log(1 / (1 + exp(-x))) = min(x, 0) - log1p(exp(-|x|)), exact to a few ulp for every x; NaN for NaN."""
+    y = tl.exp(-tl.abs(x))
+    # log1p by Kahan's correction: what rounding did to 1 + y it did to the numerator and to the denominator alike
+    u = 1.0 + y
+    rounded = u - 1.0
+    log1p = tl.where(rounded == 0, y, tl.log(u) * (y / tl.where(rounded == 0, 1.0, rounded)))
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - log1p
+
+
+@triton.jit
+def row_sum(P, count, BLOCK: tl.constexpr):
+    """The sum of P[0:count], in an order that depends on nothing but `count`."""
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        total += tl.load(P + start + offsets, mask=start + offsets < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """fp32 -> dtype, to nearest even. EMULATE: by integers, for bf16 in the interpreter; NaN stays NaN, inf inf."""
+    if EMULATE and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        special = (bits & 0x7F800000) == 0x7F800000
+        quiet = (bits >> 16) | tl.where((bits & 0x7FFFFF) != 0, 0x40, 0)
+        return tl.where(special, quiet, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+def operands(x, w, blocks):
+    """The arguments of `product_tile` for x (C, H) and w (V, H): tensors or descriptors, sizes, strides, constants."""
+    depth = x.shape[1]
+    assert x.stride(1) == 1, "rows of x must be contiguous"
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, w))
+    descriptors = blocks.descriptors and aligned
+    if descriptors:
+        x_operand = TensorDescriptor.from_tensor(x, [blocks.rows, blocks.depth])
+        w_operand = TensorDescriptor.from_tensor(w, [blocks.columns, blocks.depth])
+    else:
+        x_operand, w_operand = x, w
+    sizes = {"C": x.shape[0], "V": w.shape[0], "H": depth}
+    strides = {"stride_x": x.stride(0), "stride_w": w.stride(0), "stride_h": w.stride(1)}
+    constants = {
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.columns,
+        "DEPTH": blocks.depth,
+        "PARTS": blocks.parts,
+        "GROUPS": blocks.groups,
+        "EVEN_H": depth % blocks.depth == 0,
+        "DESCRIPTORS": descriptors,
+        "WIDEN": INTERPRETED,
+    }
+    return {"X": x_operand, "W": w_operand, **sizes, **strides, **constants}

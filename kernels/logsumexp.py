@@ -1,0 +1,209 @@
+"""Kernel 4: the two-pass schedule's forward, one online pass over the vocabulary that stores nothing of its width.
+
+For each row, over the columns v != y, split by split:
+
+    m = max z_v        s = sum exp(z_v - m)        q = sum exp(z_v - m) (z_v - m)          and z_y on the way
+
+A split is a fixed number of column tiles, so what a row's numbers are does not depend on how many rows there are; a program
+keeps m, s, q of its rows in registers (Milakov and Gimelshein, arXiv 1805.02867). Moving the pivot from m to m' by
+d = m - m' turns s into s e^d and q into e^d (q + s d). `combine` does the same across splits, in their order.
+
+A column that counts for nothing (the target, or beyond the vocabulary) enters as z = -inf; while nothing has counted yet the
+pivot is 0, since -inf - -inf would be NaN. NaN logits reach s, whatever the maximum makes of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import Blocks
+from .logits import EXP_IS_ZERO, LOG2E, add_bias, halves, logits, operands, part_columns, product_tile
+
+# column tiles of a split: few enough that 128 rows of a common vocabulary occupy a GPU, many enough that partials are few
+_TILES_PER_SPLIT = 8
+_BLOCK = 128
+
+
+@triton.jit
+def _fold(
+    score,  # (ROWS, COLUMNS)
+    start,  # its first column
+    m,  # (ROWS,), as the next three: the running statistics
+    s,
+    q,
+    target,
+    V,
+    token,
+    scale,
+    BIAS,
+    inner,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The running statistics of the rows after a tile, or after each of its parts in turn."""
+    if PARTS > 1:
+        left, right = halves(score, GROUPS)
+        m, s, q, target = _fold(
+            left, start, m, s, q, target, V, token, scale, BIAS, inner, ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS
+        )
+        return _fold(
+            right, start + right.shape[1] // GROUPS, m, s, q, target, V, token, scale, BIAS, inner,
+            ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS,
+        )  # fmt: skip
+    columns = part_columns(start, score.shape[1], RUN, GROUPS)
+    z, _ = logits(add_bias(score, BIAS, columns, V), scale[:, None], inner, SOFTCAP)
+    is_target = columns[None, :] == token[:, None]
+    target += tl.sum(tl.where(is_target & (columns < V)[None, :], z, 0.0), 1)
+    z = tl.where(is_target | (columns >= V)[None, :], float("-inf"), z)
+
+    larger = tl.maximum(m, tl.max(z, 1), propagate_nan=tl.PropagateNan.ALL)
+    pivot = tl.where(larger == float("-inf"), 0.0, larger)
+    shift = tl.maximum(m - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
+    decay = tl.exp2(shift * LOG2E)
+    z = z - pivot[:, None]
+    e = tl.exp2(z * LOG2E)
+    if ENTROPY:
+        finite = tl.maximum(z, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        q = decay * (q + s * shift) + tl.sum(e * finite, 1)
+    return larger, s * decay + tl.sum(e, 1), q, target
+
+
+@triton.jit
+def logsumexp_kernel(
+    X,  # (C, H)
+    W,  # (V, H)
+    BIAS,  # (V,) or None
+    TOKENS,  # (C,)
+    SCALE,  # (C,)
+    M,  # (C, splits) out
+    S,  # (C, splits) out
+    Q,  # (C, splits) out, or None
+    Z,  # (C, splits) out: z_y in the split that has it, 0 in the others
+    inner,
+    C,
+    V,
+    H,
+    stride_x,
+    stride_w,
+    stride_h,
+    SOFTCAP: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row_tiles = tl.cdiv(C, ROWS)
+    # programs that run together share their columns of W
+    split, row_tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
+    splits = tl.cdiv(V, COLUMNS * TILES)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    in_chunk = rows < C
+    token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)
+    scale = tl.load(SCALE + rows, mask=in_chunk, other=0.0)
+
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    s = tl.zeros((ROWS,), tl.float32)
+    q = tl.zeros((ROWS,), tl.float32)
+    target = tl.zeros((ROWS,), tl.float32)
+    for tile in range(0, tl.minimum(TILES, tl.cdiv(V, COLUMNS) - split * TILES)):
+        start = (split * TILES + tile) * COLUMNS
+        score = product_tile(
+            X, W, row_tile * ROWS, start, C, V, H, stride_x, stride_w, stride_h,
+            ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
+        )  # fmt: skip
+        m, s, q, target = _fold(
+            score, start, m, s, q, target, V, token, scale, BIAS, inner,
+            Q is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS,
+        )  # fmt: skip
+
+    partial = rows.to(tl.int64) * splits + split
+    tl.store(M + partial, m, mask=in_chunk)
+    tl.store(S + partial, s, mask=in_chunk)
+    if Q is not None:
+        tl.store(Q + partial, q, mask=in_chunk)
+    tl.store(Z + partial, target, mask=in_chunk)
+
+
+@triton.jit
+def combine_kernel(
+    M,  # (C, splits), as the next three
+    S,
+    Q,  # or None
+    Z,
+    MAXIMUM,  # (C,) out, as the next three
+    TOTAL,
+    WEIGHTED,  # or None
+    TARGET,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    M += row * splits
+    S += row * splits
+    Z += row * splits
+    offsets = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, splits, BLOCK):
+        m = tl.load(M + start + offsets, mask=start + offsets < splits, other=float("-inf"))
+        largest = tl.maximum(largest, m, propagate_nan=tl.PropagateNan.ALL)
+    maximum = tl.max(largest, 0)
+    pivot = tl.where(maximum == float("-inf"), 0.0, maximum)
+
+    s = tl.zeros((BLOCK,), tl.float32)
+    q = tl.zeros((BLOCK,), tl.float32)
+    target = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, splits, BLOCK):
+        inside = start + offsets < splits
+        m = tl.load(M + start + offsets, mask=inside, other=float("-inf"))
+        part = tl.load(S + start + offsets, mask=inside, other=0.0)
+        shift = tl.maximum(m - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        decay = tl.exp2(shift * LOG2E)
+        if Q is not None:
+            q += decay * (tl.load(Q + row * splits + start + offsets, mask=inside, other=0.0) + part * shift)
+        s += decay * part
+        target += tl.load(Z + start + offsets, mask=inside, other=0.0)
+    tl.store(MAXIMUM + row, maximum)
+    tl.store(TOTAL + row, tl.sum(s, 0))
+    if Q is not None:
+        tl.store(WEIGHTED + row, tl.sum(q, 0))
+    tl.store(TARGET + row, tl.sum(target, 0))
+
+
+def split_count(vocab: int, blocks: Blocks) -> int:
+    return triton.cdiv(vocab, blocks.columns * _TILES_PER_SPLIT)
+
+
+def logsumexp(
+    hidden: torch.Tensor,  # (C, H)
+    weight: torch.Tensor,  # (V, H)
+    bias: torch.Tensor | None,  # (V,)
+    tokens: torch.Tensor,  # (C,)
+    scale: torch.Tensor,  # (C,) fp32
+    inner: float | None,
+    entropy: bool,
+    blocks: Blocks,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """m, s, q (None unless `entropy`) of the other columns, and z_y; each (C,) fp32. z_y is 0 for a token outside [0, V)."""
+    count, splits = len(tokens), split_count(len(weight), blocks)
+    names = ("m", "s", "q", "z") if entropy else ("m", "s", "z")
+    partials = {name: scale.new_empty(count, splits) for name in names}
+    results = {name: scale.new_empty(count) for name in names}
+    if count:
+        logsumexp_kernel[(triton.cdiv(count, blocks.rows) * splits,)](
+            BIAS=bias, TOKENS=tokens, SCALE=scale, M=partials["m"], S=partials["s"], Q=partials.get("q"), Z=partials["z"],
+            inner=inner or 1.0, SOFTCAP=inner is not None, TILES=_TILES_PER_SPLIT,
+            **operands(hidden, weight, blocks), **blocks.options(),
+        )  # fmt: skip
+        order = ("m", "s", "q", "z")
+        combine_kernel[(count,)](
+            *(partials.get(name) for name in order), *(results.get(name) for name in order), splits, BLOCK=_BLOCK
+        )
+    return results["m"], results["s"], results.get("q"), results["z"]
