@@ -118,6 +118,7 @@ def arguments(variant: Variant) -> tuple[object, dict[str, str], dict[str, objec
         "BLOCK": getattr(getattr(kernels, module), "_BLOCK", None), "TILES": logsumexp._TILES_PER_SPLIT, "stride_h": 1,
         "DESCRIPTORS": False,
     }  # fmt: skip
+    constants["ROWS"] = 4  # kernels.logits.ROWS_PER_PROGRAM outside the interpreter
     options = {}
     blocks = None
     if variant.kernel in MULTIPLIES:
@@ -235,7 +236,9 @@ def run(args: argparse.Namespace) -> None:
         _print_table(compiled)
     bad = [c for c in compiled if c.problems()]
     if bad:
-        raise SystemExit("\n".join(f"{c.kernel} {c.target} {c.dtype} {' '.join(c.flags)}: {c.problems()}" for c in bad))
+        raise SystemExit(
+            "\n".join(f"{c.kernel} {c.target} {c.dtype} {' '.join(c.flags)}: {', '.join(c.problems())}" for c in bad)
+        )
 
 
 def _print_table(compiled: list[Compiled]) -> None:
@@ -248,7 +251,7 @@ def _print_table(compiled: list[Compiled]) -> None:
     for c in compiled:
         numbers = (c.registers, c.spill_bytes, c.shared_bytes, c.shared_limit, c.mma_instructions)
         table.add_row(c.kernel, c.target, c.dtype, " ".join(c.flags) or "plain", *(str(n) for n in numbers))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
 def markdown(compiled: list[Compiled]) -> str:

@@ -136,8 +136,8 @@ def _add_bias_gradient(scores: torch.Tensor, factor: torch.Tensor, dbias: torch.
 
 
 def widened_bytes(head: LMHead) -> int:
-    """What `gradient_products` needs for a widened tile of E: nothing where E is stored in the accumulation dtype."""
+    """What `gradient_products` needs for a widened tile of E: on a CPU, and where E is not in the accumulation dtype."""
     dtype = accumulation_dtype(head.weight.dtype)
-    if head.weight.dtype == dtype:
+    if head.weight.dtype == dtype or head.weight.device.type != "cpu":
         return 0
     return _WIDENED_ROWS * min(tile_columns(head.hidden_size), head.vocab_size) * dtype.itemsize

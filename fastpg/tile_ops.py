@@ -30,13 +30,15 @@ class TileShape(NamedTuple):
     rows: int  # tokens; chunks are as long as a number of these
     columns: int  # vocabulary entries
     padding: int  # chunks of a forward pass are padded to a multiple of this many rows
+    longest: int  # rows of a chunk of the two-pass schedule; longer ones gain nothing
 
 
 def tile_shape(head: LMHead) -> TileShape:
     """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
     if head.weight.device.type != "cpu":
-        return TileShape(2048, 8192, 2048)
-    return TileShape(256, tile_columns(head.hidden_size), 256)
+        return TileShape(512, 8192, 512, 16384)
+    # beyond 8 tiles the products are at full speed, and the chunk has left the cache
+    return TileShape(256, tile_columns(head.hidden_size), 256, 8 * 256)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -51,7 +53,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
     """Transient bytes of `anchored_exp`, E and the chunk's hidden states left out: (of the call, of each row)."""
-    rows, columns, _ = tile_shape(head)
+    rows, columns, *_ = tile_shape(head)
     columns = min(columns, head.vocab_size)
     weight = head.weight
     wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
@@ -62,7 +64,7 @@ def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
 
 def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
     """Transient bytes of `online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
-    rows, columns, _ = tile_shape(head)
+    rows, columns, *_ = tile_shape(head)
     columns = min(columns, head.vocab_size)
     weight = head.weight
     wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
@@ -93,7 +95,7 @@ def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics
     kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y. Nothing larger than a tile of logits exists.
     q only if `entropy`.
     """
-    rows, columns, _ = tile_shape(head)
+    rows, columns, *_ = tile_shape(head)
     weight = head.weight
     dtype = accumulation_dtype(weight.dtype)
     buffer = weight_buffer(head)
@@ -205,7 +207,7 @@ def anchored_exp(
     (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
     the common part of real embeddings would turn that into errors of several per cent.
     """
-    rows, columns, _ = tile_shape(head)
+    rows, columns, *_ = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
     dtype = accumulation_dtype(weight.dtype)
     target, target_slope = _target_logits(chunk, head)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .kernels.anchored_exp import anchored_exp as anchored_exp_tiles
-from .kernels.blocks import Blocks, blocks_for, target_of
+from .kernels.blocks import Blocks, blocks_for, fewest_columns, target_of
 from .kernels.dlogits import dlogits as dlogits_tiles
 from .kernels.finalize import finalize, finalize_cispo
 from .kernels.logits import INTERPRETED
@@ -38,7 +38,7 @@ __all__ = [
 
 def tile_shape(head: LMHead) -> TileShape:
     """What a schedule steps by: chunks of a number of row tiles, slices wide enough for products at full speed."""
-    return TileShape(256, 2048, 1) if head.weight.device.type == "cpu" else TileShape(2048, 8192, 1)
+    return TileShape(256, 2048, 1, 1024) if head.weight.device.type == "cpu" else TileShape(128, 8192, 1, 16384)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -54,14 +54,15 @@ def weight_tile(head: LMHead, start: int, stop: int, buffer: None) -> torch.Tens
 
 
 def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+    # one partial sum of each kind per row and column tile
     partials = 1 + entropy + (head.weight.dtype != torch.float32)
-    return 0, partials * -(-head.vocab_size // _blocks(head).columns) * 4
+    return 0, 4 * partials * -(-head.vocab_size // fewest_columns(head.weight.dtype))
 
 
 def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
-    blocks = _blocks(head)
-    slice_tiles = -(-min(tile_shape(head).columns, head.vocab_size) // blocks.columns)
-    return 0, 4 * max((3 + entropy) * split_count(head.vocab_size, blocks), slice_tiles)
+    columns = fewest_columns(head.weight.dtype)
+    slice_tiles = -(-min(tile_shape(head).columns, head.vocab_size) // columns)
+    return 0, 4 * max((3 + entropy) * split_count(head.vocab_size, columns), slice_tiles)
 
 
 def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics:

@@ -30,8 +30,8 @@ from .products import accumulation_dtype, product
 from .row_statistics import RowStatistics
 from .rows import Gradients, Rows, Wanted
 
-# Chunks longer than this many tiles gain nothing: the products are at full speed and the chunk has left the cache.
-_LONGEST_CHUNK = 8
+# Rows that are finished at a time, after all slices: few, because they are copied in fp32.
+_FINISHED_ROWS = 512
 
 
 def chunk_rows(tiles: ModuleType, head: LMHead, workspace: int, entropy: bool) -> int:
@@ -39,21 +39,21 @@ def chunk_rows(tiles: ModuleType, head: LMHead, workspace: int, entropy: bool) -
 
     Raises ValueError where not even one tile fits.
     """
-    rows, columns, _ = tiles.tile_shape(head)
+    rows, columns, _, longest = tiles.tile_shape(head)
     columns = min(columns, head.vocab_size)
     dtype, device = head.weight.dtype, head.weight.device
     wide, narrow = accumulation_dtype(dtype).itemsize, tiles.operand_dtype(dtype, device).itemsize
     fixed, per_row = tiles.two_pass_bytes(head, entropy)
     fixed += columns * head.hidden_size * wide  # a tile of dW
-    # hidden states (gathered, widened), a row of dlogits, and a score of per-row numbers
-    per_row += 2 * head.hidden_size * narrow + columns * narrow + 20 * wide
+    # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
+    per_row += 2 * head.hidden_size * wide + columns * narrow + 20 * wide
     fitting = (workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
             f"workspace={workspace} bytes is too small: one tile of a ({head.vocab_size}, {head.hidden_size}) {dtype} head "
             f"on {device.type} needs {fixed + rows * per_row}"
         )
-    return min(fitting, _LONGEST_CHUNK) * rows
+    return min(fitting * rows, longest)
 
 
 def two_pass_forward(tiles: ModuleType, rows: Rows, head: LMHead, entropy: bool, workspace: int) -> RowStatistics:
@@ -85,27 +85,56 @@ def two_pass_backward(
     """Gradients for incoming gradients (K,) of the log-probabilities and entropies."""
     count, weight = len(rows.tokens), head.weight
     longest = chunk_rows(tiles, head, workspace, grad_entropy is not None)
-    columns = min(tiles.tile_shape(head).columns, head.vocab_size)
     wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
-    as_bf16 = weight.dtype == torch.bfloat16
-    device = weight.device
     parts = [slice(start, min(start + longest, count)) for start in range(0, count, longest)]
     half = None
     if narrow == torch.float16:
         half = _half_scales(rows, head, statistics, grad_logprobs, grad_entropy, parts)
+    sums = _Sums(
+        weight.new_zeros(count if wanted.hidden else 0, head.hidden_size, dtype=wide),
+        weight.new_zeros(count if narrow != wide else 0, dtype=wide),
+        torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted.weight else weight.new_empty(0),
+        weight.new_zeros(head.vocab_size if wanted.bias else 0, dtype=wide),
+    )
+    if count:
+        _add_slices(tiles, rows, head, statistics, grad_logprobs, grad_entropy, wanted, parts, half, sums)
+    dhidden = _finish_hidden(sums, half, rows, head) if wanted.hidden else weight.new_empty(0)
+    return Gradients(dhidden, sums.dweight, (sums.dbias if half is None else sums.dbias / half.scale).to(weight.dtype))
 
-    dhidden = torch.zeros(count if wanted.hidden else 0, head.hidden_size, dtype=wide, device=device)
-    residual = torch.zeros(count if narrow != wide else 0, dtype=wide, device=device)
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted.weight else weight.new_empty(0)
-    dbias = torch.zeros(head.vocab_size if wanted.bias else 0, dtype=wide, device=device)
+
+class _Sums(NamedTuple):
+    """What the slices add to, (0,) where not wanted; in the accumulation dtype but for dweight."""
+
+    dhidden: torch.Tensor  # (K, H)
+    residual: torch.Tensor  # (K,): what rounding took from the rows of D
+    dweight: torch.Tensor  # (V, H) in its own dtype: every tile is written once
+    dbias: torch.Tensor  # (V,)
+
+
+def _add_slices(
+    tiles: ModuleType,
+    rows: Rows,
+    head: LMHead,
+    statistics: RowStatistics,
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    wanted: Wanted,
+    parts: list[slice],
+    half: _HalfScales | None,
+    sums: _Sums,
+) -> None:
+    """The loops: slice after slice of the vocabulary, chunk after chunk of the rows."""
+    weight, as_bf16 = head.weight, head.weight.dtype == torch.bfloat16
+    wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
+    columns = min(tiles.tile_shape(head).columns, head.vocab_size)
     buffer = tiles.weight_buffer(head)
-    dlogits = torch.empty(min(longest, count) * columns, dtype=narrow, device=device)
-    for v in range(0, head.vocab_size if count else 0, columns):
+    dlogits = torch.empty(parts[0].stop * columns, dtype=narrow, device=weight.device)
+    is_rounded = wanted.weight and weight.dtype != wide
+    dw_buffer = torch.empty(columns if is_rounded else 0, head.hidden_size, dtype=wide, device=weight.device)
+    for v in range(0, head.vocab_size, columns):
         width = min(columns, head.vocab_size - v)
         w = tiles.weight_tile(head, v, v + width, buffer)
-        dw = torch.empty(width, head.hidden_size, dtype=wide, device=device) if wanted.weight else None
-        if wanted.weight and weight.dtype == wide:
-            dw = dweight[v : v + width]
+        dw = dw_buffer[:width] if is_rounded else sums.dweight[v : v + width]
         for part in parts:
             chunk = rows.chunk(part.start, part.stop, narrow)
             d = dlogits[: len(chunk.tokens) * width].view(-1, width)
@@ -114,27 +143,20 @@ def two_pass_backward(
                 None if grad_entropy is None else grad_entropy[part], None if half is None else half.unit[part], d,
             )  # fmt: skip
             if len(taken):
-                residual[part] += taken
+                sums.residual[part] += taken
             if wanted.hidden:
-                product(dhidden[part], d, w, v > 0, as_bf16)
-            if dw is not None:
+                product(sums.dhidden[part], d, w, v > 0, as_bf16)
+            if wanted.weight:
                 x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
                 product(dw, d.T, x, part.start > 0, as_bf16)
-            if wanted.bias:
-                db = dbias[v : v + width]
-                if half is None:
-                    db += d.sum(0, dtype=wide)
-                else:
-                    product(db[:, None], d.T, half.share[part, None].to(narrow), part.start > 0, False)
-        if half is not None and dw is not None:
+            if wanted.bias and half is None:
+                sums.dbias[v : v + width] += d.sum(0, dtype=wide)
+            elif wanted.bias:
+                product(sums.dbias[v : v + width, None], d.T, half.share[part, None].to(narrow), part.start > 0, False)
+        if half is not None:
             dw.div_(half.scale)
-        if dw is not None and dw.dtype != weight.dtype:
-            dweight[v : v + width] = dw
-    if half is not None:
-        dbias.div_(half.scale)
-    if wanted.hidden:
-        _finish_rows_(dhidden, residual, half, rows, head, parts)
-    return Gradients(_place(dhidden, rows, parts, wanted.hidden), dweight, dbias.to(weight.dtype))
+        if is_rounded:
+            sums.dweight[v : v + width] = dw
 
 
 class _HalfScales(NamedTuple):
@@ -174,36 +196,21 @@ def _to_2_14(x: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(x), 14 - exponent)
 
 
-def _finish_rows_(
-    dhidden: torch.Tensor,
-    residual: torch.Tensor,
-    half: _HalfScales | None,
-    rows: Rows,
-    head: LMHead,
-    parts: list[slice],
-) -> None:
-    """Gives back to dX (K, H) what rounding took from the rows of D, and takes fp16's units out of it."""
-    for part in parts:
+def _finish_hidden(sums: _Sums, half: _HalfScales | None, rows: Rows, head: LMHead) -> torch.Tensor:
+    """dX (N, H), 0 where a row was not computed: gives back what rounding took, takes fp16's units out, and rounds once."""
+    hidden, dhidden, residual = rows.hidden, sums.dhidden, sums.residual
+    in_place = rows.indices is None and dhidden.dtype == hidden.dtype
+    out = dhidden if in_place else torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    for start in range(0, 0 if in_place else len(dhidden), _FINISHED_ROWS):
+        part = slice(start, start + _FINISHED_ROWS)
         dx = dhidden[part]
         if len(residual):
             at_target = head.weight[rows.tokens[part].clamp(0, head.vocab_size - 1)].to(dx.dtype)
             dx.add_(at_target.mul_(residual[part, None]))
         if half is not None:
             dx.div_(half.unit[part, None])
-
-
-def _place(dhidden: torch.Tensor, rows: Rows, parts: list[slice], wanted: bool) -> torch.Tensor:
-    """Rounds dX (K, H) once, into (N, H) with zeros where rows were not computed; chunk by chunk, to need no third copy."""
-    hidden = rows.hidden
-    if not wanted:
-        return hidden.new_empty(0)
-    if rows.indices is None and dhidden.dtype == hidden.dtype:
-        return dhidden
-    out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    for part in parts:
-        rounded = dhidden[part].to(hidden.dtype)
         if rows.indices is None:
-            out[part] = rounded
+            out[part] = dx
         else:
-            out.index_copy_(0, rows.indices[part], rounded)
+            out.index_copy_(0, rows.indices[part], dx.to(hidden.dtype))
     return out

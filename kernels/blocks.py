@@ -6,7 +6,6 @@ nor of whether an entropy is asked for. So a token's log-probability has the sam
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -67,7 +66,11 @@ def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool) -> Bl
     return _SINGLE if dtype == torch.float32 else _HALF[target][2 if softcap else int(bias)]
 
 
-@cache
+def fewest_columns(dtype: torch.dtype) -> int:
+    """Of any tile of the table for `dtype`: an upper bound of the number of tiles without asking what device there is."""
+    return 64 if dtype == torch.float32 else 128
+
+
 def target_of(device: torch.device) -> str:
     """The row of the table that serves a device: the newest architecture that is not newer."""
     if triton.knobs.runtime.interpret:

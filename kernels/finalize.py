@@ -1,4 +1,4 @@
-"""Kernel 3: from partial sums to what a row is, one program per row; with CISPO, all the way to its gradient's factor.
+"""Kernel 3: from partial sums to what a row is, a few rows per program; with CISPO, all the way to its gradient's factor.
 
     S = sum of the partials in a fixed order (Q, R likewise)
     E_y = -S slope_y                                          the gradient of the target's own column, which kernel 2 left at 0
@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .logits import INTERPRETED, log_sigmoid, round_to, row_sum
+from .logits import INTERPRETED, ROWS_PER_PROGRAM, log_sigmoid, round_to, row_sums
 
-_BLOCK = 1024
+_BLOCK = 512
 
 SMALLEST_SUM, LARGEST_SUM = tl.constexpr(2.0**-90), tl.constexpr(2.0**99)
 SMALLEST_FACTOR, LARGEST_FACTOR = tl.constexpr(2.0**-110), tl.constexpr(2.0**110)
@@ -64,47 +64,55 @@ def finalize_kernel(
     STATE,  # (C,) int8 out, with CISPO: 0 in range, 1 the factor is not, 2 the sum is not
     ratio_min,
     ratio_max,
+    C,
     tiles,
     V,
     stride_e,
     CISPO: tl.constexpr,
     EMULATE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    total = row_sum(S + row * tiles, tiles, BLOCK)
-    tl.store(SUM + row, total)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < C
+    total = row_sums(S, rows, inside, tiles, ROWS, BLOCK)
+    tl.store(SUM + rows, total, mask=inside)
     if Q is not None:
-        tl.store(WEIGHTED + row, row_sum(Q + row * tiles, tiles, BLOCK))
+        tl.store(WEIGHTED + rows, row_sums(Q, rows, inside, tiles, ROWS, BLOCK), mask=inside)
     if E is not None:
         kept = total < LARGEST_SUM
-        entry = -total * tl.load(SLOPE + row)
+        entry = -total * tl.load(SLOPE + rows, mask=inside, other=0.0)
         stored = round_to(entry, E.dtype.element_ty, EMULATE)
         if R is not None:
-            residual = row_sum(R + row * tiles, tiles, BLOCK) + (entry - stored.to(tl.float32))
-            tl.store(RESIDUAL + row, tl.where(kept, residual, 0.0))
-        if kept:
-            token = tl.load(TOKENS + row).to(tl.int64)
-            tl.store(E + row * stride_e + tl.minimum(tl.maximum(token, 0), V - 1), stored)
-        else:
+            residual = row_sums(R, rows, inside, tiles, ROWS, BLOCK) + (entry - stored.to(tl.float32))
+            tl.store(RESIDUAL + rows, tl.where(kept, residual, 0.0), mask=inside)
+        token = tl.load(TOKENS + rows, mask=inside, other=0).to(tl.int64)
+        token = tl.minimum(tl.maximum(token, 0), V - 1)
+        tl.store(E + rows * stride_e + token, stored, mask=inside & kept)
+        lost = inside & ~kept
+        if tl.max(lost.to(tl.int32), 0) > 0:
             for start in range(0, V, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                tl.store(E + row * stride_e + columns, tl.zeros((BLOCK,), E.dtype.element_ty), mask=columns < V)
+                columns = (start + tl.arange(0, BLOCK))[None, :]
+                pointers = E + rows[:, None] * stride_e + columns
+                tl.store(pointers, tl.zeros((ROWS, BLOCK), E.dtype.element_ty), mask=lost[:, None] & (columns < V))
     if CISPO:
-        keep = tl.load(MASK + row) != 0
-        log_anchor = tl.load(LOG_ANCHOR + row)
-        weight = tl.load(WEIGHT + row)
+        keep = tl.load(MASK + rows, mask=inside, other=0) != 0
+        log_anchor = tl.load(LOG_ANCHOR + rows, mask=inside, other=0.0)
+        weight = tl.load(WEIGHT + rows, mask=inside, other=0.0)
+        old = tl.load(OLD + rows, mask=inside, other=0.0)
+        advantage = tl.load(ADVANTAGE + rows, mask=inside, other=0.0)
         logp = log_sigmoid(log_anchor - tl.log(total))
-        tl.store(LOGP + row, logp)
-        coefficient = cispo_coefficient(logp, tl.load(OLD + row), tl.load(ADVANTAGE + row), ratio_min, ratio_max)
-        tl.store(LOSS + row, tl.where(keep, coefficient * logp * weight, 0.0))
+        coefficient = cispo_coefficient(logp, old, advantage, ratio_min, ratio_max)
         g = tl.where(keep, weight * coefficient, 0.0)
-        factor = -g * tl.load(ROW_SCALE + row) / (total + tl.exp(log_anchor))
-        tl.store(FACTOR + row, factor)
+        row_scale = tl.load(ROW_SCALE + rows, mask=inside, other=0.0)
+        factor = -g * row_scale / (total + tl.exp(log_anchor))
         size = tl.abs(factor)
         factor_in_range = (factor == 0) | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
         sum_in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
-        tl.store(STATE + row, tl.where(sum_in_range, tl.where(factor_in_range, 0, 1), 2).to(tl.int8))
+        tl.store(LOGP + rows, logp, mask=inside)
+        tl.store(LOSS + rows, tl.where(keep, coefficient * logp * weight, 0.0), mask=inside)
+        tl.store(FACTOR + rows, factor, mask=inside)
+        tl.store(STATE + rows, tl.where(sum_in_range, tl.where(factor_in_range, 0, 1), 2).to(tl.int8), mask=inside)
 
 
 def finalize(
@@ -143,8 +151,8 @@ def _launch(partials, tokens, slope, scores, cispo, bounds, CISPO):
     totals = tuple(None if p is None else slope.new_empty(count) for p in partials)
     if count:
         vocab, stride = (1, 0) if scores is None else (scores.shape[1], scores.stride(0))
-        finalize_kernel[(count,)](
-            *partials, tokens, slope, scores, *totals, *cispo, *bounds, tiles, vocab, stride,
-            CISPO=CISPO, EMULATE=INTERPRETED, BLOCK=_BLOCK,
+        finalize_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
+            *partials, tokens, slope, scores, *totals, *cispo, *bounds, count, tiles, vocab, stride,
+            CISPO=CISPO, EMULATE=INTERPRETED, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
         )  # fmt: skip
     return tuple(slope.new_empty(0) if t is None else t for t in totals)

@@ -21,6 +21,8 @@ EXP_IS_ZERO = tl.constexpr(-1e4)
 # Under TRITON_INTERPRET=1 kernels run on CPU tensors in numpy, which has no bf16: there tl.dot would multiply bit patterns and
 # casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied, and rounded by `round_to`.
 INTERPRETED = triton.knobs.runtime.interpret
+# Rows of a program of the kernels that work row by row. The interpreter's time goes into the number of programs.
+ROWS_PER_PROGRAM = 64 if INTERPRETED else 4
 # rows of programs that share their columns of W in the L2 cache
 _GROUP = tl.constexpr(8)
 
@@ -154,13 +156,14 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def row_sum(P, count, BLOCK: tl.constexpr):
-    """The sum of P[0:count], in an order that depends on nothing but `count`."""
+def row_sums(P, rows, inside, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of P (rows, count) along its rows, (ROWS,), in an order that depends on nothing but `count`."""
     offsets = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, BLOCK):
-        total += tl.load(P + start + offsets, mask=start + offsets < count, other=0.0)
-    return tl.sum(total, 0)
+        mask = inside[:, None] & (start + offsets < count)[None, :]
+        total += tl.load(P + rows[:, None] * count + (start + offsets)[None, :], mask=mask, other=0.0)
+    return tl.sum(total, 1)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .blocks import Blocks
-from .logits import EXP_IS_ZERO, LOG2E, add_bias, halves, logits, operands, part_columns, product_tile
+from .logits import EXP_IS_ZERO, LOG2E, ROWS_PER_PROGRAM, add_bias, halves, logits, operands, part_columns, product_tile
 
 # column tiles of a split: few enough that 128 rows of a common vocabulary occupy a GPU, many enough that partials are few
 _TILES_PER_SPLIT = 8
@@ -142,43 +142,46 @@ def combine_kernel(
     TOTAL,
     WEIGHTED,  # or None
     TARGET,
+    C,
     splits,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    M += row * splits
-    S += row * splits
-    Z += row * splits
-    offsets = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_chunk = rows < C
+    first = rows[:, None] * splits
+    offsets = tl.arange(0, BLOCK)[None, :]
+    largest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     for start in range(0, splits, BLOCK):
-        m = tl.load(M + start + offsets, mask=start + offsets < splits, other=float("-inf"))
+        inside = in_chunk[:, None] & (start + offsets < splits)
+        m = tl.load(M + first + start + offsets, mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, m, propagate_nan=tl.PropagateNan.ALL)
-    maximum = tl.max(largest, 0)
-    pivot = tl.where(maximum == float("-inf"), 0.0, maximum)
+    maximum = tl.max(largest, 1)
+    pivot = tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]
 
-    s = tl.zeros((BLOCK,), tl.float32)
-    q = tl.zeros((BLOCK,), tl.float32)
-    target = tl.zeros((BLOCK,), tl.float32)
+    s = tl.zeros((ROWS, BLOCK), tl.float32)
+    q = tl.zeros((ROWS, BLOCK), tl.float32)
+    target = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, splits, BLOCK):
-        inside = start + offsets < splits
-        m = tl.load(M + start + offsets, mask=inside, other=float("-inf"))
-        part = tl.load(S + start + offsets, mask=inside, other=0.0)
-        shift = tl.maximum(m - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        inside = in_chunk[:, None] & (start + offsets < splits)
+        places = first + start + offsets
+        part = tl.load(S + places, mask=inside, other=0.0)
+        shift = tl.load(M + places, mask=inside, other=float("-inf")) - pivot
+        shift = tl.maximum(shift, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         decay = tl.exp2(shift * LOG2E)
         if Q is not None:
-            q += decay * (tl.load(Q + row * splits + start + offsets, mask=inside, other=0.0) + part * shift)
+            q += decay * (tl.load(Q + places, mask=inside, other=0.0) + part * shift)
         s += decay * part
-        target += tl.load(Z + start + offsets, mask=inside, other=0.0)
-    tl.store(MAXIMUM + row, maximum)
-    tl.store(TOTAL + row, tl.sum(s, 0))
+        target += tl.load(Z + places, mask=inside, other=0.0)
+    tl.store(MAXIMUM + rows, maximum, mask=in_chunk)
+    tl.store(TOTAL + rows, tl.sum(s, 1), mask=in_chunk)
     if Q is not None:
-        tl.store(WEIGHTED + row, tl.sum(q, 0))
-    tl.store(TARGET + row, tl.sum(target, 0))
+        tl.store(WEIGHTED + rows, tl.sum(q, 1), mask=in_chunk)
+    tl.store(TARGET + rows, tl.sum(target, 1), mask=in_chunk)
 
 
-def split_count(vocab: int, blocks: Blocks) -> int:
-    return triton.cdiv(vocab, blocks.columns * _TILES_PER_SPLIT)
+def split_count(vocab: int, columns: int) -> int:
+    return triton.cdiv(vocab, columns * _TILES_PER_SPLIT)
 
 
 def logsumexp(
@@ -192,7 +195,7 @@ def logsumexp(
     blocks: Blocks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """m, s, q (None unless `entropy`) of the other columns, and z_y; each (C,) fp32. z_y is 0 for a token outside [0, V)."""
-    count, splits = len(tokens), split_count(len(weight), blocks)
+    count, splits = len(tokens), split_count(len(weight), blocks.columns)
     names = ("m", "s", "q", "z") if entropy else ("m", "s", "z")
     partials = {name: scale.new_empty(count, splits) for name in names}
     results = {name: scale.new_empty(count) for name in names}
@@ -203,7 +206,8 @@ def logsumexp(
             **operands(hidden, weight, blocks), **blocks.options(),
         )  # fmt: skip
         order = ("m", "s", "q", "z")
-        combine_kernel[(count,)](
-            *(partials.get(name) for name in order), *(results.get(name) for name in order), splits, BLOCK=_BLOCK
-        )
+        combine_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
+            *(partials.get(name) for name in order), *(results.get(name) for name in order), count, splits,
+            ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
+        )  # fmt: skip
     return results["m"], results["s"], results.get("q"), results["z"]

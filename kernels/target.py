@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .logits import logits
+from .logits import ROWS_PER_PROGRAM, logits
 
-_BLOCK = 1024
+_BLOCK = 512
 
 
 @triton.jit
@@ -24,30 +24,34 @@ def target_kernel(
     TARGET,  # (C,) out
     SLOPE,  # (C,) out
     inner,
+    C,
     V,
     H,
     stride_x,
     stride_w,
     stride_h,
     SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(TOKENS + row).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_chunk = rows < C
+    token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int64)
     inside = (token >= 0) & (token < V)
     column = tl.where(inside, token, 0)
-    products = tl.zeros((BLOCK,), tl.float32)
+    products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, H, BLOCK):
-        h = start + tl.arange(0, BLOCK)
-        x = tl.load(X + row * stride_x + h, mask=h < H, other=0.0).to(tl.float32)
-        w = tl.load(W + column * stride_w + h * stride_h, mask=h < H, other=0.0).to(tl.float32)
+        h = (start + tl.arange(0, BLOCK))[None, :]
+        mask = in_chunk[:, None] & (h < H)
+        x = tl.load(X + rows[:, None] * stride_x + h, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(W + column[:, None] * stride_w + h * stride_h, mask=mask, other=0.0).to(tl.float32)
         products += x * w
-    score = tl.sum(products, 0)
+    score = tl.sum(products, 1)
     if BIAS is not None:
         score += tl.load(BIAS + column).to(tl.float32)
-    z, slope = logits(score, tl.load(SCALE + row), inner, SOFTCAP)
-    tl.store(TARGET + row, tl.where(inside, z, float("nan")))
-    tl.store(SLOPE + row, slope)
+    z, slope = logits(score, tl.load(SCALE + rows, mask=in_chunk, other=0.0), inner, SOFTCAP)
+    tl.store(TARGET + rows, tl.where(inside, z, float("nan")), mask=in_chunk)
+    tl.store(SLOPE + rows, tl.zeros((ROWS,), tl.float32) + slope, mask=in_chunk)
 
 
 def target_logits(
@@ -61,8 +65,8 @@ def target_logits(
     """z_y and the softcap's slope there (1 without one), each (C,) fp32; z_y is NaN for a token outside the vocabulary."""
     target, slope = torch.empty_like(scale), torch.empty_like(scale)
     if len(tokens):
-        target_kernel[(len(tokens),)](
-            hidden, weight, bias, tokens, scale, target, slope, inner or 1.0, *weight.shape,
-            hidden.stride(0), *weight.stride(), SOFTCAP=inner is not None, BLOCK=_BLOCK,
+        target_kernel[(triton.cdiv(len(tokens), ROWS_PER_PROGRAM),)](
+            hidden, weight, bias, tokens, scale, target, slope, inner or 1.0, len(tokens), *weight.shape,
+            hidden.stride(0), *weight.stride(), SOFTCAP=inner is not None, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
         )  # fmt: skip
     return target, slope

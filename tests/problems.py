@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -26,6 +26,13 @@ class Problem:
     temperature: float | torch.Tensor = 1.0
     ref_logprobs: torch.Tensor | None = None  # (N,)
     rollout_weights: torch.Tensor | None = None  # (N,)
+
+    def to(self, device: str) -> Problem:
+        def moved(x):
+            return x.to(device) if isinstance(x, torch.Tensor) else x
+
+        head = replace(self.head, weight=moved(self.head.weight), bias=moved(self.head.bias))
+        return Problem(**{f.name: moved(getattr(self, f.name)) for f in fields(self)} | {"head": head})
 
     def leaves(self, dtype: torch.dtype | None = None) -> Problem:
         """A copy whose hidden, weight and bias are fresh leaves that require gradients, in `dtype`."""
@@ -53,9 +60,10 @@ class Result:
     def of(cls, problem: Problem, logprobs: torch.Tensor, loss: torch.Tensor, metrics: dict | None = None) -> Result:
         """Runs the backward of `loss` and collects the gradients of problem.leaves()."""
         loss.backward()
-        weight, bias = problem.head.weight, problem.head.bias
-        dbias = None if bias is None else bias.grad
-        return cls(logprobs.detach(), loss.detach(), problem.hidden.grad, weight.grad, dbias, metrics)
+        bias = problem.head.bias
+        gradients = problem.hidden.grad, problem.head.weight.grad, None if bias is None else bias.grad
+        metrics = metrics and {name: value.cpu() for name, value in metrics.items()}
+        return cls(logprobs.detach().cpu(), loss.detach().cpu(), *(g if g is None else g.cpu() for g in gradients), metrics)
 
 
 def random_problem(

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from problems import Problem, check_result, oracle
-from test_parity import SCHEDULES
+from test_parity import TORCH_SCHEDULES
 
 from fastpg import CISPO, LMHead, reference
 from fastpg.demo_tasks import load_smollm2
@@ -46,7 +46,7 @@ def problem(request, completions) -> Problem:
     return Problem(hidden, head, tokens, (logprobs - log_ratio).float(), torch.randn(len(tokens)))
 
 
-@SCHEDULES
+@TORCH_SCHEDULES
 def test_loss_and_gradients_on_sampled_completions(schedule, problem):
     want, scale = oracle(problem, reference.cispo(5.0))
     assert (want.logprobs > -1e-2).any()  # the model is sure of some tokens

@@ -1,0 +1,105 @@
+"""Every kernel compiles for every target without a spilled register, within its shared memory, onto the tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from fastpg import compile_report
+from fastpg.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, Variant
+
+pytestmark = pytest.mark.xdist_group("compile")
+
+
+def fastpg(*arguments: str, folder, **environment: str) -> subprocess.CompletedProcess:
+    """The command, compiling from scratch, in a process that has no interpreter in the compiler's place."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "fastpg", *arguments], cwd=folder, capture_output=True, text=True,
+        env=inherited | {"TRITON_CACHE_DIR": str(folder / "cache")} | environment,
+    )  # fmt: skip
+
+
+def test_the_whole_matrix(tmp_path):
+    done = fastpg("compile-report", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    compiled = [Compiled(**c) for c in json.loads(done.stdout)]
+    assert {(c.kernel, c.target) for c in compiled} == {(k, t) for k in KERNELS for t in TARGETS}
+    assert len(compiled) <= 160
+    for c in compiled:
+        assert c.spill_bytes == 0, c
+        assert c.shared_bytes <= c.shared_limit, c
+        assert 16 <= c.registers <= 512, c  # a number was read
+        if c.kernel in MULTIPLIES and c.dtype != "float32":
+            assert c.mma_instructions > 0, c
+        if c.kernel not in MULTIPLIES:
+            assert c.mma_instructions == 0, c
+
+
+def test_what_the_matrix_asks_for():
+    count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
+    assert count["anchored_exp", "bfloat16"] == 6  # plain, four flags alone, all
+    assert count["logsumexp", "float16"] == count["dlogits", "float32"] == 2  # plain, all
+    assert len(set(compile_report.variants())) == sum(count.values()) * len(TARGETS)
+
+
+def test_a_variant_is_what_its_launcher_would_compile():
+    """Flags reach the kernel as constants or as arguments, and nothing is left without a type."""
+    for variant in compile_report.variants(targets=["cuda:80", "cuda:90"]):
+        kernel, signature, constants, _ = compile_report.arguments(variant)
+        names = set(kernel.arg_names)
+        assert set(signature) | set(constants) == names
+        assert not set(signature) & set(constants)
+        if "BIAS" in names:
+            assert ("BIAS" in signature) == ("bias" in variant.flags)
+        if "SOFTCAP" in names:
+            assert constants["SOFTCAP"] == ("softcap" in variant.flags)
+        if "Q" in names:
+            assert ("Q" in signature) == ("entropy" in variant.flags)
+        if variant.kernel in MULTIPLIES:
+            is_descriptor = signature["X"].startswith("tensordesc")
+            assert is_descriptor == (variant.target == "cuda:90" and variant.dtype != "float32")
+
+
+def test_problems_are_named():
+    good = Compiled("dlogits", "cuda:90", "bfloat16", [], 200, 0, 1000, 2000, 4)
+    assert good.problems() == []
+    bad = Compiled("dlogits", "cuda:90", "bfloat16", [], 255, 8, 3000, 2000, 0)
+    assert bad.problems() == ["spills 8 bytes", "3000 bytes of shared memory", "no tensor-core instruction"]
+    assert Compiled("dlogits", "cuda:90", "float32", [], 200, 0, 1000, 2000, 0).problems() == []
+
+
+def test_tables(tmp_path):
+    options = ("--kernel", "combine", "--target", "cuda:90", "--target", "hip:gfx942")
+    printed = fastpg("compile-report", *options, folder=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    assert "combine" in printed.stdout
+    assert "entropy" in printed.stdout
+    markdown = fastpg("compile-report", *options, "--markdown", folder=tmp_path).stdout.splitlines()
+    assert markdown[0].startswith("| kernel | dtype | flags | cuda:80 |")
+    assert len(markdown) == 4  # plain and entropy
+    assert all(line.count("|") == 8 for line in markdown)
+
+
+def test_the_interpreter_is_refused(tmp_path):
+    done = fastpg("compile-report", folder=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+def test_a_bad_result_fails_the_command(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    bad = Compiled("dlogits", "cuda:90", "bfloat16", ["bias"], 255, 8, 1000, 2000, 4)
+    monkeypatch.setattr(compile_report, "compile_all", lambda chosen, progress: [bad])
+    from fastpg.__main__ import main
+
+    with pytest.raises(SystemExit, match="dlogits cuda:90 bfloat16 bias: spills 8 bytes"):
+        main(["compile-report", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["spill_bytes"] == 8
+
+
+def test_variants_are_hashable_values():
+    assert Variant("dlogits", "cuda:90", "bfloat16", ()) in set(compile_report.variants())
