@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
 from problems import oracle, random_problem, relative_error, row_errors
 from test_parity import ALL_DTYPES, KERNEL_DEVICE, moderate_problem, one_pass_triton
 from torch.profiler import ProfilerActivity, profile
@@ -27,6 +26,7 @@ from fastpg import (
     policy_loss,
     reference,
 )
+from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
 from fastpg.one_pass_schedule import _LARGEST_FACTOR, _SMALLEST_FACTOR, _SMALLEST_SUM
 from fastpg.row_statistics import LARGEST_SUM
 

@@ -1,0 +1,156 @@
+"""The memory promise at the sizes of real models, on the Triton backend, without a GPU.
+
+The schedules run as they are on tensors of the meta device, which have sizes and no memory, with the kernels and the products
+left out; what is allocated at a time is counted as it would be there.
+"""
+
+import weakref
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastpg import CISPO, LMHead, Reinforce, one_pass_schedule, products, triton_tile_ops, two_pass_schedule
+from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
+from fastpg.losses import TokenTerms, token_losses
+from fastpg.one_pass_schedule import Options, chunk_length, one_pass
+from fastpg.row_statistics import RowStatistics
+from fastpg.rows import Chunk, Rows, Wanted
+
+GIB = 2**30
+SHAPES = {  # N, H, V
+    "qwen3-8b": (16384, 4096, 151936),
+    "gemma-2-2b": (8192, 2304, 256000),
+    "llama-3-70b": (8192, 8192, 128256),
+    "long": (32768, 5120, 151936),
+}
+
+
+class Allocations(TorchDispatchMode):
+    """The largest number of bytes alive at a time, of tensors made inside."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.known = {x.untyped_storage()._cdata for x in inputs}
+        self.alive = self.peak = 0
+
+    def _free(self, key, size):
+        self.known.discard(key)
+        self.alive -= size
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        out = function(*arguments, **(named or {}))
+        for x in tree_leaves(out):
+            if not isinstance(x, torch.Tensor) or x.untyped_storage()._cdata in self.known:
+                continue
+            storage = x.untyped_storage()
+            self.known.add(storage._cdata)
+            self.alive += storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            self.peak = max(self.peak, self.alive)
+        return out
+
+
+class NoKernel:
+    def __getitem__(self, grid):
+        return lambda *arguments, **named: None
+
+
+@pytest.fixture(autouse=True)
+def _without_kernels_and_products(monkeypatch):
+    names = {
+        anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finalize: ["finalize_kernel"],
+        logsumexp: ["logsumexp_kernel", "combine_kernel"], target: ["target_kernel"],
+    }  # fmt: skip
+    for module, kernels in names.items():
+        for name in kernels:
+            monkeypatch.setattr(module, name, NoKernel())
+        if hasattr(module, "operands"):
+            monkeypatch.setattr(module, "operands", lambda *arguments: {})
+    monkeypatch.setattr(triton_tile_ops, "target_of", lambda device: "cuda:90")
+    for module in (products, two_pass_schedule):
+        monkeypatch.setattr(module, "product", lambda *arguments: None)
+    monkeypatch.setattr(products, "multiply", lambda a, b: a.new_empty(len(a), b.shape[1], dtype=torch.float32))
+
+    def anchored(function):
+        def scores(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, *rest):
+            head, chunk = LMHead(weight, bias, softcap, logit_scale), Chunk(hidden, tokens, temperature)
+            entropy, *others = rest
+            return function(chunk, head, log_anchor, entropy, *(x for x in others if x != "triton"))
+
+        return scores
+
+    bodies = SimpleNamespace(  # a registered operator would answer with its fake
+        tiles_of=lambda backend: triton_tile_ops,
+        anchored_scores=anchored(lambda *x: triton_tile_ops.anchored_exp(*x)),
+        cispo_scores=anchored(lambda *x: triton_tile_ops.anchored_cispo(*x)),
+        gradient_products=products.gradient_products,
+    )
+    monkeypatch.setattr(one_pass_schedule, "ops", bodies)
+
+
+def problem(shape, dtype, gather):
+    """Rows and head; with `gather` one token of the batch is masked."""
+    rows, size, vocab = SHAPES[shape]
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    indices = meta(rows, dtype=torch.int64) if gather else None
+    hidden = meta(rows + gather, size, dtype=dtype)
+    head = LMHead(meta(vocab, size, dtype=dtype))
+    return Rows(hidden, indices, None, meta(rows, dtype=torch.int64), None), head, partial(meta, rows)
+
+
+def beyond_results(call, rows, head, inputs):
+    with Allocations([rows.hidden, rows.tokens, head.weight, *inputs]) as allocations:
+        call()
+    return allocations.peak - rows.hidden.nbytes - head.weight.nbytes
+
+
+GATHER = pytest.mark.parametrize("gather", [False, True], ids=["every-row", "masked"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@DTYPES
+@GATHER
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("objective", [CISPO(), Reinforce()], ids=["fused", "any"])
+@pytest.mark.parametrize("workspace", [GIB, 24 * GIB], ids=["default", "one-chunk"])
+def test_one_pass(shape, dtype, gather, objective, workspace):
+    rows, head, vector = problem(shape, dtype, gather)
+    mask = torch.empty(len(rows.tokens), dtype=torch.bool, device="meta")
+    terms = TokenTerms(mask, vector(), vector(), vector(), None, None)
+    bounds = objective.ratio_bounds if isinstance(objective, CISPO) else None
+    options = Options(Wanted(True, True, False), False, workspace, False, "triton", bounds)
+    losses = partial(token_losses, objective=objective, kl=None)
+    inputs = [*(x for x in terms if x is not None), *([rows.indices] if gather else [])]
+    used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
+    several = chunk_length(head, len(rows.tokens), options) < len(rows.tokens)
+    assert several == (workspace == GIB)
+    copy = head.weight.numel() * 4 if several and dtype != torch.float32 else 0
+    vectors = 40 * 4 * len(rows.tokens)
+    assert 0.4 * workspace * several < used <= workspace + copy + vectors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@GATHER
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_passes(shape, dtype, gather, entropy):
+    rows, head, vector = problem(shape, dtype, gather)
+    statistics = RowStatistics(*(vector() for _ in range(5)))
+    g, h = vector(), vector() if entropy else None
+    wanted = Wanted(True, True, False)
+
+    def backward():
+        two_pass_schedule.two_pass_backward(triton_tile_ops, rows, head, statistics, g, h, wanted, GIB)
+
+    inputs = [g, *statistics, *([h] if entropy else []), *([rows.indices] if gather else [])]
+    used = beyond_results(backward, rows, head, inputs)
+    copy = rows.hidden.numel() * 4
+    assert used <= GIB + copy
+    assert used < len(rows.tokens) * head.vocab_size * 2  # below the logits in bf16, also where these are few
