@@ -6,6 +6,9 @@ their dtype, bf16 and fp16 included. A row's numbers do not depend on its place 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from .kernels.anchored_exp import anchored_exp as anchored_exp_tiles
@@ -65,6 +68,20 @@ def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
     return 0, 4 * max((3 + entropy) * split_count(head.vocab_size, columns), slice_tiles)
 
 
+def _on_its_device(tile_op: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the chunk's."""
+
+    @functools.wraps(tile_op)
+    def wrapped(chunk: Chunk, *arguments):
+        if not chunk.hidden.is_cuda:
+            return tile_op(chunk, *arguments)
+        with torch.cuda.device(chunk.hidden.device):
+            return tile_op(chunk, *arguments)
+
+    return wrapped
+
+
+@_on_its_device
 def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics:
     hidden, scale, inner = _rows_of(chunk, head)
     maximum, total, weighted, target = logsumexp(
@@ -74,6 +91,7 @@ def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics
     return finish_rows(maximum, total, weighted, torch.where(inside, target, torch.nan), entropy)
 
 
+@_on_its_device
 def dlogits(
     chunk: Chunk,
     head: LMHead,
@@ -96,6 +114,7 @@ def dlogits(
     )  # fmt: skip
 
 
+@_on_its_device
 def anchored_exp(
     chunk: Chunk, head: LMHead, log_anchor: torch.Tensor, entropy: bool, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,6 +122,7 @@ def anchored_exp(
     return finalize(partials, chunk.tokens, slope, out)
 
 
+@_on_its_device
 def anchored_cispo(
     chunk: Chunk,
     head: LMHead,

@@ -101,7 +101,7 @@ def finalize_kernel(
         weight = tl.load(WEIGHT + rows, mask=inside, other=0.0)
         old = tl.load(OLD + rows, mask=inside, other=0.0)
         advantage = tl.load(ADVANTAGE + rows, mask=inside, other=0.0)
-        logp = log_sigmoid(log_anchor - tl.log(total))
+        logp = log_sigmoid(log_anchor - tl.log(tl.where(inside, total, 1.0)))
         coefficient = cispo_coefficient(logp, old, advantage, ratio_min, ratio_max)
         g = tl.where(keep, weight * coefficient, 0.0)
         row_scale = tl.load(ROW_SCALE + rows, mask=inside, other=0.0)

@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 
 from .blocks import Blocks
-from .logits import EXP_IS_ZERO, LOG2E, ROWS_PER_PROGRAM, add_bias, halves, logits, operands, part_columns, product_tile
+from .logits import (
+    EXP_IS_ZERO,
+    LOG2E,
+    ROWS_PER_PROGRAM,
+    add_bias,
+    halves,
+    logits,
+    operands,
+    part_columns,
+    product_tile,
+    tile_position,
+)
 
 # column tiles of a split: few enough that 128 rows of a common vocabulary occupy a GPU, many enough that partials are few
 _TILES_PER_SPLIT = 8
@@ -100,10 +111,8 @@ def logsumexp_kernel(
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(C, ROWS)
-    # programs that run together share their columns of W
-    split, row_tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
     splits = tl.cdiv(V, COLUMNS * TILES)
+    row_tile, split = tile_position(tl.program_id(0), tl.cdiv(C, ROWS), splits)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     in_chunk = rows < C
     token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)

@@ -3,6 +3,9 @@
 import csv
 import importlib.metadata
 import importlib.util
+import os
+import subprocess
+import sys
 from random import Random
 
 import pytest
@@ -113,6 +116,21 @@ def test_command_writes_curves_and_history(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2"]
     assert 0 <= float(rows[0]["reward"]) <= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the demo trains on the CPU, where only the interpreter runs kernels")
+def test_runs_on_the_kernels_where_the_environment_says_so(tmp_path):
+    code = "import sys; from fastpg.__main__ import main; main(sys.argv[1:]); print('fastpg.kernels' in sys.modules)"
+    arguments = ["demo", "--model", "tiny", "--steps", "2", "--out", str(tmp_path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "FASTPG_BACKEND": "triton"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True"
+    with (tmp_path / "history.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["ratio_max"]) > 1.01  # the second update of a step finds another policy than the first
+    assert float(second["ratio_max"]) > 1.01
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "many"])
