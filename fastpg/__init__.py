@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from .lm_head import LMHead
 from .losses import PolicyLossOutput, policy_loss
-from .objectives import CISPO, ImportanceWeighted, KLPenalty, Objective, Reinforce
+from .objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
 from .one_pass import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
 from .two_pass import TokenLogprobs, linear_logprobs
 
@@ -12,11 +12,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CISPO",
+    "GSPO",
+    "SAPO",
     "ImportanceWeighted",
     "KLPenalty",
     "LMHead",
     "LinearPolicyLoss",
     "Objective",
+    "PPOClip",
     "PolicyLossOutput",
     "Reinforce",
     "TokenLogprobs",

@@ -10,6 +10,7 @@ from . import validation
 from .metrics import token_metrics
 from .objectives import KLPenalty, Objective, ObjectiveFunction
 from .reductions import Reduction, check_reduction, token_weights
+from .sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
 
 
 class PolicyLossOutput(NamedTuple):
@@ -39,8 +40,9 @@ class TokenTerms(NamedTuple):
 
 def token_terms(
     mask: torch.Tensor,  # (...) bool
+    sequences: Sequences | None,
     old_logprobs: torch.Tensor | None,
-    advantages: torch.Tensor,  # (...) or (B,)
+    advantages: torch.Tensor,  # (...), or one per sequence
     rollout_weights: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None,
     reduction: Reduction,
@@ -53,8 +55,9 @@ def token_terms(
         return None if x is None else torch.where(mask, x.detach(), 0).to(dtype)
 
     if advantages.shape != mask.shape:
-        advantages = advantages[:, None].expand(mask.shape)
-    weights = token_weights(mask, reduction, denominator, dtype)
+        packed = sequences.ids is not None
+        advantages = advantages[sequences.ids] if packed else advantages[:, None].expand(mask.shape)
+    weights = token_weights(mask, reduction, denominator, dtype, sequences)
     old = constant(old_logprobs)
     if old is not None:
         # a ratio of 0 or inf is never meant, and a clip would hide it
@@ -83,10 +86,11 @@ def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: Objective
 def policy_loss(
     logprobs: torch.Tensor,  # (...)
     old_logprobs: torch.Tensor | None,  # (...)
-    advantages: torch.Tensor,  # (...), or (B,) with (B, T) logprobs
+    advantages: torch.Tensor,  # (...), or one per sequence
     *,
     objective: Objective | ObjectiveFunction,
     mask: torch.Tensor | None = None,  # (...)
+    sequence_ids: torch.Tensor | None = None,  # (N,)
     reduction: Reduction = "token-mean",
     denominator: float | torch.Tensor | None = None,
     kl: KLPenalty | None = None,
@@ -99,12 +103,14 @@ def policy_loss(
         logprobs: (...) floating; the gradient flows through them. Computed in fp32 (float64 for float64).
         old_logprobs: (...) under the policy that sampled; None: on-policy, the ratio is exactly 1. Constants. At a kept
             position NaN or an infinity makes the loss NaN (a ratio of 0 or inf is never meant); > 0 is computed as given.
-        advantages: (...) per token, or (B,) per sequence with (B, T) logprobs. Constants.
-        objective: Reinforce(), ImportanceWeighted(), CISPO(...), or a function of (logprobs, old_logprobs, advantages)
-            whose value per token is maximised.
+        advantages: (...) per token, or per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids. Constants.
+        objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), or a function of
+            (logprobs, old_logprobs, advantages) whose value per token is maximised.
         mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.
+        sequence_ids: (N,) int, which sequence each token of packed (N,) logprobs belongs to, numbered from 0; equal ids
+            need not be neighbours. With (B, T) logprobs the rows are the sequences.
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "sum" (`reductions` has the table); the seq-
-            forms need (B, T).
+            forms need (B, T) or sequence_ids.
         denominator: a number or 0-d tensor that replaces the count D: pass the global count under gradient accumulation
             or data parallelism, and sum the losses. Must be positive; for a count that may be 0 pass count.clamp(min=1).
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
@@ -118,17 +124,46 @@ def policy_loss(
     if not isinstance(logprobs, torch.Tensor) or not logprobs.is_floating_point():
         raise TypeError(f"logprobs must be a floating-point tensor; got {validation.kind(logprobs)}")
     validation.check_mask(mask, "logprobs", logprobs)
-    validation.check_policy_inputs("logprobs", logprobs, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights)
-    check_reduction(reduction, logprobs.shape, denominator)
+    check_sequence_ids(sequence_ids, "logprobs", logprobs)
+    validation.check_policy_inputs(
+        "logprobs", logprobs, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids is not None
+    )
+    check_reduction(reduction, logprobs.shape, denominator, sequence_ids)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
-    terms = token_terms(mask, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
+    if sequence_ids is not None and not torch.compiler.is_compiling():
+        check_id_values(sequence_ids, mask, id_limit(advantages, logprobs))
+    sequences = sequences_of(mask, sequence_ids)
+    function = with_sequences(objective, sequences, logprobs)
+    terms = token_terms(mask, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
     kept = torch.where(mask, logprobs, 0).to(dtype)
-    loss = token_losses(kept, terms, objective, kl).sum()
+    loss = token_losses(kept, terms, function, kl).sum()
 
-    bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
-    metrics = token_metrics(kept, terms.old(kept), mask, bounds)
+    bounds, bounded = (None, None), None
+    if isinstance(objective, Objective):
+        bounds, old = objective.ratio_bounds, terms.old(kept)
+        bounded = objective.log_ratio(kept.detach(), old, sequences)
+    metrics = token_metrics(kept, terms.old(kept), mask, bounds, bounded)
     nothing = torch.zeros_like(metrics["tokens"])
     metrics |= {"skipped_tokens": nothing, "recomputed_tokens": nothing.clone()}
     return PolicyLossOutput(loss, kept.detach(), metrics)
+
+
+def id_limit(advantages: torch.Tensor, tokens: torch.Tensor) -> int:
+    """Sequence ids are below it: the number of tokens, or of advantages where these are one per sequence."""
+    return len(tokens) if advantages.shape == tokens.shape else min(len(advantages), len(tokens))
+
+
+def with_sequences(
+    objective: Objective | ObjectiveFunction, sequences: Sequences | None, logprobs: torch.Tensor
+) -> ObjectiveFunction:
+    """The objective as a function of (logprobs, old_logprobs, advantages) alone."""
+    if not (isinstance(objective, Objective) and objective.needs_sequences):
+        return objective
+    if sequences is None:
+        raise ValueError(
+            f"objective={objective} has one ratio for a sequence and needs sequences: logprobs of shape (B, T), or packed (N,) "
+            f"with sequence_ids=; got shape {tuple(logprobs.shape)}"
+        )
+    return lambda logprobs, old_logprobs, advantages: objective(logprobs, old_logprobs, advantages, sequences)

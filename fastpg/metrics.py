@@ -10,12 +10,14 @@ def token_metrics(
     old_logprobs: torch.Tensor,  # (...)
     mask: torch.Tensor,  # (...) bool
     ratio_bounds: tuple[float | None, float | None],
+    bounded_log_ratio: torch.Tensor | None = None,  # (...); None: logp - old
 ) -> dict[str, torch.Tensor]:
     """Means over tokens with mask, with d = logp - old and r = exp(d):
 
     ratio_mean     mean r
     ratio_max      max r; 0 without tokens
-    clip_fraction  share of tokens with r outside `ratio_bounds`, whatever the sign of the advantage
+    clip_fraction  share of tokens whose ratio is outside `ratio_bounds`, whatever the sign of the advantage; the ratio is the
+                   objective's own (that of the sequence for GSPO), exp(bounded_log_ratio)
     ess            (sum r)^2 / (n sum r^2), the effective sample size as a share of n; 1 without tokens
     kl_k1, kl_k3   mean(-d) and mean(r - 1 - d): estimates of KL(old, new) (Schulman, "Approximating KL divergence")
     tokens         the number of tokens
@@ -28,12 +30,13 @@ def token_metrics(
     def mean(values: torch.Tensor) -> torch.Tensor:
         return torch.where(mask, values, 0).sum() / n
 
+    bounded = ratio if bounded_log_ratio is None else torch.where(mask, bounded_log_ratio, 0).exp()
     low, high = ratio_bounds
     outside = torch.zeros_like(mask)
     if low is not None:
-        outside = outside | (ratio < low)
+        outside = outside | (bounded < low)
     if high is not None:
-        outside = outside | (ratio > high)
+        outside = outside | (bounded > high)
     return {
         "ratio_mean": mean(ratio),
         "ratio_max": _masked_max(ratio, mask, 0.0),

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
+from .sequences import Sequences
 from .validation import is_positive_number
 
 # (logprobs, old_logprobs, advantages) -> value per token, all of one shape
@@ -25,13 +26,23 @@ class Objective(ABC):
     """A named objective. `ratio_bounds` is what the clip_fraction metric counts against; (None, None) for no bounds.
 
     zero_at_zero_advantage: A = 0 makes value and gradient 0, so that such tokens need not be computed.
+    needs_sequences: its ratio is that of a whole sequence. It is then called with the batch's `Sequences` as a fourth
+        argument, and cannot be computed token by token, as the one-pass loss does.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = False
 
     @property
+    def needs_sequences(self) -> bool:
+        return False
+
+    @property
     def ratio_bounds(self) -> tuple[float | None, float | None]:
         return None, None
+
+    def log_ratio(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        """The logarithm of the ratio that `ratio_bounds` bound."""
+        return logprobs - old_logprobs
 
     @abstractmethod
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor: ...
@@ -49,20 +60,42 @@ class Reinforce(Objective):
 
 @dataclass(frozen=True)
 class ImportanceWeighted(Objective):
-    """l = r A with r = exp(logp - old), dl/dlogp = r A: importance weighting without a clip.
+    """Importance weighting without a clip, with d = logp - old:
 
-    level: "token", one ratio per token.
+    level="token"       l = r A,      r = exp(d)                 dl/dlogp = r A
+    level="sequence"    l = rho A,    rho = exp(mean_t d_t)      the length-normalised ratio of GSPO, without its clip
+    level="trajectory"  l = w A / T,  w = exp(sum_t d_t)         T tokens; their sum is w A, and its gradient w A sum_t dlogp_t
+
+    The last is the exact off-policy correction (sum over a sequence's tokens; its variance grows with T), the first what is
+    left of it when past and future ratios are ignored. Sequence and trajectory need `linear_logprobs` and `policy_loss`.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
-    level: Literal["token"] = "token"
+    level: Literal["token", "sequence", "trajectory"] = "token"
 
     def __post_init__(self) -> None:
-        if self.level != "token":
-            raise ValueError(f'level must be "token"; got {self.level!r}')
+        if self.level not in ("token", "sequence", "trajectory"):
+            raise ValueError(f'level must be "token", "sequence" or "trajectory"; got {self.level!r}')
 
-    def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        return (logprobs - old_logprobs).exp() * advantages
+    @property
+    def needs_sequences(self) -> bool:
+        return self.level != "token"
+
+    def log_ratio(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        d = logprobs - old_logprobs
+        if self.level == "token":
+            return d
+        return sequences.mean(d) if self.level == "sequence" else sequences.total(d)
+
+    def __call__(
+        self,
+        logprobs: torch.Tensor,
+        old_logprobs: torch.Tensor,
+        advantages: torch.Tensor,
+        sequences: Sequences | None = None,
+    ) -> torch.Tensor:
+        values = self.log_ratio(logprobs, old_logprobs, sequences).exp() * advantages
+        return values / sequences.lengths(values.dtype) if self.level == "trajectory" else values
 
 
 @dataclass(frozen=True)
@@ -102,6 +135,112 @@ class CISPO(Objective):
         if self.ratio_bounds != (None, None):
             ratio = ratio.clamp(self.ratio_min, self.ratio_max)
         return ratio * advantages * logprobs
+
+
+@dataclass(frozen=True)
+class PPOClip(Objective):
+    """l = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - old). (PPO, arXiv 1707.06347, eq. 7)
+
+    dl/dlogp is r A where the unclipped term is the smaller one, and 0 where the clip holds: such tokens teach nothing.
+    eps_high > eps_low is DAPO's clip-higher (arXiv 2503.14476, eq. 10). dual_clip c: where A < 0, l = max(that, c A), which
+    bounds the loss of a bad action that has become likely (arXiv 1912.09729, eq. 4); c > 1, or None.
+    """
+
+    zero_at_zero_advantage: ClassVar[bool] = True
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_clip(self.eps_low, self.eps_high)
+        if self.dual_clip is not None and not (is_positive_number(self.dual_clip) and self.dual_clip > 1):
+            raise ValueError(f"dual_clip must be > 1, a bound on the ratio where A < 0, or None; got {self.dual_clip!r}")
+
+    @property
+    def ratio_bounds(self) -> tuple[float | None, float | None]:
+        return 1 - self.eps_low, 1 + self.eps_high
+
+    def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        values = _clipped_surrogate(self.log_ratio(logprobs, old_logprobs), advantages, *self.ratio_bounds)
+        if self.dual_clip is None:
+            return values
+        floor = self.dual_clip * advantages
+        return torch.where((advantages < 0) & (values < floor), floor, values)
+
+
+@dataclass(frozen=True)
+class GSPO(Objective):
+    """PPO's clipped objective with one ratio for a sequence, rho = exp(mean_t (logp_t - old_t)):
+
+        l = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)           (GSPO, arXiv 2507.18071, eq. 5 to 7)
+
+    the same at all tokens of a sequence whose tokens share A; with reduction="seq-mean-token-mean" this is the paper's loss.
+    Its epsilons are small, since rho is a mean: 3e-4 and 4e-4 (section 5.1). Needs `linear_logprobs` and `policy_loss`.
+    """
+
+    zero_at_zero_advantage: ClassVar[bool] = True
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        _check_clip(self.eps_low, self.eps_high)
+
+    @property
+    def needs_sequences(self) -> bool:
+        return True
+
+    @property
+    def ratio_bounds(self) -> tuple[float | None, float | None]:
+        return 1 - self.eps_low, 1 + self.eps_high
+
+    def log_ratio(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        return sequences.mean(logprobs - old_logprobs)
+
+    def __call__(
+        self,
+        logprobs: torch.Tensor,
+        old_logprobs: torch.Tensor,
+        advantages: torch.Tensor,
+        sequences: Sequences | None = None,
+    ) -> torch.Tensor:
+        return _clipped_surrogate(self.log_ratio(logprobs, old_logprobs, sequences), advantages, *self.ratio_bounds)
+
+
+@dataclass(frozen=True)
+class SAPO(Objective):
+    """l = (4 / tau) sigmoid(tau (r - 1)) A, r = exp(logp - old): a soft clip. (SAPO, arXiv 2511.20347)
+
+    dl/dlogp = 4 s (1 - s) r A with s = sigmoid(tau (r - 1)): r A at r = 1, falling smoothly on both sides. tau is tau_pos
+    where A > 0 and tau_neg elsewhere (at A = 0 the value is 0 with either); larger is closer to a hard clip.
+    """
+
+    zero_at_zero_advantage: ClassVar[bool] = True
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        for name, tau in (("tau_pos", self.tau_pos), ("tau_neg", self.tau_neg)):
+            if not is_positive_number(tau):
+                raise ValueError(f"{name} must be positive and finite; got {tau!r}")
+
+    def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg).to(logprobs.dtype)
+        r_minus_1 = self.log_ratio(logprobs, old_logprobs).expm1()
+        return 4 / tau * torch.sigmoid(tau * r_minus_1) * advantages
+
+
+def _check_clip(eps_low: float, eps_high: float) -> None:
+    if not (is_positive_number(eps_low) and eps_low <= 1) and eps_low != 0:
+        raise ValueError(f"eps_low must be in [0, 1], so that 1 - eps_low bounds a ratio; got {eps_low!r}")
+    if not is_positive_number(eps_high) and eps_high != 0:
+        raise ValueError(f"eps_high must be >= 0 and finite, so that 1 + eps_high bounds a ratio; got {eps_high!r}")
+
+
+def _clipped_surrogate(log_ratio: torch.Tensor, advantages: torch.Tensor, ratio_min: float, ratio_max: float) -> torch.Tensor:
+    """min(r A, clip(r) A), whose gradient is that of the smaller term alone. (torch.minimum would share it out at a tie.)"""
+    ratio = log_ratio.exp()
+    unclipped, clipped = ratio * advantages, ratio.detach().clamp(ratio_min, ratio_max) * advantages
+    return torch.where(unclipped <= clipped, unclipped, clipped)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ import torch
 
 from . import ops, validation
 from .lm_head import LMHead
-from .losses import PolicyLossOutput, TokenTerms, token_losses, token_terms
+from .losses import PolicyLossOutput, TokenTerms, id_limit, token_losses, token_terms
 from .metrics import token_metrics
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
 from .one_pass_schedule import OnePass, Options, TokenLosses, chunk_length, loss_gradient, one_pass
 from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction
 from .rows import Gradients, Rows, Wanted, rows_of
+from .sequences import check_id_values, check_sequence_ids, sequences_of
 from .two_pass import needs_gradient, prepare
 from .two_pass_schedule import chunk_rows
 
@@ -24,10 +25,11 @@ def linear_policy_loss(
     head: torch.Tensor | LMHead,  # (V, H), or an LMHead
     tokens: torch.Tensor,  # (...)
     old_logprobs: torch.Tensor | None,  # (...)
-    advantages: torch.Tensor,  # (...), or (B,) with (B, T) tokens
+    advantages: torch.Tensor,  # (...), or one per sequence
     *,
     objective: Objective | ObjectiveFunction,
     mask: torch.Tensor | None = None,  # (...)
+    sequence_ids: torch.Tensor | None = None,  # (N,)
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     reduction: Reduction = "token-mean",
     denominator: float | torch.Tensor | None = None,
@@ -51,10 +53,11 @@ def linear_policy_loss(
 
     Args:
         hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`.
-        old_logprobs, advantages, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
-        objective: Reinforce(), ImportanceWeighted(), CISPO(...), or a function of (logprobs, old_logprobs, advantages) whose
-            value per token is maximised. It must be elementwise and deterministic: it is called on chunks for the gradients
-            and on all tokens for the loss. Gradients reach hidden, weight and bias only, not tensors it closes over.
+        old_logprobs, advantages, sequence_ids, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
+        objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), or a function of (logprobs,
+            old_logprobs, advantages) whose value per token is maximised. It must be elementwise and deterministic: it is called
+            on chunks for the gradients and on all tokens for the loss. Gradients reach hidden, weight and bias only, not
+            tensors it closes over. Ratios of whole sequences (GSPO) need two passes.
         entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
             entropies are differentiable.
         skip_zero_weight: tokens with advantage (times rollout weight) exactly 0 cost no work where a built-in objective is
@@ -76,15 +79,26 @@ def linear_policy_loss(
     too small for one tile.
     """
     hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
-    validation.check_policy_inputs("tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights)
-    check_reduction(reduction, tokens.shape, denominator)
+    check_sequence_ids(sequence_ids, "tokens", tokens)
+    validation.check_policy_inputs(
+        "tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids is not None
+    )
+    if isinstance(objective, Objective) and objective.needs_sequences:
+        raise ValueError(
+            f"objective={objective} has one ratio for a sequence, which the one-pass loss does not know before its last token; "
+            "use linear_logprobs and policy_loss"
+        )
+    check_reduction(reduction, tokens.shape, denominator, sequence_ids)
+    if sequence_ids is not None and check:
+        check_id_values(sequence_ids, keep, id_limit(advantages, tokens))
     workspace = validation.workspace_bytes(workspace, hidden.device)
     fused = objective.ratio_bounds if backend == "triton" and _is_plain_cispo(objective, kl, old_logprobs) else None
     options = Options(_wanted(hidden, head), entropy, workspace, check, backend, fused)
     _check_workspace(head, tokens.numel(), options)
 
     dtype = accumulation_dtype(hidden.dtype)
-    terms = token_terms(keep, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
+    sequences = sequences_of(keep, sequence_ids)
+    terms = token_terms(keep, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
     computed = keep
     if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
         weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
@@ -113,11 +127,12 @@ def linear_cispo_loss(
     head: torch.Tensor | LMHead,  # (V, H), or an LMHead
     tokens: torch.Tensor,  # (...)
     old_logprobs: torch.Tensor | None,  # (...)
-    advantages: torch.Tensor,  # (...), or (B,) with (B, T) tokens
+    advantages: torch.Tensor,  # (...), or one per sequence
     *,
     ratio_max: float | None = 5.0,
     ratio_min: float | None = None,
     mask: torch.Tensor | None = None,  # (...)
+    sequence_ids: torch.Tensor | None = None,  # (N,)
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     reduction: Reduction = "token-mean",
     denominator: float | torch.Tensor | None = None,
@@ -142,6 +157,7 @@ def linear_cispo_loss(
         advantages,
         objective=CISPO(ratio_max, ratio_min),
         mask=mask,
+        sequence_ids=sequence_ids,
         temperature=temperature,
         reduction=reduction,
         denominator=denominator,
@@ -194,13 +210,15 @@ class LinearPolicyLoss(torch.nn.Module):
         advantages: torch.Tensor,
         *,
         mask: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
         denominator: float | torch.Tensor | None = None,
         ref_logprobs: torch.Tensor | None = None,
         rollout_weights: torch.Tensor | None = None,
     ) -> PolicyLossOutput:
         return linear_policy_loss(
             hidden, head, tokens, old_logprobs, advantages,
-            mask=mask, denominator=denominator, ref_logprobs=ref_logprobs, rollout_weights=rollout_weights, **self.options,
+            mask=mask, sequence_ids=sequence_ids, denominator=denominator, ref_logprobs=ref_logprobs,
+            rollout_weights=rollout_weights, **self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -16,18 +16,21 @@ from typing import Literal, get_args
 
 import torch
 
+from .sequences import Sequences
 from .validation import is_positive_number, kind, require
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"]
 
 
-def check_reduction(reduction: str, shape: torch.Size, denominator: float | torch.Tensor | None) -> None:
+def check_reduction(
+    reduction: str, shape: torch.Size, denominator: float | torch.Tensor | None, sequence_ids: torch.Tensor | None = None
+) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}")
-    if reduction.startswith("seq-") and len(shape) != 2:
+    if reduction.startswith("seq-") and len(shape) != 2 and sequence_ids is None:
         raise ValueError(
-            f'reduction="{reduction}" needs sequences: tokens of shape (B, T); got shape {tuple(shape)}. Use "token-mean" '
-            'or "sum", the latter with denominator= and advantages already divided by the sequence lengths'
+            f'reduction="{reduction}" needs sequences: packed tokens (N,) with sequence_ids=, or (B, T); got shape '
+            f"{tuple(shape)}"
         )
     if isinstance(denominator, torch.Tensor):
         if denominator.dim() != 0 or denominator.dtype == torch.bool or denominator.is_complex():
@@ -49,22 +52,25 @@ def check_reduction(reduction: str, shape: torch.Size, denominator: float | torc
 
 
 def token_weights(
-    mask: torch.Tensor,  # (...) bool; (B, T) for the seq-mean reductions
+    mask: torch.Tensor,  # (...) bool
     reduction: Reduction,
     denominator: float | torch.Tensor | None,
     dtype: torch.dtype,
+    sequences: Sequences | None = None,
 ) -> torch.Tensor:
-    """weight_n / D of every token, (...); 0 where masked. No tokens at all: all 0. Never reads the host."""
+    """weight_n / D of every token, (...); 0 where masked. No tokens at all: all 0. Never reads the host.
+
+    The seq-mean reductions need `sequences`.
+    """
     weights = mask.to(dtype)
     if reduction == "token-mean":
         count = weights.sum()
     elif reduction == "sum":
         count = weights.new_ones(())
     else:
-        lengths = weights.sum(1, keepdim=True)
-        count = (lengths > 0).sum().to(dtype)
+        count = sequences.count().to(dtype)
         if reduction == "seq-mean-token-mean":
-            weights = weights / lengths.clamp(min=1)
+            weights = weights / sequences.lengths(dtype)
     if isinstance(denominator, torch.Tensor):
         denominator = denominator.detach()  # a constant, as the documents say
     return (weights / (count.clamp(min=1) if denominator is None else denominator)).to(dtype)

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 
 from .lm_head import LMHead, as_head
 
-# (logprobs, old_logprobs, advantages), all (n,) over kept tokens -> the per-token objective to be maximised, (n,)
-Objective = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (logprobs, old_logprobs, advantages), all (n,) over kept tokens -> the per-token objective to be maximised, (n,). Objectives
+# of whole sequences, marked by `of_sequences`, take the number of each token's sequence (n,) as well.
+Objective = Callable[..., torch.Tensor]
 
 
 def softcap(u: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -136,6 +137,78 @@ def cispo(ratio_max: float | None = 5.0, ratio_min: float | None = None) -> Obje
     return value
 
 
+def ppo_clip(eps_low: float, eps_high: float, dual_clip: float | None = None) -> Objective:
+    """l = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) (PPO, arXiv 1707.06347, eq. 7; asymmetric: DAPO, 2503.14476);
+
+    with dual_clip c, where A < 0: max(that, c A) (arXiv 1912.09729).
+    """
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        return _ppo(torch.exp(logprobs - old_logprobs), advantages, eps_low, eps_high, dual_clip)
+
+    return value
+
+
+def _ppo(ratio: torch.Tensor, advantages: torch.Tensor, eps_low: float, eps_high: float, dual_clip: float | None):
+    # case by case: which of the three terms the minimum and the maximum choose, by the sign of A
+    inside = ratio * advantages
+    positive = torch.where(ratio > 1 + eps_high, (1 + eps_high) * advantages, inside)
+    negative = torch.where(ratio < 1 - eps_low, (1 - eps_low) * advantages, inside)
+    if dual_clip is not None:
+        negative = torch.where(ratio > dual_clip, dual_clip * advantages, negative)
+    return torch.where(advantages >= 0, positive, negative)
+
+
+def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
+    """l = (4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0 and tau_neg elsewhere (SAPO, arXiv 2511.20347)."""
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        ratio = torch.exp(logprobs - old_logprobs)
+        soft = {tau: 4 / tau / (1 + torch.exp(-tau * (ratio - 1))) for tau in (tau_pos, tau_neg)}
+        return torch.where(advantages > 0, soft[tau_pos], soft[tau_neg]) * advantages
+
+    return value
+
+
+def of_sequences(value: Objective) -> Objective:
+    """Marks an objective that takes sequence numbers as its fourth argument."""
+    value.takes_sequences = True
+    return value
+
+
+def importance_weighted_by(level: str) -> Objective:
+    """ "sequence": l = rho A, rho = exp(mean_t d_t) (the ratio of GSPO); "trajectory": l = w A / T, w = exp(sum_t d_t)."""
+
+    @of_sequences
+    def value(logprobs, old_logprobs, advantages, sequences):
+        values = torch.zeros_like(logprobs)
+        for number in sequences.unique():
+            tokens = sequences == number
+            d = (logprobs - old_logprobs)[tokens]
+            ratio = d.mean().exp() if level == "sequence" else d.sum().exp() / len(d)
+            values = values.masked_scatter(tokens, ratio * advantages[tokens])
+        return values
+
+    return value
+
+
+def gspo(eps_low: float, eps_high: float) -> Objective:
+    """PPO's clipped objective with rho = exp(mean_t d_t) of the sequence in the place of r (GSPO, arXiv 2507.18071, eq. 5-7)."""
+
+    @of_sequences
+    def value(logprobs, old_logprobs, advantages, sequences):
+        values = torch.zeros_like(logprobs)
+        for number in sequences.unique():
+            tokens = sequences == number
+            rho = (logprobs - old_logprobs)[tokens].mean().exp()
+            values = values.masked_scatter(
+                tokens, _ppo(rho.expand(int(tokens.sum())), advantages[tokens], eps_low, eps_high, None)
+            )
+        return values
+
+    return value
+
+
 def kl_penalty(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, importance_weighted: bool
 ) -> torch.Tensor:
@@ -148,11 +221,17 @@ def kl_penalty(
     return torch.exp(logprobs - old_logprobs) * k if importance_weighted else k
 
 
-def reduce(values: torch.Tensor, mask: torch.Tensor, reduction: str, denominator: float | None = None) -> torch.Tensor:
+def reduce(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    reduction: str,
+    denominator: float | None = None,
+    sequence_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The loss of per-token objectives `values` (...) over tokens with mask (...): minus one of
 
     token-mean           the mean over all tokens of the batch
-    seq-mean-token-sum   the mean over sequences (rows with a token) of the sum over their tokens
+    seq-mean-token-sum   the mean over sequences (rows, or equal ids, with a token) of the sum over their tokens
     seq-mean-token-mean  the mean over sequences of the mean over their tokens
     sum                  the sum over all tokens
 
@@ -161,7 +240,8 @@ def reduce(values: torch.Tensor, mask: torch.Tensor, reduction: str, denominator
     if reduction in ("token-mean", "sum"):
         total, count = values[mask].sum(), (mask.sum() if reduction == "token-mean" else 1)
     else:
-        sequences = [v[m] for v, m in zip(values, mask, strict=True) if m.any()]
+        ids = _sequence_numbers(mask, sequence_ids)[mask]
+        sequences = [values[mask][ids == number] for number in ids.unique()]
         per_sequence = [s.mean() if reduction == "seq-mean-token-mean" else s.sum() for s in sequences]
         total, count = sum(per_sequence, values.sum() * 0), len(sequences)
     if denominator is None:
@@ -181,6 +261,7 @@ def policy_loss(
     kl: tuple[float, str, bool] | None = None,
     ref_logprobs: torch.Tensor | None = None,
     rollout_weights: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask.
 
@@ -192,13 +273,21 @@ def policy_loss(
     if advantages.shape != logprobs.shape:
         advantages = advantages[:, None].expand_as(logprobs)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
-    value = objective(logprobs[mask], old[mask], advantages[mask])
+    arguments = [logprobs[mask], old[mask], advantages[mask]]
+    if getattr(objective, "takes_sequences", False):
+        arguments.append(_sequence_numbers(mask, sequence_ids)[mask])
+    value = objective(*arguments)
     if rollout_weights is not None:
         value = rollout_weights[mask] * value
     if kl is not None:
         coef, estimator, importance_weighted = kl
         value = value - coef * kl_penalty(logprobs[mask], old[mask], ref_logprobs[mask], estimator, importance_weighted)
-    return reduce(torch.zeros_like(logprobs).masked_scatter(mask, value), mask, reduction, denominator)
+    return reduce(torch.zeros_like(logprobs).masked_scatter(mask, value), mask, reduction, denominator, sequence_ids)
+
+
+def _sequence_numbers(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:
+    """Of every token: its id, or the row of (B, T) it is in."""
+    return torch.arange(len(mask))[:, None].expand(mask.shape) if sequence_ids is None else sequence_ids
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -135,8 +135,9 @@ def check_policy_inputs(
     kl: object | None,
     ref_logprobs: torch.Tensor | None,
     rollout_weights: torch.Tensor | None,
+    packed_sequences: bool = False,  # whether sequence_ids were given
 ) -> None:
-    """Shapes, dtypes and devices of old_logprobs, ref_logprobs and rollout_weights (...), advantages (...) or (B,)."""
+    """Shapes, dtypes and devices of old_logprobs, ref_logprobs and rollout_weights (...), advantages (...) or per sequence."""
     shape = tuple(like.shape)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
     for name, value in per_token.items():
@@ -148,9 +149,10 @@ def check_policy_inputs(
             raise ValueError(f"{name} must have the shape of {like_name}, {shape}; got {tuple(value.shape)}")
     if not isinstance(advantages, torch.Tensor) or advantages.dtype == torch.bool or advantages.is_complex():
         raise TypeError(f"advantages must be a real tensor; got {kind(advantages)}")
-    per_sequence = len(shape) == 2 and advantages.shape == shape[:1]
+    per_sequence = (len(shape) == 2 and advantages.shape == shape[:1]) or (packed_sequences and advantages.dim() == 1)
     if advantages.shape != shape and not per_sequence:
         wanted = f"per token {shape}" + (f" or per sequence ({shape[0]},)" if len(shape) == 2 else "")
+        wanted += " or one per sequence (S,)" if packed_sequences else ""
         raise ValueError(f"advantages must be {wanted}; got shape {tuple(advantages.shape)}")
     for name, value in {**per_token, "advantages": advantages}.items():
         if value is not None and value.device != like.device:
