@@ -1,7 +1,7 @@
 """`fastpg demo`: reinforcement learning of a small language model on a CPU, with a loss that never builds the logits.
 
-The algorithm is `train`: sample answers in groups, verify them, compare each with its group, take two CISPO steps. What it
-calls, in the same order, is below it, and the report at the end.
+The algorithm is `train`: sample answers in groups, verify them, estimate advantages, take two steps of the objective. What it
+calls, in the same order, is below it, and the report at the end. `demo_estimators` names the estimators and the objectives.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from .demo_estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
 from .demo_tasks import Task, check_packages, larger_digit, load_smollm2, sums, tiny_model
+from .demo_walk import Walk, rollout_values, walk
 from .lm_head import LMHead
-from .losses import policy_loss
-from .objectives import CISPO
+from .losses import PolicyLossOutput, policy_loss
+from .objectives import CISPO, Objective
 from .one_pass import linear_policy_loss
 from .profiling import transient_bytes
 from .two_pass import linear_logprobs
@@ -34,19 +36,8 @@ from .two_pass import linear_logprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OBJECTIVE = CISPO(ratio_max=5.0)
 MEASURED_TOKENS = 2048  # of the report's memory
 UPDATES = 2  # optimiser steps for each batch of rollouts: the second one finds ratios that differ from 1
-
-
-class Rollouts(NamedTuple):
-    """Completions of P prompts, G of each: B = P * G rows, and row p * G + g is completion g of prompt p."""
-
-    prompts: torch.Tensor  # (P, L), all of one length
-    tokens: torch.Tensor  # (B, T); what follows a stop token is padding
-    mask: torch.Tensor  # (B, T) bool, True up to and including the stop token
-    hidden: torch.Tensor  # (B, T, H) of the policy that sampled; hidden[:, t] predicts tokens[:, t]
-    rewards: torch.Tensor  # (B,) 1 where the answer is right, else 0
 
 
 class LossMemory(NamedTuple):
@@ -67,31 +58,37 @@ class Training(NamedTuple):
 # ---- The algorithm --------------------------------------------------------------------------------------------------
 
 
-def train(model: PreTrainedModel, task: Task, steps: int, seed: int = 0, shuffle: bool = False) -> Training:
-    """CISPO with group advantages. `shuffle` deals a batch's advantages out at random: a control that cannot learn."""
+def train(
+    model: PreTrainedModel,
+    task: Task | Walk,
+    steps: int,
+    seed: int = 0,
+    advantage: str = "group",
+    objective: str = "cispo",
+) -> Training:
+    """Policy gradient with the named estimator and objective."""
     clock = Clock()
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
     head = LMHead.from_model(model)  # the tied embedding itself
+    context = Context(Critic(head.hidden_size), rollout_values(model, task, generator), generator)
     history = []
     progress = tqdm(range(1, steps + 1), unit="step")
     for step in progress:
         with clock("sample"):
-            rollouts = sample(model, task, random, generator)
+            rollouts = (walk if isinstance(task, Walk) else sample)(model, task, random, generator)
         with clock("score"), torch.no_grad():
             old_logprobs = linear_logprobs(rollouts.hidden, head, rollouts.tokens, mask=rollouts.mask).logprobs
-        advantages = group_advantages(rollouts.rewards, task.group_size)
-        if shuffle:
-            advantages = advantages[torch.randperm(len(advantages), generator=generator)]
+        with clock("advantages"):
+            advantages = ESTIMATORS[advantage](rollouts, context)
 
         updates = []
-        for rows in parts_of_groups(len(advantages), task.group_size):
+        for rows in parts_of_groups(rollouts.episodes, task.group_size):
             tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
             with clock("update"):
-                hidden = hidden_states(model, rollouts.prompts, tokens)
-                out = linear_policy_loss(
-                    hidden, head, tokens, old_logprobs[rows], advantages[rows], objective=OBJECTIVE, mask=mask
-                )
+                prompts = rollouts.prompts[rows] if len(rollouts.prompts) == len(rollouts.tokens) else rollouts.prompts
+                hidden = hidden_states(model, prompts, tokens)
+                out = loss_of(OBJECTIVES[objective], hidden, head, tokens, old_logprobs[rows], advantages[rows], mask)
                 out.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -100,8 +97,24 @@ def train(model: PreTrainedModel, task: Task, steps: int, seed: int = 0, shuffle
         history.append(step_numbers(step, rollouts, updates))
         shown = ("reward", "loss", "ratio_mean", "ratio_max", "clip_fraction")
         progress.set_postfix({name: f"{history[-1][name]:.3g}" for name in shown}, refresh=False)
-    memory = loss_memory(hidden, head, tokens, mask, old_logprobs[rows], advantages[rows])
+    memory = loss_memory(hidden, head, tokens, mask, old_logprobs[rows])
     return Training(history, dict(clock.seconds), memory)
+
+
+def loss_of(
+    objective: Objective,
+    hidden: torch.Tensor,
+    head: LMHead,
+    tokens: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+) -> PolicyLossOutput:
+    """In one pass over the vocabulary; in two where a ratio is that of a whole sequence."""
+    if objective.needs_sequences:
+        logprobs = linear_logprobs(hidden, head, tokens, mask=mask).logprobs
+        return policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
+    return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, mask=mask)
 
 
 @torch.no_grad()
@@ -130,27 +143,23 @@ def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.
     tokens, mask, hidden = (torch.stack(columns, 1) for columns in (tokens, mask, hidden))
     completions = [[i for i in row if i != task.stop_token] for row in tokens.tolist()]
     rewards = [float(task.verify(ids, answer)) for ids, answer in zip(completions, answers, strict=True)]
-    return Rollouts(prompts, tokens, mask, hidden, torch.tensor(rewards))
+    episodes = torch.arange(len(tokens))
+    states = [prompt for prompt, _ in problems for _ in range(task.group_size)]
+    return Rollouts(prompts, tokens, mask, hidden, torch.tensor(rewards), episodes, episodes // task.group_size, states)
 
 
-def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(R - mean) / (std + 1e-6) over each group, (B,) -> (B,). A group of equal rewards teaches nothing: exactly 0."""
-    groups = rewards.reshape(-1, group_size)
-    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
-    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # whatever the mean was rounded to
-    return torch.where(equal, 0.0, advantages).reshape(-1)
-
-
-def parts_of_groups(rows: int, group_size: int) -> Iterator[torch.Tensor]:
-    """The rows of each update: an equal share of every group, so that each update has every prompt, and no row comes twice."""
-    shares = torch.arange(rows).reshape(-1, UPDATES, group_size // UPDATES)
+def parts_of_groups(episodes: torch.Tensor, group_size: int) -> Iterator[torch.Tensor]:
+    """The rows of each update: those of an equal share of every group's episodes, so that each update has every prompt."""
+    share = episodes % group_size * UPDATES // group_size
     for update in range(UPDATES):
-        yield shares[:, update].reshape(-1)
+        yield (share == update).nonzero()[:, 0]
 
 
 def hidden_states(model: PreTrainedModel, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """(P, L) prompts and (B, T) completions -> (B, T, H), where hidden[:, t] predicts tokens[:, t]. Differentiable."""
     last, cache = read_prompts(model, prompts, len(tokens) // len(prompts))
+    if tokens.shape[1] == 1:
+        return last[:, None]
     # The last token predicts nothing that counts. Padding is to the right, where causal attention does not see it.
     rest = model.base_model(tokens[:, :-1], past_key_values=cache).last_hidden_state
     return torch.cat([last[:, None], rest], 1)
@@ -172,7 +181,7 @@ def step_numbers(step: int, rollouts: Rollouts, updates: list[dict[str, float]])
     }
     return {
         "step": step,
-        "reward": rollouts.rewards.mean().item(),
+        "reward": rollouts.episode_rewards().mean().item(),
         "loss": sum(update["loss"] for update in updates) / len(updates),
         "tokens": rollouts.mask.sum(1).float().mean().item(),
         "first_ratio_mean": updates[0]["ratio_mean"],
@@ -203,22 +212,21 @@ def loss_memory(
     tokens: torch.Tensor,  # (B, T)
     mask: torch.Tensor,  # (B, T)
     old_logprobs: torch.Tensor,  # (B, T)
-    advantages: torch.Tensor,  # (B,)
 ) -> LossMemory:
     """Measures the loss and its gradients, as in `train` and with full logits, for a batch of about 2048 tokens: the given
     one repeated, since the demo's own are smaller than any that a trainer would use."""
     copies = max(1, round(MEASURED_TOKENS / tokens.numel()))
     tokens, mask, old_logprobs = (x.repeat(copies, 1) for x in (tokens, mask, old_logprobs))
-    hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), advantages.repeat(copies)
-    mask, advantages = torch.ones_like(mask), torch.ones_like(advantages)  # all of them computed, on both sides
+    hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), torch.ones(len(tokens))
+    mask, objective = torch.ones_like(mask), CISPO()  # all of them computed, on both sides
 
     def fastpg() -> None:
-        out = linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=OBJECTIVE, mask=mask)
+        out = linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, mask=mask)
         torch.autograd.grad(out.loss, (hidden, head.weight))
 
     def full_logits() -> None:
         logprobs = torch.log_softmax(hidden @ head.weight.T, -1).gather(-1, tokens[..., None])[..., 0]
-        out = policy_loss(logprobs, old_logprobs, advantages, objective=OBJECTIVE, mask=mask)
+        out = policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
         torch.autograd.grad(out.loss, (hidden, head.weight))
 
     gradients = hidden.nbytes + head.weight.nbytes
@@ -278,16 +286,22 @@ def save(training: Training, folder: Path, title: str) -> list[Path]:
 def add_command(commands) -> None:
     """`fastpg demo`, for the parser in __main__."""
     parser = commands.add_parser("demo", help="train a small language model to answer, with a loss without logits")
-    parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2", help="tiny: a random Llama, 20 s")
+    parser.add_argument(
+        "--model",
+        choices=("smollm2", "tiny", "walk"),
+        default="smollm2",
+        help="tiny: a random Llama, 10 s; walk: the same in an environment of several steps",
+    )
     parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 200 for tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of curves.png and history.csv")
     parser.add_argument(
         "--advantage",
-        choices=("group", "none"),
+        choices=ESTIMATORS,
         default="group",
-        help="none: advantages are shuffled over the completions of a batch, a control that must not learn",
+        help="estimator; none: those of group are shuffled over the batch, a control that must not learn (default: group)",
     )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="cispo", help="default: cispo")
     parser.set_defaults(run=run)
 
 
@@ -299,6 +313,8 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
+    if args.advantage in NEED_STEPS and args.model != "walk":
+        raise SystemExit(f"fastpg demo: --advantage {args.advantage} needs episodes of several steps; add --model walk")
     console = Console()
     try:
         check_packages(args.model)
@@ -312,12 +328,12 @@ def run(args: argparse.Namespace) -> None:
         model, tokenizer = load_smollm2()
         task = sums(tokenizer)
     else:
-        model, task = tiny_model(), larger_digit()
+        model, task = tiny_model(), Walk() if args.model == "walk" else larger_digit()
     loading = time.perf_counter() - start
 
-    training = train(model, task, args.steps or task.steps, args.seed, shuffle=args.advantage == "none")
+    training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective)
     training.seconds["load"] = loading
     report(console, training)
-    title = f"{args.model}, seed {args.seed}, " + ("group advantages" if args.advantage == "group" else "shuffled advantages")
+    title = f"{args.model}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
     for path in save(training, args.out, title):
         console.print(f"wrote {path}")

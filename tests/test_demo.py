@@ -3,25 +3,31 @@
 import csv
 import importlib.metadata
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastpg import demo, demo_tasks
+from fastpg import demo, demo_tasks, demo_walk
 from fastpg.__main__ import main
+from fastpg.demo_estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
+from fastpg.demo_tasks import ALPHABET
+from fastpg.demo_walk import State
 
 STEPS = 80
 
 pytestmark = pytest.mark.xdist_group("demo")
 
 
-def train_tiny(steps: int, shuffle: bool = False) -> demo.Training:
+def train_tiny(steps: int, advantage: str = "group", objective: str = "cispo", task=None) -> demo.Training:
     torch.manual_seed(0)
-    return demo.train(demo_tasks.tiny_model(), demo_tasks.larger_digit(), steps, seed=0, shuffle=shuffle)
+    task = task or demo_tasks.larger_digit()
+    return demo.train(demo_tasks.tiny_model(), task, steps, seed=0, advantage=advantage, objective=objective)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def test_accuracy_rises_with_group_advantages(trained):
 
 
 def test_accuracy_does_not_rise_with_shuffled_advantages():
-    first, last = demo.quarters(train_tiny(STEPS, shuffle=True).history)
+    first, last = demo.quarters(train_tiny(STEPS, "none").history)
     assert last < first + 0.05
 
 
@@ -71,16 +77,72 @@ def test_masks_end_with_the_stop_token():
         assert mask == [t < length for t in range(len(tokens))]
 
 
-def test_group_advantages():
-    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0.1, 0.1, 0.1, 0.1])
-    advantages = demo.group_advantages(rewards, 4)
-    torch.testing.assert_close(advantages[:4], torch.tensor([1.5, -0.5, -0.5, -0.5]))
-    assert torch.equal(advantages[4:], torch.zeros(12))
-
-
 def test_updates_share_out_every_group():
-    parts = [rows.tolist() for rows in demo.parts_of_groups(8, 4)]
+    parts = [rows.tolist() for rows in demo.parts_of_groups(torch.arange(8), 4)]
     assert parts == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    steps = [rows.tolist() for rows in demo.parts_of_groups(torch.tensor([0, 1, 2, 3, 1, 3, 3]), 4)]
+    assert steps == [[0, 1, 4], [2, 3, 5, 6]]  # rows of an episode stay together
+
+
+def test_rewards_of_rows_are_those_of_the_last_kept_token():
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
+    rollouts = Rollouts(
+        torch.zeros(3, 2), torch.zeros(3, 3), mask, torch.zeros(3, 3, 4), torch.tensor([1.0, 0.5, 0.25]),
+        torch.tensor([0, 1, 0]), torch.tensor([0, 0]), [None] * 3,
+    )  # fmt: skip
+    assert rollouts.episode_rewards().tolist() == [1.25, 0.5]
+    context = Context(Critic(4), None, torch.Generator())
+    got = ESTIMATORS["reward-to-go"](rollouts, context)  # episode 0 goes on in row 2
+    assert got.tolist() == [[1.25, 1.25, 0], [0.5, 0.5, 0.5], [0.25, 0, 0]]
+
+
+def test_walking():
+    """Under a model that always goes up: episodes end at the goal or in time, and states are where they should be."""
+
+    class Up(torch.nn.Module):
+        def base_model(self, prompts):
+            return SimpleNamespace(last_hidden_state=torch.zeros(*prompts.shape, 1))
+
+        def get_output_embeddings(self):
+            logits = torch.full((len(ALPHABET),), -torch.inf)
+            logits[ALPHABET.index(">")] = 0
+            return lambda hidden: logits.expand(len(hidden), -1)
+
+    starts = [State(2, 4, 6), State(5, 3, 6), State(8, 9, 6)]
+    steps = demo_walk.play(Up(), starts, torch.Generator().manual_seed(0))
+    by_episode = [[step for step in steps if step.episode == e] for e in range(3)]
+    assert [len(episode) for episode in by_episode] == [2, 6, 1]
+    assert [sum(step.reward for step in episode) for episode in by_episode] == [1, 0, 1]
+    assert [step.state.position for step in by_episode[1]] == [5, 6, 7, 8, 9, 9]
+    assert demo_walk.returns(Up(), starts, torch.Generator()) == [1, 0, 1]
+    assert "".join(ALPHABET[i] for i in starts[0].prompt()) == "2?4="
+
+
+@pytest.mark.parametrize("advantage", ["group", "vineppo", "gigpo", "gae"])
+def test_the_walker_learns(advantage):
+    first, last = demo.quarters(train_tiny(48, advantage, task=demo_walk.Walk()).history)
+    assert last >= first + 0.1
+
+
+@pytest.mark.parametrize("advantage", ESTIMATORS)
+def test_every_estimator(advantage):
+    walks = advantage in NEED_STEPS
+    training = train_tiny(2, advantage, task=demo_walk.Walk() if walks else None)
+    assert all(math.isfinite(row["loss"]) for row in training.history)
+    assert training.seconds["advantages"] > 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(objective):
+    training = train_tiny(3, "rloo", objective)
+    assert all(math.isfinite(row["loss"]) for row in training.history)
+    assert training.history[-1]["first_ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("advantage", NEED_STEPS)
+def test_estimators_of_steps_need_an_environment_of_steps(advantage):
+    with pytest.raises(SystemExit, match=f"--advantage {advantage} needs episodes of several steps; add --model walk"):
+        main(["demo", "--model", "tiny", "--advantage", advantage])
 
 
 @pytest.mark.parametrize(

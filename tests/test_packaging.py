@@ -82,7 +82,7 @@ def imports(path: Path) -> set[str]:
 # Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
 LAYERS = [
     {"validation", "metrics", "profiling", "compile_report"},
-    {"lm_head", "sequences"},
+    {"lm_head", "sequences", "advantages"},
     {"objectives", "reductions"},
     {"products"},
     {"rows", "row_statistics"},
@@ -92,7 +92,8 @@ LAYERS = [
     {"ops"},
     {"two_pass", "one_pass_schedule"},
     {"one_pass"},
-    {"demo_tasks"},
+    {"demo_tasks", "demo_estimators"},
+    {"demo_walk"},
     {"demo"},
 ]
 
