@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from . import advantages
 from .lm_head import LMHead
 from .losses import PolicyLossOutput, policy_loss
 from .objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyLossOutput",
     "Reinforce",
     "TokenLogprobs",
+    "advantages",
     "linear_cispo_loss",
     "linear_logprobs",
     "linear_policy_loss",

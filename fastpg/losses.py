@@ -55,8 +55,10 @@ def token_terms(
         return None if x is None else torch.where(mask, x.detach(), 0).to(dtype)
 
     if advantages.shape != mask.shape:
-        packed = sequences.ids is not None
-        advantages = advantages[sequences.ids] if packed else advantages[:, None].expand(mask.shape)
+        if sequences.ids is None:
+            advantages = advantages[:, None].expand(mask.shape)
+        else:  # without any sequence every token is masked
+            advantages = advantages[sequences.ids] if len(advantages) else advantages.new_zeros(mask.shape)
     weights = token_weights(mask, reduction, denominator, dtype, sequences)
     old = constant(old_logprobs)
     if old is not None:
@@ -103,7 +105,8 @@ def policy_loss(
         logprobs: (...) floating; the gradient flows through them. Computed in fp32 (float64 for float64).
         old_logprobs: (...) under the policy that sampled; None: on-policy, the ratio is exactly 1. Constants. At a kept
             position NaN or an infinity makes the loss NaN (a ratio of 0 or inf is never meant); > 0 is computed as given.
-        advantages: (...) per token, or per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids. Constants.
+        advantages: (...) per token, or per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids
+            (S = N is read as per token). Constants.
         objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), or a function of
             (logprobs, old_logprobs, advantages) whose value per token is maximised.
         mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 
 from .sequences import Sequences
-from .validation import is_positive_number
+from .validation import is_nonnegative_number, is_positive_number
 
 # (logprobs, old_logprobs, advantages) -> value per token, all of one shape
 ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -119,7 +120,7 @@ class CISPO(Objective):
             raise ValueError(
                 f"ratio_max must be positive and finite, a bound on the ratio itself, or None for no bound; got {high!r}"
             )
-        if low is not None and low != 0 and not is_positive_number(low):
+        if low is not None and not is_nonnegative_number(low):
             raise ValueError(
                 f"ratio_min must be >= 0 and finite, a bound on the ratio itself, or None for no bound; got {low!r}"
             )
@@ -161,11 +162,7 @@ class PPOClip(Objective):
         return 1 - self.eps_low, 1 + self.eps_high
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        values = _clipped_surrogate(self.log_ratio(logprobs, old_logprobs), advantages, *self.ratio_bounds)
-        if self.dual_clip is None:
-            return values
-        floor = self.dual_clip * advantages
-        return torch.where((advantages < 0) & (values < floor), floor, values)
+        return _clipped_surrogate(self.log_ratio(logprobs, old_logprobs), advantages, *self.ratio_bounds, self.dual_clip)
 
 
 @dataclass(frozen=True)
@@ -224,23 +221,38 @@ class SAPO(Objective):
                 raise ValueError(f"{name} must be positive and finite; got {tau!r}")
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg).to(logprobs.dtype)
-        r_minus_1 = self.log_ratio(logprobs, old_logprobs).expm1()
-        return 4 / tau * torch.sigmoid(tau * r_minus_1) * advantages
+        tau = torch.full_like(advantages, self.tau_neg).masked_fill(advantages > 0, self.tau_pos)
+        # 1 - s is 0 long before e^60, whose product with it would be NaN for larger ratios
+        # (and not expm1, whose derivative, formed as expm1 + 1, is rounding noise where r is small)
+        r_minus_1 = self.log_ratio(logprobs, old_logprobs).clamp(max=60).exp() - 1
+        # not sigmoid, whose derivative s (1 - s) is rounding noise where s is close to 1
+        return 4 / tau * F.logsigmoid(tau * r_minus_1).exp() * advantages
 
 
 def _check_clip(eps_low: float, eps_high: float) -> None:
-    if not (is_positive_number(eps_low) and eps_low <= 1) and eps_low != 0:
+    if not is_nonnegative_number(eps_low) or eps_low > 1:
         raise ValueError(f"eps_low must be in [0, 1], so that 1 - eps_low bounds a ratio; got {eps_low!r}")
-    if not is_positive_number(eps_high) and eps_high != 0:
+    if not is_nonnegative_number(eps_high):
         raise ValueError(f"eps_high must be >= 0 and finite, so that 1 + eps_high bounds a ratio; got {eps_high!r}")
 
 
-def _clipped_surrogate(log_ratio: torch.Tensor, advantages: torch.Tensor, ratio_min: float, ratio_max: float) -> torch.Tensor:
-    """min(r A, clip(r) A), whose gradient is that of the smaller term alone. (torch.minimum would share it out at a tie.)"""
-    ratio = log_ratio.exp()
-    unclipped, clipped = ratio * advantages, ratio.detach().clamp(ratio_min, ratio_max) * advantages
-    return torch.where(unclipped <= clipped, unclipped, clipped)
+def _clipped_surrogate(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, ratio_min: float, ratio_max: float, dual_clip: float | None = None
+) -> torch.Tensor:
+    """min(r A, clip(r) A), and with dual_clip c, where A < 0, max(that, c A); differentiated where it is r A, and nowhere else.
+
+    (torch.minimum would share the gradient out at a tie.) Where a clip holds, and where A = 0, r is not even formed: it may be
+    infinite, and 0 * inf would be NaN.
+    """
+    ratio = log_ratio.detach().exp()
+    constant = ratio.clamp(ratio_min, ratio_max) * advantages
+    is_constant = (ratio * advantages > constant) | (advantages == 0)  # NaN is not: it stays
+    if dual_clip is not None:
+        beyond = (advantages < 0) & (ratio > dual_clip)
+        constant = torch.where(beyond, dual_clip * advantages, constant)
+        is_constant = is_constant | beyond
+    surrogate = torch.where(is_constant, 0, log_ratio).exp() * advantages
+    return torch.where(is_constant, torch.where(advantages == 0, 0, constant), surrogate)
 
 
 @dataclass(frozen=True)
@@ -260,7 +272,7 @@ class KLPenalty:
     importance_weighted: bool = False
 
     def __post_init__(self) -> None:
-        if self.coef != 0 and not is_positive_number(self.coef):
+        if not is_nonnegative_number(self.coef):
             raise ValueError(f"coef must be a number >= 0; got {self.coef!r}")
         if self.estimator not in ("k1", "k2", "k3"):
             raise ValueError(f'estimator must be "k1", "k2" or "k3"; got {self.estimator!r}')

@@ -193,7 +193,7 @@ def importance_weighted_by(level: str) -> Objective:
 
 
 def gspo(eps_low: float, eps_high: float) -> Objective:
-    """PPO's clipped objective with rho = exp(mean_t d_t) of the sequence in the place of r (GSPO, arXiv 2507.18071, eq. 5-7)."""
+    """PPO's clipped objective with rho = exp(mean_t d_t) of the sequence for r (GSPO, arXiv 2507.18071, eq. 5-7)."""
 
     @of_sequences
     def value(logprobs, old_logprobs, advantages, sequences):

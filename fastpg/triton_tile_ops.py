@@ -85,7 +85,7 @@ def _on_its_device(tile_op: Callable) -> Callable:
 def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics:
     hidden, scale, inner = _rows_of(chunk, head)
     maximum, total, weighted, target = logsumexp(
-        hidden, head.weight, head.bias, chunk.tokens, scale, inner, entropy, _blocks(head)
+        hidden, head.weight, _bias(head), chunk.tokens, scale, inner, entropy, _blocks(head)
     )
     inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
     return finish_rows(maximum, total, weighted, torch.where(inside, target, torch.nan), entropy)
@@ -104,7 +104,7 @@ def dlogits(
     out: torch.Tensor,
 ) -> torch.Tensor:
     hidden, scale, inner = _rows_of(chunk, head)
-    bias = None if head.bias is None else head.bias[start : start + len(w)]
+    bias = None if head.bias is None else head.bias[start : start + len(w)].contiguous()
     for_entropy = None
     if grad_entropy is not None:
         for_entropy = grad_entropy.contiguous(), statistics.entropy, statistics.others_entropy
@@ -148,7 +148,7 @@ def anchored_cispo(
 
 def _anchored_partials(chunk, head, log_anchor, entropy, out):
     hidden, scale, inner = _rows_of(chunk, head)
-    arguments = hidden, head.weight, head.bias, chunk.tokens, scale, inner
+    arguments = hidden, head.weight, _bias(head), chunk.tokens, scale, inner
     target, slope = target_logits(*arguments)
     return anchored_exp_tiles(*arguments, target - log_anchor, entropy, out, _blocks(head)), slope
 
@@ -156,6 +156,10 @@ def _anchored_partials(chunk, head, log_anchor, entropy, out):
 def _blocks(head: LMHead) -> Blocks:
     has_bias, has_softcap = head.bias is not None, head.softcap is not None
     return blocks_for(target_of(head.weight.device), head.weight.dtype, has_bias, has_softcap)
+
+
+def _bias(head: LMHead) -> torch.Tensor | None:
+    return None if head.bias is None else head.bias.contiguous()
 
 
 def _rows_of(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tensor, float | None]:

@@ -24,6 +24,11 @@ def is_positive_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
+def is_nonnegative_number(value: object) -> bool:
+    """The same, or 0."""
+    return is_positive_number(value) or (isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0)
+
+
 def check_linear_inputs(
     hidden: torch.Tensor,
     head: LMHead,
@@ -152,7 +157,8 @@ def check_policy_inputs(
     per_sequence = (len(shape) == 2 and advantages.shape == shape[:1]) or (packed_sequences and advantages.dim() == 1)
     if advantages.shape != shape and not per_sequence:
         wanted = f"per token {shape}" + (f" or per sequence ({shape[0]},)" if len(shape) == 2 else "")
-        wanted += " or one per sequence (S,)" if packed_sequences else ""
+        if len(shape) == 1:
+            wanted += " or one per sequence (S,)" + ("" if packed_sequences else ", with sequence_ids=")
         raise ValueError(f"advantages must be {wanted}; got shape {tuple(advantages.shape)}")
     for name, value in {**per_token, "advantages": advantages}.items():
         if value is not None and value.device != like.device:

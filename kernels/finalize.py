@@ -103,9 +103,9 @@ def finalize_kernel(
         advantage = tl.load(ADVANTAGE + rows, mask=inside, other=0.0)
         logp = log_sigmoid(log_anchor - tl.log(tl.where(inside, total, 1.0)))
         coefficient = cispo_coefficient(logp, old, advantage, ratio_min, ratio_max)
-        g = tl.where(keep, weight * coefficient, 0.0)
+        g = weight * coefficient
         row_scale = tl.load(ROW_SCALE + rows, mask=inside, other=0.0)
-        factor = -g * row_scale / (total + tl.exp(log_anchor))
+        factor = tl.where(keep, -g * row_scale / (total + tl.exp(log_anchor)), 0.0)
         size = tl.abs(factor)
         factor_in_range = (factor == 0) | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
         sum_in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)

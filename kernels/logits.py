@@ -63,7 +63,7 @@ def product_tile(
         rows = (row_start + tl.arange(0, ROWS)) % C
         columns = (column_start + tl.arange(0, COLUMNS)) % V
         x_pointers = X + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
-        w_pointers = W + columns.to(tl.int64)[:, None] * stride_w + depth[None, :] * stride_h
+        w_pointers = W + columns.to(tl.int64)[:, None] * stride_w + depth.to(tl.int64)[None, :] * stride_h
     for k in range(0, tl.cdiv(H, DEPTH)):
         if DESCRIPTORS:
             x = X.load([row_start, k * DEPTH])

@@ -44,7 +44,7 @@ def target_kernel(
         h = (start + tl.arange(0, BLOCK))[None, :]
         mask = in_chunk[:, None] & (h < H)
         x = tl.load(X + rows[:, None] * stride_x + h, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(W + column[:, None] * stride_w + h * stride_h, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(W + column[:, None] * stride_w + h.to(tl.int64) * stride_h, mask=mask, other=0.0).to(tl.float32)
         products += x * w
     score = tl.sum(products, 1)
     if BIAS is not None:

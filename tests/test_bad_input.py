@@ -334,7 +334,8 @@ def test_advantages_are_per_token_or_per_sequence_and_never_broadcast(shape):
 def test_packed_tokens_need_advantages_per_token(shape):
     """(N,) tokens do not say where a sequence ends."""
     flat = {"logprobs": -torch.rand(6), "old_logprobs": None, "advantages": torch.ones(shape)}
-    with pytest.raises(ValueError, match=rf"advantages must be per token \(6,\); got shape {re.escape(str(shape))}"):
+    wanted = re.escape(f"advantages must be per token (6,) or one per sequence (S,), with sequence_ids=; got shape {shape}")
+    with pytest.raises(ValueError, match=wanted):
         policy_loss(**policy_inputs(**flat))
 
 
