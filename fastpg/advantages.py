@@ -138,8 +138,7 @@ def vineppo(
     """A_i = r_i + gamma V(s_{i+1}) - V(s_i), 0 for the value after the last step. (VinePPO, arXiv 2410.01679, section 4)
 
     V is from `monte_carlo_values`, gamma is 1 in the paper, and `spread` gives a step's advantage to its tokens. The authors'
-    code then whitens over tokens: reinforce_plus_plus(..., unbiased=False) does. For trajectories that were cut off take gae
-    with lam=0 and a bootstrap.
+    code then whitens over tokens, as reinforce_plus_plus(unbiased=False). After a cut-off take gae with lam=0 and bootstrap.
     """
     step_rewards = _real("step_rewards", step_rewards)
     step_values = _real("step_values", step_values, "step_rewards", step_rewards)
@@ -185,7 +184,7 @@ def spread(step_advantages: torch.Tensor, step_ids: torch.Tensor, mask: torch.Te
     if step_advantages.dim() != 1 and not by_row:
         got = f"{tuple(step_advantages.shape)} with {tuple(step_ids.shape)}"
         raise ValueError(f"step_advantages must be (S,), or (B, I) with step_ids (B, T); got {got}")
-    _check_device("step_ids", step_ids, "step_advantages", step_advantages)
+    _check_like("step_ids", step_ids, "step_advantages", step_advantages, same_shape=False)
     steps = step_advantages.shape[-1]
     keep = torch.ones_like(step_ids, dtype=torch.bool) if mask is None else mask
     known = ((step_ids >= 0) & (step_ids < steps)) | ~keep
@@ -309,7 +308,7 @@ def gigpo(
     The authors' code gives the latter their raw reward, and by default counts an episode once per step in A_episode.
     """
     episode_rewards, step_rewards = _real("episode_rewards", episode_rewards), _real("step_rewards", step_rewards)
-    _check_device("step_rewards", step_rewards, "episode_rewards", episode_rewards)
+    _check_like("step_rewards", step_rewards, "episode_rewards", episode_rewards, same_shape=False)
     _check_ids("group_ids", group_ids, "episode_rewards", episode_rewards)
     _check_ids("episode_ids", episode_ids, "step_rewards", step_rewards)
     _check_numbers(1, gamma=gamma)
@@ -378,8 +377,7 @@ def _in_groups(
 ) -> torch.Tensor:
     """formula of the counted values; exactly 0 where a group's values are all equal, and for those that do not count.
 
-    Sums run over each group in ascending order: neither the order of the samples nor other groups change a bit (on a GPU under
-    torch.use_deterministic_algorithms).
+    Sums run over each group in ascending order: neither the order of the samples nor other groups change a bit (on a CPU).
     """
     positions = counted.flatten().nonzero()[:, 0]
     x = values.flatten()[positions].double()
@@ -413,15 +411,11 @@ def _real(name: str, value: torch.Tensor, like_name: str = "", like: torch.Tenso
     return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _check_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+def _check_like(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, same_shape: bool = True) -> None:
+    if same_shape and value.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of {like_name}, {tuple(like.shape)}; got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
-
-
-def _check_like(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    if value.shape != like.shape:
-        raise ValueError(f"{name} must have the shape of {like_name}, {tuple(like.shape)}; got {tuple(value.shape)}")
-    _check_device(name, value, like_name, like)
 
 
 def _check_ids(name: str, ids: torch.Tensor, like_name: str = "", like: torch.Tensor | None = None) -> None:
