@@ -204,11 +204,13 @@ def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def compile_all(chosen: list[Variant], progress: bool = False) -> list[Compiled]:
-    """In one process per core, none of which may have the interpreter in the kernels' place."""
+    """In one process per core, none of which may have the interpreter in the kernels' place; few are not worth a process."""
     from multiprocessing import get_context
 
     from tqdm import tqdm
 
+    if len(chosen) <= 8:
+        return [compile_variant(variant) for variant in chosen]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(tqdm(pool.map(compile_variant, chosen), total=len(chosen), disable=not progress, unit="kernel"))
 

@@ -243,8 +243,8 @@ def test_compiles_without_graph_breaks(objective):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
-    """Alone, in a batch of 3, 64, 257, at another position; both schedules, with and without entropy, gradients, masks."""
-    rows, vocab = 300, 2500
+    """Alone, in a batch of 3, 64, 157, at another position; both schedules, with and without entropy, gradients, masks."""
+    rows, vocab = 200, 1500
     problem = random_problem(rows, vocab, dtype, bias=True, softcap=20.0, temperature="per-token")
     old = oracle(problem, reference.reinforce)[0].logprobs.float() - 0.1
     problem = replace(problem, old_logprobs=old).to(KERNEL_DEVICE)
@@ -263,7 +263,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
         )  # fmt: skip
 
     whole, trained = score(slice(None), entropy=True), train(slice(None))
-    for part in (slice(7, 8), slice(100, 103), slice(3, 67), slice(40, 297), slice(None, None, 3)):
+    for part in (slice(7, 8), slice(100, 103), slice(3, 67), slice(40, 197)):
         assert torch.equal(score(part).logprobs, whole.logprobs[part])
         assert torch.equal(train(part, entropy=True).logprobs, trained.logprobs[part])
     assert torch.equal(score(slice(None, None, 3), entropy=True).entropy, whole.entropy[::3])

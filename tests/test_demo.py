@@ -120,7 +120,8 @@ def test_walking():
 
 @pytest.mark.parametrize("advantage", ["group", "vineppo", "gigpo", "gae"])
 def test_the_walker_learns(advantage):
-    first, last = demo.quarters(train_tiny(48, advantage, task=demo_walk.Walk()).history)
+    task = demo_walk.Walk(prompts_per_step=4, rollouts_per_state=2)
+    first, last = demo.quarters(train_tiny(48, advantage, task=task).history)
     assert last >= first + 0.1
 
 
