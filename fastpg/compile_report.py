@@ -179,7 +179,7 @@ def compile_variant(variant: Variant) -> Compiled:
     )
     compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
     if backend == "cuda":
-        registers, spilled = _ptxas(compiled.asm["ptx"], arch)
+        registers, spilled = _resources(compiled.asm["cubin"])
         assembly = compiled.asm["ptx"]
     else:
         assembly = compiled.asm["amdgcn"]
@@ -191,16 +191,15 @@ def compile_variant(variant: Variant) -> Compiled:
     )  # fmt: skip
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
-    """(registers, spilled bytes) per thread, from the assembler that Triton itself uses."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) per thread. Our kernels have no arrays of their own, so that a stack is spilled registers."""
+    from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", source, "-o", f"{source}.o"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+        Path(folder, "kernel.cubin").write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "kernel.cubin"]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
 
 
 def compile_all(chosen: list[Variant], progress: bool = False) -> list[Compiled]:
