@@ -34,6 +34,8 @@ def finish_rows(
 
     V = 1, or all others banned: s = 0, t = -inf, logp = 0, H = 0.
     """
+    # +inf against others of -inf is no certainty: softmax has no value there
+    target = torch.where(target == torch.inf, torch.nan, target)
     pivot = torch.where(maximum == -torch.inf, 0, maximum)
     log_total = total.log()
     t = (pivot - target) + log_total

@@ -263,7 +263,8 @@ def _target_logits(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tens
     if head.bias is not None:
         z = z + head.bias[tokens].to(dtype)[:, None]
     slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
-    return torch.where(inside[:, None], z, torch.nan), slope
+    # an infinite anchor would turn a row of other infinities into an ordinary one
+    return torch.where(inside[:, None] & (z != torch.inf), z, torch.nan), slope
 
 
 def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:

@@ -50,7 +50,8 @@ def target_kernel(
     if BIAS is not None:
         score += tl.load(BIAS + column).to(tl.float32)
     z, slope = logits(score, tl.load(SCALE + rows, mask=in_chunk, other=0.0), inner, SOFTCAP)
-    tl.store(TARGET + rows, tl.where(inside, z, float("nan")), mask=in_chunk)
+    # an infinite anchor would turn a row of other infinities into an ordinary one
+    tl.store(TARGET + rows, tl.where(inside & (z != float("inf")), z, float("nan")), mask=in_chunk)
     tl.store(SLOPE + rows, tl.zeros((ROWS,), tl.float32) + slope, mask=in_chunk)
 
 

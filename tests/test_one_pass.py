@@ -469,6 +469,25 @@ def test_masked_rows_are_harmless_where_their_placeholder_token_is_banned(one_pa
     assert relative_error(unchecked.dweight, checked.dweight.double()) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
+@BACKENDS
+@pytest.mark.parametrize("check", [True, False])
+def test_infinite_hidden_states_are_not_a_certainty(backend, check):
+    """The target's logit is +inf and the other's -inf, whose softmax is NaN."""
+    hidden, weight = torch.tensor([[torch.inf]]), torch.tensor([[1.0], [-1.0]])
+    arguments = hidden, weight, torch.tensor([0])
+    assert linear_logprobs(*arguments, backend=backend, check=check).logprobs.isnan()
+    out = linear_cispo_loss(*arguments, torch.tensor([-1.0]), torch.tensor([1.0]), backend=backend, check=check)
+    assert out.loss.isnan()
+
+
+@BACKENDS
+def test_a_hidden_size_of_one(backend):
+    """Rows of one number have no stride of their own."""
+    hidden, weight, tokens = torch.randn(1, 5).T, torch.randn(3, 1), torch.tensor([0, 1, 2, 0, 1])
+    got = linear_logprobs(hidden, weight, tokens, backend=backend).logprobs
+    assert torch.allclose(got, reference.linear_logprobs(hidden, weight, tokens)[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["hidden", "old_logprobs", "advantages"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("check", [True, False])
