@@ -131,8 +131,8 @@ def _add_bias_gradient(scores: torch.Tensor, factor: torch.Tensor, dbias: torch.
     """dbias (V,) = or += E^T u with 16-bit E (C, V): u in two 16-bit parts, whose sum has twice the digits."""
     high = factor.to(scores.dtype)
     low = (factor - high.to(factor.dtype)).to(scores.dtype)
-    sums = torch.mm(scores.T, torch.stack([high, low], 1), out_dtype=dbias.dtype).sum(1)
-    torch.add(dbias, sums, out=dbias) if accumulate else dbias.copy_(sums)
+    sums = multiply(scores.T, torch.stack([high, low], 1)).sum(1)
+    dbias.copy_(dbias + sums if accumulate else sums)
 
 
 def widened_bytes(head: LMHead) -> int:

@@ -29,11 +29,11 @@ class Blocks(NamedTuple):
 
 
 # 16-bit operands. 128 x 256 is the largest tile whose accumulators leave room for an epilogue, and needs a quarter less L2
-# traffic than 128 x 128. As one piece it spills as soon as an entropy or a softcap is asked for (1 to 2 KB on sm_90 and
-# sm_100); in parts it does not. A softcap's tanh and slope still spill on sm_90 (20 bytes in 16 parts): half the tile there.
-# Descriptors save sm_90 30 registers of the anchored exponential, which spills without them. sm_100 keeps accumulators in
-# tensor memory, whose columns its two warp groups share. sm_80 serves every other NVIDIA architecture: 64 KiB of shared memory
-# fit the 99 KiB of consumer cards. gfx942 has 64 KiB.
+# traffic than 128 x 128. As one piece its anchored exponential spills: 104 bytes with an entropy on sm_90, 0.7 to 1.9 KB with
+# a softcap on sm_90 and sm_100; in parts it does not. With a softcap and an entropy it still does on sm_90 (24 bytes in 16
+# parts): half the tile there. Descriptors use 181 of sm_90's registers where pointers use all 255. sm_100 keeps accumulators
+# in tensor memory, whose columns its two warp groups share. sm_80 serves every other NVIDIA architecture: 64 KiB of shared
+# memory fit the 99 KiB of consumer cards. gfx942 has 64 KiB.
 # In each row: a plain head, one with a bias, one with a softcap (and perhaps a bias).
 _HALF = {
     "cuda:80": (

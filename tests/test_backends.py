@@ -24,6 +24,7 @@ from fastpg import (
     linear_policy_loss,
     ops,
     policy_loss,
+    products,
     reference,
 )
 from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
@@ -181,6 +182,17 @@ def test_no_pass_over_the_scores_beside_products(launches, objective):
     views = {"numpy_T", "t", "permute", "transpose", "as_strided", "resolve_conj", "slice", "new_empty"}
     computing = {name for name in wide if name.startswith("aten::")} - {f"aten::{name}" for name in views}
     assert computing == {"aten::mm"}, computing
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_the_bias_gradient_of_a_16_bit_chunk_keeps_the_factors_digits(monkeypatch, accumulate):
+    """As on a GPU, whose 16-bit products return fp32: u = high + low loses 2^-16 of it, high alone 2^-9."""
+    monkeypatch.setattr(products, "multiply", lambda a, b: a.float() @ b.float())
+    scores, factor, before = torch.rand(1, 50).bfloat16(), torch.tensor([1.00390625 / 3]), torch.randn(50)
+    dbias = before.clone()
+    products._add_bias_gradient(scores, factor, dbias, accumulate)
+    exact = scores[0].double() * factor.double()
+    assert relative_error(dbias - before * accumulate, exact) < 2**-15
 
 
 # ---- The fused loss -------------------------------------------------------------------------------------------------
