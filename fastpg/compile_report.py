@@ -34,22 +34,22 @@ _TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 # kernel -> the dtypes that reach it, and what it may be asked for
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "target": (("bfloat16", "float32"), ("bias", "softcap")),
-    "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy")),
+    "target": (("bfloat16", "float32"), ("bias", "softcap", "lora")),
+    "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy", "lora")),
     "finalize": (("bfloat16", "float32"), ("scores", "entropy", "cispo")),
-    "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy")),
+    "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),
     "combine": (("float32",), ("entropy",)),
-    "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy")),
+    "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),
 }
 MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 
 # Arguments by what they are; the rest are fp32 vectors. None where no flag asks for them.
-_OPERANDS = ("X", "W", "BIAS", "E", "D")  # in the dtype of the model
-_SIZES = ("C", "V", "H", "stride_x", "stride_w", "stride_e", "stride_d", "tiles", "splits")
-_DIVISIBLE = ("V", "H", "stride_x", "stride_w", "stride_e", "stride_d")
+_OPERANDS = ("X", "W", "B", "BIAS", "E", "D")  # in the dtype of the model
+_SIZES = ("C", "V", "H", "rank", "stride_x", "stride_w", "stride_l", "stride_b", "stride_e", "stride_d", "tiles", "splits")
+_DIVISIBLE = ("V", "H", "rank", "stride_x", "stride_w", "stride_l", "stride_b", "stride_e", "stride_d")
 _SCALARS = ("inner", "ratio_min", "ratio_max")
 _FLAG_OF = {
-    "BIAS": "bias", "E": "scores", "RESIDUAL": "scores", "Q": "entropy", "WEIGHTED": "entropy", "H_GRAD": "entropy",
+    "BIAS": "bias", "L": "lora", "B": "lora", "E": "scores", "RESIDUAL": "scores", "Q": "entropy", "WEIGHTED": "entropy", "H_GRAD": "entropy",
     "ENTROPY": "entropy", "OTHERS": "entropy", "ratio_min": "cispo", "ratio_max": "cispo",
     **dict.fromkeys(
         ("LOG_ANCHOR", "OLD", "ADVANTAGE", "WEIGHT", "MASK", "ROW_SCALE", "LOGP", "LOSS", "FACTOR", "STATE"), "cispo"
@@ -116,7 +116,7 @@ def arguments(variant: Variant) -> tuple[object, dict[str, str], dict[str, objec
     constants: dict[str, object] = {
         "SOFTCAP": softcap, "CISPO": "cispo" in variant.flags, "EMULATE": False, "WIDEN": False, "EVEN_H": True,
         "BLOCK": getattr(getattr(kernels, module), "_BLOCK", None), "TILES": logsumexp._TILES_PER_SPLIT, "stride_h": 1,
-        "DESCRIPTORS": False,
+        "DESCRIPTORS": False, "stride_r": 1, "RANK": 16 if variant.dtype == "float32" else 32,
     }  # fmt: skip
     constants["ROWS"] = 4  # kernels.logits.ROWS_PER_PROGRAM outside the interpreter
     options = {}
@@ -135,6 +135,8 @@ def arguments(variant: Variant) -> tuple[object, dict[str, str], dict[str, objec
             constants[name] = None
         elif constants["DESCRIPTORS"] and name in ("X", "W"):
             signature[name] = f"tensordesc<{dtype}[{blocks.rows if name == 'X' else blocks.columns},{blocks.depth}]>"
+        elif name in ("L", "B") and blocks is not None:  # bf16 parts beside every 16-bit operand
+            signature[name] = "*fp32" if dtype == "fp32" else "*bf16"
         else:
             signature[name] = _type_of(name, dtype)
     return function, signature, {k: v for k, v in constants.items() if k in function.arg_names}, options

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .validation import FLOATING_DTYPES, is_positive_number, kind
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
 
 # What model configurations call the pieces of `softcap(logit_scale * (x . w + b))`.
 _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLIER_NAMES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+class LoRA(NamedTuple):
+    """A low-rank update of the weight: `weight + scale * b @ a` (Hu et al., arXiv 2106.09685; scale = alpha / r there)."""
+
+    a: torch.Tensor  # (r, H)
+    b: torch.Tensor  # (V, r)
+    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +35,16 @@ class LMHead:
     bias: (V,) in the weight's dtype, or None. An entry of -inf bans a token (under a softcap its logit is only -c).
     softcap: c > 0, or None for no cap (Gemma 2: 30).
     logit_scale: > 0, multiplies after the bias, before the cap (Cohere: logit_scale, Granite: 1 / logits_scaling).
+    lora: (A (r, H), B (V, r), scale), each in the weight's dtype or float32: hidden @ weight.T gains
+        scale * (hidden @ A.T) @ B.T, of which only hidden @ A.T exists. A frozen weight costs no (V, H) buffer.
+    group: a torch.distributed process group whose ranks each hold some rows of the weight (vocab-parallel); token ids stay
+        those of the whole vocabulary, bias and B have the rows of the weight. None: the weight is whole.
+    vocab_start: with a group, which entry of the vocabulary row 0 of the weight is.
+    weight_grad: (V, H) buffer in float32 (float64 for float64 weights). The weight's gradient is added to it in backward,
+        and `weight.grad` stays as it is: micro-batches summed in 16 bits are biased.
+
+    A weight that is a DTensor is used in place where its rows are sharded on `group` (then vocab_start is known), and
+    gathered for the call otherwise; see `fastpg.distributed`.
 
     Raises TypeError or ValueError naming the field that does not fit.
     """
@@ -33,6 +53,10 @@ class LMHead:
     bias: torch.Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+    lora: LoRA | tuple[torch.Tensor, torch.Tensor, float] | None = None
+    group: ProcessGroup | None = None
+    vocab_start: int | None = None
+    weight_grad: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         weight, bias = self.weight, self.bias
@@ -52,6 +76,16 @@ class LMHead:
             raise ValueError(f"head.softcap must be a positive number or None; got {self.softcap!r}")
         if not is_positive_number(self.logit_scale):
             raise ValueError(f"head.logit_scale must be a positive number; got {self.logit_scale!r}")
+        if self.lora is not None:
+            _check_lora(self.lora, weight)
+            object.__setattr__(self, "lora", LoRA(*self.lora))
+        if self.weight_grad is not None:
+            _check_weight_grad(self.weight_grad, weight)
+        if self.vocab_start is not None:
+            if isinstance(self.vocab_start, bool) or not isinstance(self.vocab_start, int) or self.vocab_start < 0:
+                raise ValueError(f"head.vocab_start must be an int >= 0; got {self.vocab_start!r}")
+            if self.group is None:
+                raise ValueError(f"head.vocab_start={self.vocab_start} needs head.group, the ranks that hold the other rows")
 
     @property
     def vocab_size(self) -> int:
@@ -79,9 +113,75 @@ class LMHead:
         return cls(output.weight, getattr(output, "bias", None), softcap, _config_scale(config))
 
 
+class Projection(NamedTuple):
+    """What the schedules and tile ops know of a head: its logits are softcap(logit_scale * (x . w + z . b + bias)).
+
+    z (r numbers per token, in the accumulation dtype) is scale * A x, computed before; see `lora`.
+    """
+
+    weight: torch.Tensor  # (V, H)
+    lora_weight: torch.Tensor | None  # (V, r): B
+    bias: torch.Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_weight is None else self.lora_weight.shape[1]
+
+
+def projection_of(head: LMHead) -> Projection:
+    b = None if head.lora is None else head.lora.b
+    return Projection(head.weight, b, head.bias, head.softcap, float(head.logit_scale))
+
+
 def as_head(head: torch.Tensor | LMHead) -> LMHead:
     """A bare (V, H) weight is a head without bias, cap or scale."""
     return head if isinstance(head, LMHead) else LMHead(head)
+
+
+def _check_lora(lora: object, weight: torch.Tensor) -> None:
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"head.lora must be (A, B, scale) or None; got {kind(lora)}")
+    a, b, scale = lora
+    vocab, hidden_size = weight.shape
+    allowed = {weight.dtype, torch.float32}
+    for name, factor in (("A", a), ("B", b)):
+        if not isinstance(factor, torch.Tensor) or factor.dtype not in allowed or factor.device != weight.device:
+            where = f" on {factor.device}" if isinstance(factor, torch.Tensor) else ""
+            raise TypeError(
+                f"head.lora's {name} must be a tensor in the weight's dtype or float32, on its device ({weight.dtype}, "
+                f"{weight.device}); got {kind(factor)}{where}"
+            )
+    if a.dim() != 2 or b.dim() != 2 or 0 in a.shape or a.shape[1] != hidden_size or b.shape != (vocab, a.shape[0]):
+        raise ValueError(
+            f"head.lora must be A (r, H) = (r, {hidden_size}) and B (V, r) = ({vocab}, r) of one rank r >= 1; got A "
+            f"{tuple(a.shape)} and B {tuple(b.shape)}"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"head.lora's scale must be a finite number; got {scale!r}")
+
+
+def _check_weight_grad(buffer: object, weight: torch.Tensor) -> None:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if not isinstance(buffer, torch.Tensor) or buffer.dtype != dtype or buffer.device != weight.device:
+        where = f" on {buffer.device}" if isinstance(buffer, torch.Tensor) else ""
+        raise TypeError(f"head.weight_grad must be a {dtype} tensor on {weight.device}; got {kind(buffer)}{where}")
+    if buffer.shape != weight.shape or buffer.requires_grad:
+        raise ValueError(
+            f"head.weight_grad must have the weight's shape {tuple(weight.shape)} and require no gradient; got shape "
+            f"{tuple(buffer.shape)}{', which requires one' if buffer.requires_grad else ''}"
+        )
+    if not weight.requires_grad:
+        raise ValueError("head.weight_grad was given, but head.weight requires no gradient: nothing would be added to it")
 
 
 def _config_scale(config) -> float:

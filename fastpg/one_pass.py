@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from . import ops, validation
-from .lm_head import LMHead
+from .agreement import one_outcome
+from .lm_head import LMHead, Projection, projection_of
 from .losses import PolicyLossOutput, TokenTerms, id_limit, token_losses, token_terms
 from .metrics import token_metrics
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
@@ -16,7 +17,7 @@ from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction
 from .rows import Gradients, Rows, Wanted, rows_of
 from .sequences import check_id_values, check_sequence_ids, sequences_of
-from .two_pass import needs_gradient, prepare
+from .two_pass import gradients_of, needs_gradient, prepare
 from .two_pass_schedule import chunk_rows
 
 
@@ -78,39 +79,43 @@ def linear_policy_loss(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
-    hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
-    check_sequence_ids(sequence_ids, "tokens", tokens)
-    validation.check_policy_inputs(
-        "tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids is not None
-    )
-    if isinstance(objective, Objective) and objective.needs_sequences:
-        raise ValueError(
-            f"objective={objective} has one ratio for a sequence, which the one-pass loss does not know before its last token; "
-            "use linear_logprobs and policy_loss"
+    with one_outcome(head) as facts:
+        hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
+        check_sequence_ids(sequence_ids, "tokens", tokens)
+        validation.check_policy_inputs(
+            "tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids is not None
         )
-    check_reduction(reduction, tokens.shape, denominator, sequence_ids)
-    if sequence_ids is not None and check:
-        check_id_values(sequence_ids, keep, id_limit(advantages, tokens))
-    workspace = validation.workspace_bytes(workspace, hidden.device)
-    fused = objective.ratio_bounds if backend == "triton" and _is_plain_cispo(objective, kl, old_logprobs) else None
-    options = Options(_wanted(hidden, head), entropy, workspace, check, backend, fused)
-    _check_workspace(head, tokens.numel(), options)
-
-    dtype = accumulation_dtype(hidden.dtype)
-    sequences = sequences_of(keep, sequence_ids)
-    terms = token_terms(keep, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
-    computed = keep
-    if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
-        weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
-        computed = keep & ((weight != 0) | ~terms.weights.isfinite())
-    rows = rows_of(hidden, tokens, computed, temperature, gather=check)
-    flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
-    row_terms = flat if rows.indices is None else flat.select(rows.indices)
+        _check_objective(objective)
+        check_reduction(reduction, tokens.shape, denominator, sequence_ids)
+        if sequence_ids is not None and check:
+            check_id_values(sequence_ids, keep, id_limit(advantages, tokens))
+        workspace = validation.workspace_bytes(workspace, hidden.device)
+        fuses = backend == "triton" and head.group is None and _is_plain_cispo(objective, kl, old_logprobs)
+        options = Options(
+            _wanted(hidden, head), entropy, workspace, check, backend, objective.ratio_bounds if fuses else None,
+            head.weight_grad is not None, head.group,
+        )  # fmt: skip
+        chunk = _check_workspace(projection_of(head), tokens.numel(), options)
+        sequences = sequences_of(keep, sequence_ids)
+        terms = token_terms(
+            keep, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator,
+            accumulation_dtype(hidden.dtype),
+        )  # fmt: skip
+        computed = keep
+        if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
+            weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
+            computed = keep & ((weight != 0) | ~terms.weights.isfinite())
+        facts.describe(hidden, head, tokens, computed, temperature, backend=backend, entropy=entropy, chunk=chunk)
 
     with torch.autocast(hidden.device.type, enabled=False):
+        rows = rows_of(hidden, tokens, computed, temperature, check, head)
+        flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
+        row_terms = flat if rows.indices is None else flat.select(rows.indices)
+        losses = partial(token_losses, objective=objective, kl=kl)
+        projection = projection_of(head)
         loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
-            rows.hidden, head.weight, head.bias, *rows[1:], *row_terms, partial(token_losses, objective=objective, kl=kl),
-            head.softcap, head.logit_scale, *options,
+            *rows[:2], *projection[:3], *rows[2:], *row_terms, losses, head.weight_grad, *projection[3:],
+            *options._replace(length=facts.chunk),
         )  # fmt: skip
     logprobs = rows.scatter(logprobs).reshape(tokens.shape)
     bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
@@ -227,7 +232,21 @@ class LinearPolicyLoss(torch.nn.Module):
 
 def _wanted(hidden: torch.Tensor, head: LMHead) -> Wanted:
     grad = needs_gradient(hidden, head)
-    return Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)))
+    a, b = (None, None) if head.lora is None else head.lora[:2]
+
+    def needs(x: torch.Tensor | None) -> bool:
+        return grad and x is not None and x.requires_grad
+
+    of_lora = head.lora is not None and (needs(hidden) or needs(a))
+    return Wanted(needs(hidden), of_lora, needs(head.weight), needs(b), needs(head.bias))
+
+
+def _check_objective(objective: object) -> None:
+    if isinstance(objective, Objective) and objective.needs_sequences:
+        raise ValueError(
+            f"objective={objective} has one ratio for a sequence, which the one-pass loss does not know before its last token; "
+            "use linear_logprobs and policy_loss"
+        )
 
 
 def _is_plain_cispo(objective: object, kl: KLPenalty | None, old_logprobs: torch.Tensor | None) -> bool:
@@ -235,24 +254,26 @@ def _is_plain_cispo(objective: object, kl: KLPenalty | None, old_logprobs: torch
     return type(objective) is CISPO and kl is None and old_logprobs is not None
 
 
-def _check_workspace(head: LMHead, count: int, options: Options) -> None:
-    """Raises before any work where the workspace is too small for the sweep, or for the two passes of flagged rows."""
-    chunk_rows(ops.tiles_of(options.backend), head, options.workspace, options.entropy)
-    if head.weight.dtype != torch.float16:
-        chunk_length(head, count, options)
+def _check_workspace(head: Projection, count: int, options: Options) -> int:
+    """Rows of a chunk. Raises before any work where the workspace is too small for the sweep, or for the two passes of flagged
+    rows."""
+    rows = chunk_rows(ops.tiles_of(options.backend), head, options.workspace, options.entropy)
+    return rows if head.weight.dtype == torch.float16 else chunk_length(head, count, options)
 
 
-def _two_passes(rows: Rows, head: LMHead, terms: TokenTerms, losses: TokenLosses, options: Options) -> OnePass:
+def _two_passes(rows: Rows, head: Projection, terms: TokenTerms, losses: TokenLosses, options: Options) -> OnePass:
     """`one_pass` by the two-pass schedule: for float16, whose E would underflow."""
-    fields = (head.weight, head.bias, head.softcap, head.logit_scale)
     entropy, workspace, backend, wanted = options.entropy, options.workspace, options.backend, options.wanted
-    statistics = ops.two_pass_forward(*rows, *fields, entropy, workspace, backend)
+    statistics = ops.row_statistics(rows, head, entropy, workspace, backend, options.group)
     logprobs = torch.where(terms.mask, statistics[0], 0)
     entropies = torch.where(terms.mask, statistics[1], 0) if entropy else statistics[1]
     gradients = Gradients(*(logprobs.new_empty(0) for _ in wanted))
     if any(wanted):
-        g = loss_gradient(losses, logprobs, terms)
-        gradients = Gradients(*ops.two_pass_backward(*rows, *fields, statistics, g, None, list(wanted), workspace, backend))
+        g, buffer = loss_gradient(losses, logprobs, terms), None
+        if options.wide_weight:
+            buffer = head.weight.new_zeros(head.weight.shape, dtype=logprobs.dtype)
+        gradients = gradients_of(rows, head, statistics, g, None, wanted, workspace, backend, options.group, buffer)
+        gradients = gradients if buffer is None else gradients._replace(weight=buffer)
     return OnePass(logprobs, losses(logprobs, terms), entropies, rows.tokens.new_zeros(()), gradients)
 
 
@@ -263,17 +284,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, *arguments):
-        first = len(Rows._fields) - 1
+    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, *arguments):
+        first = len(Rows._fields) - 2
         second = first + len(TokenTerms._fields)
-        rows, terms = Rows(hidden, *arguments[:first]), TokenTerms(*arguments[first:second])
-        losses, softcap, logit_scale, *options = arguments[second:]
-        head, options = LMHead(weight, bias, softcap, logit_scale), Options(*options)
+        rows, terms = Rows(hidden, lora_hidden, *arguments[:first]), TokenTerms(*arguments[first:second])
+        losses, weight_grad, softcap, logit_scale, *options = arguments[second:]
+        head, options = Projection(weight, lora_weight, bias, softcap, logit_scale), Options(*options)
         schedule = _two_passes if weight.dtype == torch.float16 else one_pass
         result = schedule(rows, head, terms, losses, options)
         loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)
-        ctx.wanted = options.wanted
+        ctx.wanted, ctx.weight_grad = options.wanted, weight_grad
         ctx.mark_non_differentiable(result.logprobs, result.entropy, result.recomputed)
         return loss, result.logprobs, result.entropy, result.recomputed
 
@@ -284,5 +305,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
                 "and policy_loss without create_graph, or full logits (fastpg.reference)"
             )
-        gradients = (g * grad_loss.to(g.dtype) if w else None for g, w in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
+        found, wanted = Gradients(*ctx.saved_tensors), ctx.wanted
+        if wanted.weight and ctx.weight_grad is not None:
+            ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
+            wanted = wanted._replace(weight=False)
+        gradients = (g * grad_loss.to(g.dtype) if w else None for g, w in zip(found, wanted, strict=True))
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(found))

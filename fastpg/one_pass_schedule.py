@@ -20,22 +20,29 @@ Range. E is capped at 2^100. A row is flagged unless 2^-90 <= S < 2^99 and (u = 
 overflow, underflow and the empty sum of V = 1 all fail. Flagged rows add nothing to their chunk; they form last chunks of
 their own, anchored at their own log-probability from the two-pass forward, not clamped. Then E = p, S = 1 - p, D = 1 and
 nothing overflows.
+
+Vocab-parallel. Each rank multiplies its own columns. z_y is the owner's, S and Q are summed over ranks before the vectors, and
+the target's entry -S is written again by its owner; dX is summed at the end. Nothing else knows of other ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from . import ops
-from .lm_head import LMHead
+from . import distributed, ops
+from .lm_head import Projection
 from .losses import TokenTerms
 from .products import accumulation_dtype, widened_bytes
 from .row_statistics import LARGEST_SUM, entropy_of
 from .rows import Chunk, Gradients, Rows, Wanted
+from .tile_ops import store_target
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _LOWEST_ANCHOR = -60.0  # log-probabilities below it are anchored here: exp(60) leaves E room on both sides
 _SMALLEST_SUM = 2.0**-90
@@ -65,6 +72,9 @@ class Options(NamedTuple):
     backend: str
     # (ratio_min, ratio_max) where the loss is CISPO's and nothing else: the Triton backend has it in a kernel
     cispo: tuple[float | None, float | None] | None
+    wide_weight: bool = False  # dW in the accumulation dtype, for a buffer of the caller
+    group: ProcessGroup | None = None  # whose ranks hold the other columns
+    length: int | None = None  # rows of a chunk that these ranks agreed on
 
 
 class _Scored(NamedTuple):
@@ -80,25 +90,25 @@ class _Scored(NamedTuple):
     flagged: torch.Tensor  # bool
 
 
-def one_pass(rows: Rows, head: LMHead, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
+def one_pass(rows: Rows, head: Projection, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
     """Log-probabilities, losses, entropies and gradients of the loss for K rows.
 
     check: flagged rows are found by one host read, after product 1 of the last chunk, and recomputed. Without it nothing is
     read; a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients NaN.
     """
     count, check = len(rows.tokens), options.check
-    length = chunk_length(head, count, options)
+    length = options.length or chunk_length(head, count, options)
     sweep = _Sweep(head, token_losses, options, rows, min(count, length))
     scored = []
     flagged = rows.tokens.new_empty(0)
     for part in _parts(count, length):
         part_terms = terms.select(part)
-        hidden, vectors = sweep.score(rows, part, part_terms)
+        chunk, vectors = sweep.score(rows, part, part_terms)
         scored.append(vectors)
         if check and part.stop == count:
             flagged = torch.cat([s.flagged for s in scored]).nonzero()[:, 0]  # the host read
         dropped = vectors.flagged if check else ~part_terms.mask
-        sweep.add_gradients(rows, part, hidden, vectors, dropped, once=count <= length and not len(flagged))
+        sweep.add_gradients(rows, part, chunk, vectors, dropped, once=count <= length and not len(flagged))
 
     logprobs, losses, entropies = (sweep.join(scored, name) for name in ("logprobs", "losses", "entropy"))
     if len(flagged):
@@ -109,19 +119,19 @@ def one_pass(rows: Rows, head: LMHead, terms: TokenTerms, token_losses: TokenLos
         if len(losses):
             losses = losses.index_copy(0, flagged, token_losses(anchors, again_terms))
         for part in _parts(len(flagged), length) if any(options.wanted) else []:
-            hidden, vectors = sweep.score(again, part, again_terms.select(part), anchors[part])
-            sweep.add_gradients(again, part, hidden, vectors, None, once=False)
+            chunk, vectors = sweep.score(again, part, again_terms.select(part), anchors[part])
+            sweep.add_gradients(again, part, chunk, vectors, None, once=False)
     logprobs = torch.where(terms.mask, logprobs, 0)
     losses = losses if len(losses) else token_losses(logprobs, terms)
     entropies = torch.where(terms.mask, entropies, 0) if options.entropy else entropies
     recomputed = torch.full((), len(flagged), dtype=torch.int64, device=rows.tokens.device)
-    return OnePass(logprobs, losses, entropies, recomputed, sweep.gradients())
+    return OnePass(logprobs, losses, entropies, recomputed, sweep.gradients(rows))
 
 
 class _Sweep:
     """One call: what stays the same for all of its chunks, the buffer for E, and the sums of the gradients."""
 
-    def __init__(self, head: LMHead, token_losses: TokenLosses, options: Options, rows: Rows, longest: int) -> None:
+    def __init__(self, head: Projection, token_losses: TokenLosses, options: Options, rows: Rows, longest: int) -> None:
         self.head, self.token_losses, self.options, self.wanted = head, token_losses, options, options.wanted
         weight, hidden = head.weight, rows.hidden
         tiles = ops.tiles_of(options.backend)
@@ -131,15 +141,19 @@ class _Sweep:
         if any(self.wanted):
             scores = torch.empty(longest, _row_stride(head), dtype=_score_dtype(weight.dtype), device=weight.device)
             self.scores = scores[:, : head.vocab_size]
-        self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.wanted.hidden else None
-        self.dweight = self.dbias = None  # allocated by the first chunk, which knows whether there are others
+        self.dhidden = self.dlora_hidden = None
+        if self.wanted.hidden:  # summed over ranks before it is rounded
+            self.dhidden = hidden.new_zeros(hidden.shape, dtype=hidden.dtype if options.group is None else self.dtype)
+        if self.wanted.lora_hidden:
+            self.dlora_hidden = torch.zeros_like(rows.lora_hidden)
+        self.dweight = self.dlora_weight = self.dbias = (
+            None  # allocated by the first chunk, which knows whether there are others
+        )
 
-    def score(
-        self, rows: Rows, part: slice, terms: TokenTerms, anchors: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, _Scored]:
+    def score(self, rows: Rows, part: slice, terms: TokenTerms, anchors: torch.Tensor | None = None) -> tuple[Chunk, _Scored]:
         """Product 1 of a chunk, and what follows from it row by row. `anchors`: log-probabilities already known.
 
-        Also returns the chunk's hidden states (C, H) in the operand dtype, which product 3 needs.
+        Also returns the chunk, whose hidden states product 3 needs.
         """
         chunk = rows.chunk(part.start, part.stop, self.operand_dtype, multiple=self.padding)
         scores = None if self.scores is None else self.scores[: part.stop - part.start]
@@ -149,16 +163,14 @@ class _Sweep:
             scored = self._score(chunk, scores, terms, anchors)
         if not self.options.check:
             scored = self._show_lost(scored, terms.mask)
-        return chunk.hidden[: part.stop - part.start], scored
+        return chunk, scored
 
     def _score(self, chunk: Chunk, scores: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None) -> _Scored:
         """Any objective, on vectors."""
         size = len(terms.mask)
         log_anchor = _log_anchor(terms) if anchors is None else anchors
         padded = F.pad(log_anchor, (0, len(chunk.tokens) - size))
-        total, weighted, residual = ops.anchored_scores(
-            *chunk, padded, *_fields(self.head), self.options.entropy, self.options.backend, scores
-        )
+        total, weighted, residual = self._sums(chunk, padded, scores)
         total = total[:size]
         t = total.log() - log_anchor
         logprobs = F.logsigmoid(-t) if anchors is None else anchors
@@ -171,12 +183,39 @@ class _Sweep:
             flagged = flagged | ~_factor_in_range(factor)
         return _Scored(logprobs, total.new_empty(0), entropy, factor, residual, total, in_range, flagged)
 
+    def _sums(
+        self, chunk: Chunk, log_anchor: torch.Tensor, scores: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """S, Q and what rounding took, from product 1, over the columns of all ranks; E of this rank's into scores."""
+        head, options = self.head, self.options
+        target, slope = ops.target_logits(*chunk, *head, options.backend)
+        group = options.group
+        if group is not None:
+            of_owner = distributed.on_the_owner(torch.stack([target, slope], 1), chunk.tokens, head.vocab_size, group)
+            target, slope = of_owner.unbind(1)
+        total, weighted, residual = ops.anchored_scores(
+            *chunk, log_anchor, *head, options.entropy, options.backend, scores, target, slope
+        )
+        if group is None:
+            return total, weighted, residual
+        sums = distributed.sum_over_ranks(torch.stack([total, weighted] if options.entropy else [total]), group)
+        if scores is not None:
+            size = len(scores)
+            before, after, tokens = (x[:size] for x in (total, sums[0], chunk.tokens))
+            in_range = (before < LARGEST_SUM) & (after < LARGEST_SUM)  # else the row is stored as zeros, or dropped
+            columns = torch.where(in_range, tokens, -1)
+            taken = store_target(scores, columns, torch.where(in_range, -after * slope[:size], 0))
+            if len(residual):
+                once = torch.where(columns == tokens.clamp(0, head.vocab_size - 1), -before * slope[:size], 0)
+                residual = residual - (once - once.to(scores.dtype).to(once.dtype)) + taken
+        return sums[0], sums[1] if options.entropy else weighted, residual
+
     def _score_cispo(self, chunk: Chunk, scores: torch.Tensor | None, terms: TokenTerms) -> _Scored:
         """CISPO, by the kernel that completes the sums."""
         log_anchor = _log_anchor(terms)
         loss_weights = -terms.weights if terms.rollout_weights is None else -terms.weights * terms.rollout_weights
         total, weighted, residual, logprobs, losses, factor, state = ops.cispo_scores(
-            *chunk, log_anchor, *_fields(self.head), self.options.entropy, scores,
+            *chunk, log_anchor, *self.head, self.options.entropy, scores,
             terms.mask, terms.old_logprobs, terms.advantages, loss_weights, *self.options.cispo,
         )  # fmt: skip
         entropy = weighted
@@ -210,7 +249,7 @@ class _Sweep:
         self,
         rows: Rows,
         part: slice,
-        hidden: torch.Tensor,
+        chunk: Chunk,
         scored: _Scored,
         dropped: torch.Tensor | None,
         once: bool,
@@ -219,28 +258,29 @@ class _Sweep:
         if self.scores is None:
             return
         factor, weight = scored.factor, self.head.weight
-        scores = self.scores[: len(factor)]
+        scores, hidden = self.scores[: len(factor)], chunk.hidden[: len(factor)]
         if dropped is not None:
             factor = torch.where(dropped, 0, factor)
-        accumulate = self.dweight is not None or self.dbias is not None
+        accumulate = any(x is not None for x in (self.dweight, self.dlora_weight, self.dbias))
         if not accumulate:
-            self._allocate_sums(weight.dtype if once else self.dtype)
-        dhidden = None
-        if self.wanted.hidden:
-            in_place = rows.indices is None
-            dhidden = self.dhidden[part] if in_place else self.dhidden.new_empty(len(factor), self.head.hidden_size)
-        sums = (dhidden, self.dweight, self.dbias)
-        tokens = rows.tokens[part]
-        ops.gradient_products(scores, factor, scored.residual, hidden, tokens, weight, *sums, accumulate)
-        if dhidden is not None and rows.indices is not None:
-            self.dhidden.index_copy_(0, rows.indices[part], dhidden)
+            self._allocate_sums(weight.dtype if once and not self.options.wide_weight else self.dtype)
+        tokens, given = rows.tokens[part], (scores, factor, scored.residual)
+        dhidden = _rows_to_write(self.dhidden, rows, part)
+        ops.gradient_products(*given, hidden, tokens, weight, dhidden, self.dweight, self.dbias, accumulate)
+        _write_back(self.dhidden, rows, part, dhidden)
+        if self.wanted.lora_hidden or self.wanted.lora_weight:
+            z, dz = chunk.lora_hidden[: len(factor)], _rows_to_write(self.dlora_hidden, rows, part)
+            ops.lora_products(*given, z, tokens, self.head.lora_weight, dz, self.dlora_weight, accumulate)
+            _write_back(self.dlora_hidden, rows, part, dz)
 
     def _allocate_sums(self, dtype: torch.dtype) -> None:
-        head = self.head
+        head, device = self.head, self.head.weight.device
         if self.wanted.weight:
-            self.dweight = torch.empty(head.weight.shape, dtype=dtype, device=head.weight.device)
+            self.dweight = torch.empty(head.weight.shape, dtype=dtype, device=device)
+        if self.wanted.lora_weight:
+            self.dlora_weight = torch.empty(head.lora_weight.shape, dtype=self.dtype, device=device)
         if self.wanted.bias:
-            self.dbias = torch.empty(head.vocab_size, dtype=self.dtype, device=head.weight.device)
+            self.dbias = torch.empty(head.vocab_size, dtype=self.dtype, device=device)
 
     def rescore(
         self,
@@ -252,7 +292,7 @@ class _Sweep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of flagged rows from the two-pass forward; rows flagged only for u keep theirs."""
         entropy, workspace, backend = self.options.entropy, self.options.workspace, self.options.backend
-        statistics = ops.two_pass_forward(*flagged_rows, *_fields(self.head), entropy, workspace, backend)
+        statistics = ops.row_statistics(flagged_rows, self.head, entropy, workspace, backend, self.options.group)
         keeps = torch.cat([s.sum_in_range for s in scored])[flagged]
         again = torch.where(keeps, logprobs[flagged], statistics[0])
         return again, torch.where(keeps, entropies[flagged], statistics[1]) if entropy else entropies
@@ -261,14 +301,47 @@ class _Sweep:
         nothing = torch.empty(0, dtype=self.dtype, device=self.head.weight.device)
         return torch.cat([nothing, *(getattr(s, name) for s in scored)])
 
-    def gradients(self) -> Gradients:
-        head = self.head
-        dweight, dbias = self.dweight, self.dbias
-        if self.wanted.weight:
-            dweight = torch.zeros_like(head.weight) if dweight is None else dweight.to(head.weight.dtype)
-        if self.wanted.bias:
-            dbias = torch.zeros_like(head.bias) if dbias is None else dbias.to(head.bias.dtype)
-        return Gradients(*(head.weight.new_empty(0) if g is None else g for g in (self.dhidden, dweight, dbias)))
+    def gradients(self, rows: Rows) -> Gradients:
+        """In the dtype of each input; dX summed over the ranks that share the columns."""
+        head, group = self.head, self.options.group
+        self.scores = None
+        if group is not None:
+            self.dhidden, self.dlora_hidden = (_summed(x, rows, group) for x in (self.dhidden, self.dlora_hidden))
+            self.dhidden = None if self.dhidden is None else self.dhidden.to(rows.hidden.dtype)
+        weights = []
+        for wanted, x, sums in zip(
+            self.wanted[2:],
+            (head.weight, head.lora_weight, head.bias),
+            (self.dweight, self.dlora_weight, self.dbias),
+            strict=True,
+        ):
+            dtype = self.dtype if x is head.weight and self.options.wide_weight else None if x is None else x.dtype
+            weights.append(sums if sums is None or not wanted else sums.to(dtype))
+            if wanted and sums is None:  # no rows
+                weights[-1] = torch.zeros_like(x, dtype=dtype)
+        found = (self.dhidden, self.dlora_hidden, *weights)
+        return Gradients(*(head.weight.new_empty(0) if g is None else g for g in found))
+
+
+def _rows_to_write(sums: torch.Tensor | None, rows: Rows, part: slice) -> torch.Tensor | None:
+    """Where a chunk's rows of a gradient (N, ...) are computed: in place, or beside it where they are gathered."""
+    if sums is None or rows.indices is None:
+        return None if sums is None else sums[part]
+    return sums.new_empty(part.stop - part.start, sums.shape[1])
+
+
+def _write_back(sums: torch.Tensor | None, rows: Rows, part: slice, values: torch.Tensor | None) -> None:
+    if values is not None and rows.indices is not None:
+        sums.index_copy_(0, rows.indices[part], values)
+
+
+def _summed(sums: torch.Tensor | None, rows: Rows, group: ProcessGroup) -> torch.Tensor | None:
+    """The rows that were computed, summed over ranks; the others are zeros on all of them."""
+    if sums is None:
+        return None
+    if rows.indices is None:
+        return distributed.all_reduced(sums, group)
+    return sums.index_copy_(0, rows.indices, distributed.all_reduced(sums[rows.indices], group))
 
 
 def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: TokenTerms) -> torch.Tensor:
@@ -284,7 +357,7 @@ def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: Toke
     return torch.where(terms.mask, g, 0)  # a user's function may have an infinite slope at a masked token's zeros
 
 
-def chunk_length(head: LMHead, count: int, options: Options) -> int:
+def chunk_length(head: Projection, count: int, options: Options) -> int:
     """Rows per chunk, a multiple of the tile's: the fewest chunks that fit the workspace, of equal length.
 
     Raises ValueError where not even one tile of rows fits.
@@ -324,7 +397,7 @@ def _score_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
 
 
-def _row_stride(head: LMHead) -> int:
+def _row_stride(head: Projection) -> int:
     # Rows of E aligned to 64 elements, and never a power of two apart: at V = 49152 rows that share their place in the cache
     # cost products 2 and 3 15 % on a CPU.
     return (head.vocab_size + 63) // 64 * 64 + 32
@@ -333,7 +406,3 @@ def _row_stride(head: LMHead) -> int:
 def _factor_in_range(factor: torch.Tensor) -> torch.Tensor:
     size = factor.abs()
     return (factor == 0) | ((size >= _SMALLEST_FACTOR) & (size <= _LARGEST_FACTOR))
-
-
-def _fields(head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None, float | None, float]:
-    return head.weight, head.bias, head.softcap, head.logit_scale

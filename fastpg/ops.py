@@ -9,10 +9,10 @@ from types import ModuleType
 
 import torch
 
-from . import products, tile_ops, two_pass_schedule
-from .lm_head import LMHead
+from . import distributed, products, tile_ops, two_pass_schedule
+from .lm_head import Projection
 from .products import accumulation_dtype
-from .row_statistics import RowStatistics
+from .row_statistics import Partials, RowStatistics, finish_rows
 from .rows import Chunk, Rows, Wanted
 
 BACKENDS = ("torch", "triton")
@@ -60,42 +60,60 @@ def tiles_of(backend: str) -> ModuleType:
     return triton_tile_ops
 
 
+def row_statistics(
+    rows: Rows, head: Projection, entropy: bool, workspace: int, backend: str, group: distributed.Group
+) -> RowStatistics:
+    """The two-pass forward over the columns of all ranks of the group, or of the one process there is."""
+    partials = Partials(*two_pass_forward(*rows, *head, entropy, workspace, backend))
+    if group is not None:
+        partials = distributed.combine(partials, rows.tokens, head.vocab_size, group)
+    return finish_rows(partials, entropy)
+
+
 @torch.library.custom_op("fastpg::two_pass_forward", mutates_args=())
 def two_pass_forward(
     hidden: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
     indices: torch.Tensor | None,
     keep: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: torch.Tensor | None,
     weight: torch.Tensor,
+    lora_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
     entropy: bool,
     workspace: int,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RowStatistics of the rows that `rows.Rows` describes; entropy and others_entropy are (0,) unless asked for."""
-    rows, head = Rows(hidden, indices, keep, tokens, temperature), LMHead(weight, bias, softcap, logit_scale)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partials of the rows that `rows.Rows` describes, over the columns of the weight."""
+    rows = Rows(hidden, lora_hidden, indices, keep, tokens, temperature)
+    head = Projection(weight, lora_weight, bias, softcap, logit_scale)
     return tuple(two_pass_schedule.two_pass_forward(tiles_of(backend), rows, head, entropy, workspace))
 
 
 @two_pass_forward.register_fake
-def _(hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace, backend):
+def _(
+    hidden, lora_hidden, indices, keep, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale,
+    entropy, workspace, backend,
+):  # fmt: skip
     def per_row(present: bool) -> torch.Tensor:
         return weight.new_empty(tokens.shape[0] if present else 0, dtype=accumulation_dtype(weight.dtype))
 
-    return per_row(True), per_row(entropy), per_row(True), per_row(True), per_row(entropy)
+    return per_row(True), per_row(True), per_row(entropy), per_row(True)
 
 
-@torch.library.custom_op("fastpg::two_pass_backward", mutates_args=())
+@torch.library.custom_op("fastpg::two_pass_backward", mutates_args={"weight_grad"})
 def two_pass_backward(
     hidden: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
     indices: torch.Tensor | None,
     keep: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: torch.Tensor | None,
     weight: torch.Tensor,
+    lora_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -105,45 +123,82 @@ def two_pass_backward(
     wanted: list[bool],
     workspace: int,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of (hidden, weight, bias), (0,) where not wanted."""
-    rows = Rows(hidden, indices, keep, tokens, temperature)
-    head = LMHead(weight, bias, softcap, logit_scale)
+    weight_grad: torch.Tensor | None,
+    partial: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients, (0,) where not wanted (`two_pass_schedule.two_pass_backward`)."""
+    rows = Rows(hidden, lora_hidden, indices, keep, tokens, temperature)
+    head = Projection(weight, lora_weight, bias, softcap, logit_scale)
     return tuple(
         two_pass_schedule.two_pass_backward(
-            tiles_of(backend), rows, head, RowStatistics(*statistics), grad_logprobs, grad_entropy, Wanted(*wanted), workspace
+            tiles_of(backend), rows, head, RowStatistics(*statistics), grad_logprobs, grad_entropy, Wanted(*wanted), workspace,
+            weight_grad, partial,
         )
-    )
+    )  # fmt: skip
 
 
 @two_pass_backward.register_fake
 def _(
-    hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale,
-    statistics, grad_logprobs, grad_entropy, wanted, workspace, backend,
+    hidden, lora_hidden, indices, keep, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale,
+    statistics, grad_logprobs, grad_entropy, wanted, workspace, backend, weight_grad, partial,
 ):  # fmt: skip
-    def like(x: torch.Tensor, present: bool) -> torch.Tensor:
-        return x.new_empty(x.shape if present else (0,))
+    wide = accumulation_dtype(weight.dtype)
 
-    return like(hidden, wanted[0]), like(weight, wanted[1]), weight.new_empty(len(weight) if wanted[2] else 0)
+    def like(x: torch.Tensor | None, present: bool, is_partial: bool = False) -> torch.Tensor:
+        if not present:
+            return weight.new_empty(0)
+        return x.new_empty(tokens.shape[0], x.shape[1], dtype=wide) if is_partial else x.new_empty(x.shape)
+
+    dweight = like(weight, wanted[2] and weight_grad is None)
+    of_rows = like(hidden, wanted[0], partial), like(lora_hidden, wanted[1], partial)
+    return *of_rows, dweight, like(lora_weight, wanted[3]), like(bias, wanted[4])
+
+
+@torch.library.custom_op("fastpg::target_logits", mutates_args=())
+def target_logits(
+    hidden: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row's own token, for a chunk (C, H): `tile_ops.target_logits`."""
+    head, chunk = Projection(weight, lora_weight, bias, softcap, logit_scale), Chunk(hidden, lora_hidden, tokens, temperature)
+    return tiles_of(backend).target_logits(chunk, head)
+
+
+@target_logits.register_fake
+def _(hidden, lora_hidden, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale, backend):
+    dtype = accumulation_dtype(weight.dtype)
+    return hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
 
 
 @torch.library.custom_op("fastpg::anchored_scores", mutates_args={"scores"})
 def anchored_scores(
     hidden: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: torch.Tensor | None,
     log_anchor: torch.Tensor,
     weight: torch.Tensor,
+    lora_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
     entropy: bool,
     backend: str,
     scores: torch.Tensor | None,
+    target: torch.Tensor,
+    target_slope: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Product 1 of the one-pass schedule, for a chunk (C, H): `tile_ops.anchored_exp`. Writes scores (C, V) if given."""
-    head = LMHead(weight, bias, softcap, logit_scale)
-    return tiles_of(backend).anchored_exp(Chunk(hidden, tokens, temperature), head, log_anchor, entropy, scores)
+    head, chunk = Projection(weight, lora_weight, bias, softcap, logit_scale), Chunk(hidden, lora_hidden, tokens, temperature)
+    return tiles_of(backend).anchored_exp(chunk, head, log_anchor, entropy, scores, (target, target_slope))
 
 
 def _row_sums(log_anchor: torch.Tensor, entropy: bool, scores: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -153,17 +208,22 @@ def _row_sums(log_anchor: torch.Tensor, entropy: bool, scores: torch.Tensor | No
 
 
 @anchored_scores.register_fake
-def _(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, backend, scores):
+def _(
+    hidden, lora_hidden, tokens, temperature, log_anchor, weight, lora_weight, bias, softcap, logit_scale, entropy, backend,
+    scores, target, target_slope,
+):  # fmt: skip
     return _row_sums(log_anchor, entropy, scores)
 
 
 @torch.library.custom_op("fastpg::cispo_scores", mutates_args={"scores"})
 def cispo_scores(
     hidden: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: torch.Tensor | None,
     log_anchor: torch.Tensor,
     weight: torch.Tensor,
+    lora_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -177,7 +237,7 @@ def cispo_scores(
     ratio_max: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`anchored_scores` on Triton with the CISPO loss in its last kernel: `triton_tile_ops.anchored_cispo`."""
-    head, chunk = LMHead(weight, bias, softcap, logit_scale), Chunk(hidden, tokens, temperature)
+    head, chunk = Projection(weight, lora_weight, bias, softcap, logit_scale), Chunk(hidden, lora_hidden, tokens, temperature)
     return tiles_of("triton").anchored_cispo(
         chunk, head, log_anchor, entropy, scores, mask, old_logprobs, advantages, loss_weights, ratio_min, ratio_max
     )
@@ -185,7 +245,7 @@ def cispo_scores(
 
 @cispo_scores.register_fake
 def _(
-    hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, entropy, scores,
+    hidden, lora_hidden, tokens, temperature, log_anchor, weight, lora_weight, bias, softcap, logit_scale, entropy, scores,
     mask, old_logprobs, advantages, loss_weights, ratio_min, ratio_max,
 ):  # fmt: skip
     numbers = (torch.empty_like(log_anchor) for _ in range(3))
@@ -207,3 +267,19 @@ def gradient_products(
 ) -> None:
     """Products 2 and 3 of a chunk (`products.gradient_products`)."""
     products.gradient_products(scores, factor, residual, hidden, tokens, weight, dhidden, dweight, dbias, accumulate)
+
+
+@torch.library.custom_op("fastpg::lora_products", mutates_args={"dlora_hidden", "dlora_weight"})
+def lora_products(
+    scores: torch.Tensor,
+    factor: torch.Tensor,
+    residual: torch.Tensor,
+    lora_hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    lora_weight: torch.Tensor,
+    dlora_hidden: torch.Tensor | None,
+    dlora_weight: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """The same with LoRA's factors (`products.lora_products`)."""
+    products.lora_products(scores, factor, residual, lora_hidden, tokens, lora_weight, dlora_hidden, dlora_weight, accumulate)

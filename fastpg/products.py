@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .lm_head import LMHead
+from .lm_head import Projection
 
 _WIDENED_ROWS = 512
 
@@ -75,6 +75,22 @@ def _(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_
     torch._check(a.shape[1] == b.shape[0], lambda: f"product: {tuple(a.shape)} @ {tuple(b.shape)}")
 
 
+def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (M, K) @ b (K, r) in the accumulation dtype, for few columns of a b that is in it too (or in a's dtype).
+
+    Where a has 16 bits b is multiplied in two 16-bit parts, whose sum has twice the digits, so that a is not widened.
+    """
+    dtype = accumulation_dtype(a.dtype)
+    if a.dtype == dtype or (a.dtype == torch.float16 and a.device.type == "cpu"):  # whose products there would be fp16
+        return torch.mm(a.to(dtype), b.to(dtype))
+    if b.dtype == a.dtype:
+        return multiply(a, b)
+    high = b.to(a.dtype)
+    low = (b - high.to(b.dtype)).to(a.dtype)
+    sums = multiply(a, torch.cat([high, low], 1))
+    return sums[:, : b.shape[1]] + sums[:, b.shape[1] :]
+
+
 def tile_columns(hidden_size: int) -> int:
     """Vocabulary entries of a tile on a CPU: at most 8 MiB of fp32 weights and 4 MiB of logits stay in cache between passes."""
     return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
@@ -111,7 +127,8 @@ def gradient_products(
     if direct:
         product(dweight, scores.T, weighted, accumulate, False)
     if dbias is not None and scores.dtype != factor.dtype and scores.device.type != "cpu":
-        _add_bias_gradient(scores, factor, dbias, accumulate)
+        sums = skinny_product(scores.T, factor[:, None])[:, 0]
+        dbias.copy_(dbias + sums if accumulate else sums)
         dbias = None
     if dbias is None and (direct or dweight is None):
         return
@@ -127,15 +144,33 @@ def gradient_products(
                 product(dweight[v : v + columns], e, weighted[rows].to(dweight.dtype), adds, True)
 
 
-def _add_bias_gradient(scores: torch.Tensor, factor: torch.Tensor, dbias: torch.Tensor, accumulate: bool) -> None:
-    """dbias (V,) = or += E^T u with 16-bit E (C, V): u in two 16-bit parts, whose sum has twice the digits."""
-    high = factor.to(scores.dtype)
-    low = (factor - high.to(factor.dtype)).to(scores.dtype)
-    sums = multiply(scores.T, torch.stack([high, low], 1)).sum(1)
-    dbias.copy_(dbias + sums if accumulate else sums)
+def lora_products(
+    scores: torch.Tensor,  # E (C, V)
+    factor: torch.Tensor,  # u (C,) in the accumulation dtype
+    residual: torch.Tensor,  # (C,) or (0,), of `anchored_exp`
+    lora_hidden: torch.Tensor,  # z (C, r) in the accumulation dtype
+    tokens: torch.Tensor,  # (C,)
+    lora_weight: torch.Tensor,  # B (V, r)
+    dlora_hidden: torch.Tensor | None,
+    dlora_weight: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """`gradient_products` of z and B: dlora_hidden (C, r) = u (E @ B);  dlora_weight (V, r) = or += E^T @ (u z).
+
+    All of them r columns wide, so that E is only read. Results in the accumulation dtype.
+    """
+    if dlora_hidden is not None:
+        sums = skinny_product(scores, lora_weight)
+        if len(residual):
+            inside = tokens.clamp(0, len(lora_weight) - 1)
+            sums = sums + lora_weight[inside].to(sums.dtype) * residual[:, None]
+        dlora_hidden.copy_(sums * factor[:, None])
+    if dlora_weight is not None:
+        sums = skinny_product(scores.T, lora_hidden * factor[:, None])
+        dlora_weight.copy_(dlora_weight + sums if accumulate else sums)
 
 
-def widened_bytes(head: LMHead) -> int:
+def widened_bytes(head: Projection) -> int:
     """What `gradient_products` needs for a widened tile of E: on a CPU, and where E is not in the accumulation dtype."""
     dtype = accumulation_dtype(head.weight.dtype)
     if head.weight.dtype == dtype or head.weight.device.type != "cpu":

@@ -4,7 +4,7 @@ Slow and large on purpose: all [N, V] logits exist, masked tokens are deleted ra
 autograd. Computes in the dtype of its inputs (bf16 and fp16 are widened to fp32 first); the tests feed it float64.
 
 Notation
-    z_nv  = softcap(logit_scale * (x_n . w_v + b_v)) / T_n,   softcap(u) = c tanh(u / c)
+    z_nv  = softcap(logit_scale * (x_n . (w_v + lora_scale B_v A) + b_v)) / T_n,   softcap(u) = c tanh(u / c)
     p_nv  = exp(z_nv) / sum_w exp(z_nw)
     t_n   = logsumexp_{v != y_n} z_nv - z_n,y                 the log-odds against the sampled token y_n
     logp_n = log p_n,y = -log(1 + exp(t_n)) = logsigmoid(-t_n)
@@ -61,7 +61,12 @@ def softcap(u: torch.Tensor, cap: float | None) -> torch.Tensor:
 def logits(hidden: torch.Tensor, head: torch.Tensor | LMHead, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:
     """hidden (N, H) -> z (N, V), with the head's bias, scale and cap, divided by the temperature (scalar or (N,))."""
     head = as_head(head)
+    if head.group is not None:
+        raise ValueError("head.group: the oracle computes on one process; give it the whole weight")
     scores = _wide(hidden) @ _wide(head.weight).T
+    if head.lora is not None:
+        a, b, scale = head.lora
+        scores = scores + scale * (_wide(hidden) @ _wide(a).T) @ _wide(b).T
     if head.bias is not None:
         scores = scores + _wide(head.bias)
     capped = softcap(head.logit_scale * scores, head.softcap)

@@ -11,8 +11,20 @@ import torch.nn.functional as F
 LARGEST_SUM = 2.0**99
 
 
+class Partials(NamedTuple):
+    """What one pass over some columns leaves of each row, (C,) in the accumulation dtype: over the columns v != y,
+
+    m = max z_v, s = sum exp(z_v - m), q = sum exp(z_v - m) (z_v - m) ((0,) unless an entropy is wanted), and z_y.
+    """
+
+    maximum: torch.Tensor
+    total: torch.Tensor
+    weighted: torch.Tensor
+    target: torch.Tensor  # NaN for a token that is not among the columns
+
+
 class RowStatistics(NamedTuple):
-    """What the two-pass forward keeps of each row; all (C,) in the accumulation dtype. Defined in `finish_rows`."""
+    """What is known of each row after a pass over all columns; all (C,) in the accumulation dtype. Defined in `finish_rows`."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
@@ -21,10 +33,8 @@ class RowStatistics(NamedTuple):
     others_entropy: torch.Tensor
 
 
-def finish_rows(
-    maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor, target: torch.Tensor, entropy: bool
-) -> RowStatistics:
-    """From m, s, q of the other columns and z_y, each (C,):
+def finish_rows(partials: Partials, entropy: bool) -> RowStatistics:
+    """From m, s, q of all other columns and z_y:
 
         t    = (m - z_y) + log s               log-odds against the target; the differences first, for small 1 - p_y
         logp = logsigmoid(-t)
@@ -34,6 +44,7 @@ def finish_rows(
 
     V = 1, or all others banned: s = 0, t = -inf, logp = 0, H = 0.
     """
+    maximum, total, weighted, target = partials
     # +inf against others of -inf is no certainty: softmax has no value there
     target = torch.where(target == torch.inf, torch.nan, target)
     pivot = torch.where(maximum == -torch.inf, 0, maximum)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lm_head import LMHead
+from .lm_head import Projection
 from .products import accumulation_dtype, product, tile_columns
-from .row_statistics import LARGEST_SUM, RowStatistics, finish_rows
+from .row_statistics import LARGEST_SUM, Partials, RowStatistics
 from .rows import Chunk
 
 # exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
@@ -33,7 +33,7 @@ class TileShape(NamedTuple):
     longest: int  # rows of a chunk of the two-pass schedule; longer ones gain nothing
 
 
-def tile_shape(head: LMHead) -> TileShape:
+def tile_shape(head: Projection) -> TileShape:
     """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
     if head.weight.device.type != "cpu":
         return TileShape(512, 8192, 512, 16384)
@@ -51,7 +51,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return accumulation_dtype(dtype)
 
 
-def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     """Transient bytes of `anchored_exp`, E and the chunk's hidden states left out: (of the call, of each row)."""
     rows, columns, *_ = tile_shape(head)
     columns = min(columns, head.vocab_size)
@@ -62,7 +62,7 @@ def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
     return columns * head.hidden_size * narrow + tiles * rows * columns * wide, 0
 
 
-def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     """Transient bytes of `online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
     rows, columns, *_ = tile_shape(head)
     columns = min(columns, head.vocab_size)
@@ -72,13 +72,13 @@ def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
     return columns * head.hidden_size * narrow + tiles * rows * columns * wide, 0
 
 
-def weight_tile(head: LMHead, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
+def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
     """weight[start:stop] in the operand dtype: a view where that is the weight's own, else widened into `buffer`."""
     rows = head.weight[start:stop]
     return rows if buffer is None else buffer[: stop - start].copy_(rows)
 
 
-def weight_buffer(head: LMHead) -> torch.Tensor | None:
+def weight_buffer(head: Projection) -> torch.Tensor | None:
     weight = head.weight
     dtype = operand_dtype(weight.dtype, weight.device)
     if dtype == weight.dtype:
@@ -87,13 +87,13 @@ def weight_buffer(head: LMHead) -> torch.Tensor | None:
     return torch.empty(columns, head.hidden_size, dtype=dtype, device=weight.device)
 
 
-def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics:
+def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
     """One pass over the vocabulary: for each row, over the columns v != y,
 
         m = max z_v      s = sum exp(z_v - m)      q = sum exp(z_v - m) (z_v - m)
 
-    kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y. Nothing larger than a tile of logits exists.
-    q only if `entropy`.
+    kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y, NaN for a token that is not among the columns. Nothing
+    larger than a tile of logits exists. q only if `entropy`.
     """
     rows, columns, *_ = tile_shape(head)
     weight = head.weight
@@ -117,7 +117,7 @@ def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics
             target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
             z.scatter_(1, column, torch.where(inside, -torch.inf, z_target))
             _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
-    return finish_rows(maximum, total, weighted, target, entropy)
+    return Partials(maximum, total, weighted if entropy else total.new_empty(0), target)
 
 
 def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor | None) -> None:
@@ -139,7 +139,7 @@ def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weig
 
 def dlogits(
     chunk: Chunk,
-    head: LMHead,
+    head: Projection,
     w: torch.Tensor,
     start: int,
     statistics: RowStatistics,
@@ -193,15 +193,22 @@ def dlogits(
 
 
 def anchored_exp(
-    chunk: Chunk, head: LMHead, log_anchor: torch.Tensor, entropy: bool, out: torch.Tensor | None
+    chunk: Chunk,
+    head: Projection,
+    log_anchor: torch.Tensor,
+    entropy: bool,
+    out: torch.Tensor | None,
+    target: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a:
+    """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a, with z_y and the slope
+    there from `target_logits`:
 
         E_v = exp(z_v - anchor) for v != y, capped at 2^100         S = sum_v E_v       Q = sum_v E_v log E_v
 
-    and E_y = -S, the gradient of the target's own column. Returns S and Q (C,), Q only if `entropy`. With `out`, E is stored
-    there in its dtype, every entry times the softcap's slope, which the sums do not have; out (R, V) takes the first R rows,
-    without the padding. A row whose S is not below 2^99 is stored as zeros: nothing of it may reach the other rows' dW.
+    and E_y = -S, the gradient of the target's own column if that is among the columns. Returns S and Q (C,), Q only if
+    `entropy`. With `out`, E is stored there in its dtype, every entry times the softcap's slope, which the sums do not have;
+    out (R, V) takes the first R rows, without the padding. A row whose S is not below 2^99 is stored as zeros: nothing of it
+    may reach the other rows' dW.
 
     Also returns what rounding took from the sum of each stored row, (R,), or (0,) where E is not rounded. Rows of E sum to 0
     (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
@@ -210,8 +217,8 @@ def anchored_exp(
     rows, columns, *_ = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
     dtype = accumulation_dtype(weight.dtype)
-    target, target_slope = _target_logits(chunk, head)
-    anchor = target - log_anchor[:, None]
+    z_target, target_slope = target
+    anchor = (z_target - log_anchor)[:, None]
     total = torch.zeros(size, dtype=dtype, device=weight.device)
     weighted = torch.zeros_like(total) if entropy else total.new_empty(0)
     is_rounded = out is not None and out.dtype != dtype
@@ -241,30 +248,40 @@ def anchored_exp(
                 if is_rounded:
                     residual[block] += sums[: len(out) - r] - stored.sum(1, dtype=dtype)
     if out is not None:
-        exact = (-total if target_slope is None else -total * target_slope[:, 0])[: len(out)]
-        stored = exact.to(out.dtype)
-        targets = chunk.tokens[: len(out)].clamp(0, vocab - 1)
-        # not scatter_, which on a CPU widens the whole of a bf16 tensor
-        out.index_put_((torch.arange(len(out), device=out.device), targets), stored)
+        taken = store_target(out, chunk.tokens[: len(out)], (-total * target_slope)[: len(out)])
         if is_rounded:
-            residual += exact - stored.to(dtype)
+            residual += taken
         lost = ~(total[: len(out)] < LARGEST_SUM)
         _zero_rows_(out, lost)
         residual = torch.where(lost, 0, residual) if is_rounded else residual
     return total, weighted, residual
 
 
-def _target_logits(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z_y and the softcap's slope there, (C, 1), by one dot product per row; NaN for a token outside the vocabulary."""
+def store_target(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """scores (C, V)[n, tokens_n] = exact_n, rounded; tokens elsewhere change nothing. Returns what rounding took, (C,)."""
+    rows, column = torch.arange(len(scores), device=scores.device), tokens.clamp(0, scores.shape[1] - 1)
+    inside = column == tokens
+    stored = exact.to(scores.dtype)
+    # not scatter_, which on a CPU widens the whole of a bf16 tensor
+    scores.index_put_((rows, column), torch.where(inside, stored, scores[rows, column]))
+    return torch.where(inside, exact - stored.to(exact.dtype), 0)
+
+
+def target_logits(chunk: Chunk, head: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+    """z_y and the softcap's slope there (1 without one), (C,) each, by one dot product per row; z_y is NaN for a token that is
+    not among the columns."""
     dtype = accumulation_dtype(head.weight.dtype)
     inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
     tokens = torch.where(inside, chunk.tokens, 0)
     z = (chunk.hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(1, keepdim=True)
+    if head.lora_weight is not None:
+        z = z + (chunk.lora_hidden * head.lora_weight[tokens].to(dtype)).sum(1, keepdim=True)
     if head.bias is not None:
         z = z + head.bias[tokens].to(dtype)[:, None]
     slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
     # an infinite anchor would turn a row of other infinities into an ordinary one
-    return torch.where(inside[:, None] & (z != torch.inf), z, torch.nan), slope
+    z = torch.where(inside & (z[:, 0] != torch.inf), z[:, 0], torch.nan)
+    return z, torch.ones_like(z) if slope is None else slope[:, 0]
 
 
 def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
@@ -276,16 +293,21 @@ def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _logits(
-    chunk: Chunk, block: slice, w: torch.Tensor, head: LMHead, start: int, out: torch.Tensor, want_slope: bool
+    chunk: Chunk, block: slice, w: torch.Tensor, head: Projection, start: int, out: torch.Tensor, want_slope: bool
 ) -> torch.Tensor | None:
     """The tile's logits into out; returns the softcap's slope at them if there is one and it is wanted."""
     product(out, chunk.hidden[block], w.T, False, head.weight.dtype == torch.bfloat16)
+    if head.lora_weight is not None:
+        b = head.lora_weight[start : start + len(w)].to(out.dtype)
+        product(out, chunk.lora_hidden[block], b.T, True, False)
     if head.bias is not None:
         out.add_(head.bias[start : start + len(w)])
     return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
 
 
-def _to_logits_(scores: torch.Tensor, head: LMHead, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
+def _to_logits_(
+    scores: torch.Tensor, head: Projection, temperature: torch.Tensor | None, want_slope: bool
+) -> torch.Tensor | None:
     """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place; returns the softcap's slope if there is one."""
     if head.logit_scale != 1:
         scores.mul_(head.logit_scale)

@@ -17,10 +17,10 @@ from .kernels.dlogits import dlogits as dlogits_tiles
 from .kernels.finalize import finalize, finalize_cispo
 from .kernels.logits import INTERPRETED
 from .kernels.logsumexp import logsumexp, split_count
-from .kernels.target import target_logits
-from .lm_head import LMHead
+from .kernels.target import target_logits as target_kernel_logits
+from .lm_head import Projection
 from .products import accumulation_dtype
-from .row_statistics import RowStatistics, finish_rows
+from .row_statistics import Partials, RowStatistics
 from .rows import Chunk
 from .tile_ops import TileShape
 
@@ -32,6 +32,7 @@ __all__ = [
     "one_pass_bytes",
     "online_logsumexp",
     "operand_dtype",
+    "target_logits",
     "tile_shape",
     "two_pass_bytes",
     "weight_buffer",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 
-def tile_shape(head: LMHead) -> TileShape:
+def tile_shape(head: Projection) -> TileShape:
     """What a schedule steps by: chunks of a number of row tiles, slices wide enough for products at full speed."""
     return TileShape(256, 2048, 1, 1024) if head.weight.device.type == "cpu" else TileShape(128, 8192, 1, 16384)
 
@@ -48,24 +49,31 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def weight_buffer(head: LMHead) -> None:
+def weight_buffer(head: Projection) -> None:
     return None
 
 
-def weight_tile(head: LMHead, start: int, stop: int, buffer: None) -> torch.Tensor:
+def weight_tile(head: Projection, start: int, stop: int, buffer: None) -> torch.Tensor:
     return head.weight[start:stop]
 
 
-def one_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     # one partial sum of each kind per row and column tile
     partials = 1 + entropy + (head.weight.dtype != torch.float32)
-    return 0, 4 * partials * -(-head.vocab_size // fewest_columns(head.weight.dtype))
+    return _lora_bytes(head), 4 * partials * -(-head.vocab_size // fewest_columns(head.weight.dtype))
 
 
-def two_pass_bytes(head: LMHead, entropy: bool) -> tuple[int, int]:
+def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     columns = fewest_columns(head.weight.dtype)
     slice_tiles = -(-min(tile_shape(head).columns, head.vocab_size) // columns)
-    return 0, 4 * max((3 + entropy) * split_count(head.vocab_size, columns), slice_tiles)
+    return _lora_bytes(head), 4 * max((3 + entropy) * split_count(head.vocab_size, columns), slice_tiles)
+
+
+def _lora_bytes(head: Projection) -> int:
+    # B as bf16 operands of the same product (`kernels.logits.operands`), with the parts they are put together from
+    if head.weight.dtype == torch.float32:
+        return 0 if head.rank == 0 else 4 * head.vocab_size * head.rank
+    return 2 * 12 * head.vocab_size * head.rank
 
 
 def _on_its_device(tile_op: Callable) -> Callable:
@@ -82,19 +90,22 @@ def _on_its_device(tile_op: Callable) -> Callable:
 
 
 @_on_its_device
-def online_logsumexp(chunk: Chunk, head: LMHead, entropy: bool) -> RowStatistics:
-    hidden, scale, inner = _rows_of(chunk, head)
-    maximum, total, weighted, target = logsumexp(
-        hidden, head.weight, _bias(head), chunk.tokens, scale, inner, entropy, _blocks(head)
-    )
+def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
+    maximum, total, weighted, target = logsumexp(*_operands(chunk, head), entropy, _blocks(head))
     inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
-    return finish_rows(maximum, total, weighted, torch.where(inside, target, torch.nan), entropy)
+    weighted = total.new_empty(0) if weighted is None else weighted
+    return Partials(maximum, total, weighted, torch.where(inside, target, torch.nan))
+
+
+@_on_its_device
+def target_logits(chunk: Chunk, head: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+    return target_kernel_logits(*_operands(chunk, head))
 
 
 @_on_its_device
 def dlogits(
     chunk: Chunk,
-    head: LMHead,
+    head: Projection,
     w: torch.Tensor,
     start: int,
     statistics: RowStatistics,
@@ -103,29 +114,38 @@ def dlogits(
     unit: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    hidden, scale, inner = _rows_of(chunk, head)
-    bias = None if head.bias is None else head.bias[start : start + len(w)].contiguous()
+    stop = start + len(w)
+    bias = None if head.bias is None else head.bias[start:stop]
+    b = None if head.lora_weight is None else head.lora_weight[start:stop]
+    slice_of_head = head._replace(weight=w, lora_weight=b, bias=bias)
     for_entropy = None
     if grad_entropy is not None:
         for_entropy = grad_entropy.contiguous(), statistics.entropy, statistics.others_entropy
     return dlogits_tiles(
-        hidden, w, bias, chunk.tokens - start, scale, inner, statistics.logprobs, statistics.t, statistics.logsumexp,
-        grad_logprobs.contiguous(), for_entropy, unit, out, _blocks(head),
+        *_operands(chunk._replace(tokens=chunk.tokens - start), slice_of_head),
+        statistics.logprobs, statistics.t, statistics.logsumexp, grad_logprobs.contiguous(), for_entropy, unit, out,
+        _blocks(head),
     )  # fmt: skip
 
 
 @_on_its_device
 def anchored_exp(
-    chunk: Chunk, head: LMHead, log_anchor: torch.Tensor, entropy: bool, out: torch.Tensor | None
+    chunk: Chunk,
+    head: Projection,
+    log_anchor: torch.Tensor,
+    entropy: bool,
+    out: torch.Tensor | None,
+    target: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    partials, slope = _anchored_partials(chunk, head, log_anchor, entropy, out)
+    logit, slope = target
+    partials = anchored_exp_tiles(*_operands(chunk, head), logit - log_anchor, entropy, out, _blocks(head))
     return finalize(partials, chunk.tokens, slope, out)
 
 
 @_on_its_device
 def anchored_cispo(
     chunk: Chunk,
-    head: LMHead,
+    head: Projection,
     log_anchor: torch.Tensor,
     entropy: bool,
     out: torch.Tensor | None,
@@ -138,7 +158,9 @@ def anchored_cispo(
 ) -> tuple[torch.Tensor, ...]:
     """`anchored_exp` and, from the same launch that completes the rows, (C,) logp, loss, u and int8 state: 0 in range, 1 u is
     not, 2 the sum is not."""
-    partials, slope = _anchored_partials(chunk, head, log_anchor, entropy, out)
+    operands = _operands(chunk, head)
+    logit, slope = target_kernel_logits(*operands)
+    partials = anchored_exp_tiles(*operands, logit - log_anchor, entropy, out, _blocks(head))
     row_scale = _row_scale(chunk, head.logit_scale)
     return finalize_cispo(
         partials, chunk.tokens, slope, out, log_anchor, old_logprobs, advantages, loss_weights, row_scale, mask,
@@ -146,28 +168,20 @@ def anchored_cispo(
     )  # fmt: skip
 
 
-def _anchored_partials(chunk, head, log_anchor, entropy, out):
-    hidden, scale, inner = _rows_of(chunk, head)
-    arguments = hidden, head.weight, _bias(head), chunk.tokens, scale, inner
-    target, slope = target_logits(*arguments)
-    return anchored_exp_tiles(*arguments, target - log_anchor, entropy, out, _blocks(head)), slope
-
-
-def _blocks(head: LMHead) -> Blocks:
+def _blocks(head: Projection) -> Blocks:
     has_bias, has_softcap = head.bias is not None, head.softcap is not None
     return blocks_for(target_of(head.weight.device), head.weight.dtype, has_bias, has_softcap)
 
 
-def _bias(head: LMHead) -> torch.Tensor | None:
-    return None if head.bias is None else head.bias.contiguous()
-
-
-def _rows_of(chunk: Chunk, head: LMHead) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """The chunk's hidden states with contiguous rows; scale (C,) and inner of `kernels.logits`."""
+def _operands(chunk: Chunk, head: Projection) -> tuple:
+    """What every kernel that sees logits begins with: hidden with contiguous rows, weight, (l, B) or None, bias, tokens, and
+    scale (C,) and inner of `kernels.logits`."""
     hidden = chunk.hidden if chunk.hidden.stride(1) == 1 else chunk.hidden.contiguous()
-    if head.softcap is None:
-        return hidden, _row_scale(chunk, head.logit_scale), None
-    return hidden, _row_scale(chunk, head.softcap), head.logit_scale / head.softcap
+    lora = None if head.lora_weight is None else (chunk.lora_hidden.contiguous(), head.lora_weight)
+    bias = None if head.bias is None else head.bias.contiguous()
+    inner = None if head.softcap is None else head.logit_scale / head.softcap
+    scale = _row_scale(chunk, head.logit_scale if head.softcap is None else head.softcap)
+    return hidden, head.weight, lora, bias, chunk.tokens, scale, inner
 
 
 def _row_scale(chunk: Chunk, numerator: float) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from . import ops, validation
-from .lm_head import LMHead, as_head
-from .rows import rows_of
+from . import distributed, ops, validation
+from .agreement import one_outcome
+from .lm_head import LMHead, LoRA, Projection, as_head, projection_of
+from .row_statistics import RowStatistics
+from .rows import Gradients, Rows, Wanted, rows_of
 from .two_pass_schedule import chunk_rows
 
 
@@ -66,17 +69,20 @@ def linear_logprobs(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
-    hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
-    workspace = validation.workspace_bytes(workspace, hidden.device)
-    chunk_rows(ops.tiles_of(backend), head, workspace, entropy)  # raises before any work where the workspace is too small
-    rows = rows_of(hidden, tokens, keep, temperature, gather=check)
-    fields = head.softcap, head.logit_scale, entropy, workspace, backend
-    arguments = (rows.hidden, head.weight, head.bias, *rows[1:], *fields)
+    with one_outcome(head) as facts:
+        hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
+        workspace = validation.workspace_bytes(workspace, hidden.device)
+        projection = projection_of(head)
+        chunk_rows(ops.tiles_of(backend), projection, workspace, entropy)  # raises before any work where it is too small
+        facts.describe(hidden, head, tokens, keep, temperature, backend=backend, entropy=entropy)
     with torch.autocast(hidden.device.type, enabled=False):
+        rows = rows_of(hidden, tokens, keep, temperature, check, head)
+        options = entropy, workspace, backend, head.group, head.weight_grad
+        arguments = (*rows[:2], *projection[:3], *rows[2:], *projection[3:], *options)
         if needs_gradient(hidden, head):
             values = _LinearLogprobs.apply(*arguments)
         else:
-            values = _forward(*arguments)[:2]
+            values = ops.row_statistics(rows, projection, *options[:-1])[:2]
     logprobs, entropies = (rows.scatter(v).reshape(tokens.shape) if len(v) == len(rows.tokens) else None for v in values)
     return TokenLogprobs(logprobs, entropies if entropy else None)
 
@@ -91,7 +97,7 @@ def prepare(
     check: bool,
 ) -> tuple[torch.Tensor, LMHead, torch.Tensor, str]:
     """What both schedules do first: checks, autocast, which tokens count, (...) bool, and the backend."""
-    head = as_head(head)
+    head = distributed.localized(as_head(head))
     hidden, head = _autocast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
     backend = ops.choose_backend(backend, hidden)
@@ -99,13 +105,15 @@ def prepare(
     if mask is not None:
         keep = keep & mask
     if check:
-        validation.check_values(tokens, keep, head.vocab_size, temperature)
+        validation.check_values(tokens, keep, head.vocab_size if head.group is None else None, temperature)
     return hidden, head, keep, backend
 
 
 def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
     # decided here and not by ctx.needs_input_grad, which is True under no_grad as well
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
+    factors = () if head.lora is None else head.lora[:2]
+    inputs = (hidden, head.weight, head.bias, *factors)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
@@ -118,24 +126,29 @@ def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]
         return hidden, head
     dtype = torch.get_autocast_dtype(hidden.device.type)
     bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.softcap, head.logit_scale)
+    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias, lora=_in_dtype(head.lora, dtype))
 
 
-def _forward(hidden, weight, bias, indices, keep, tokens, temperature, softcap, logit_scale, entropy, workspace, backend):
-    return ops.two_pass_forward(
-        hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale, entropy, workspace, backend
-    )
+def _in_dtype(lora: LoRA | None, dtype: torch.dtype) -> LoRA | None:
+    """Factors in fp32 stay: they are used as they are."""
+    if lora is None:
+        return None
+    a, b = (x if x.dtype == torch.float32 else x.to(dtype) for x in lora[:2])
+    return LoRA(a, b, lora.scale)
 
 
 class _LinearLogprobs(torch.autograd.Function):
     """(logprobs (K,), entropy (K,) or (0,)) of the rows that `rows.Rows` describes."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, indices, keep, tokens, temperature, *options):
-        statistics = _forward(hidden, weight, bias, indices, keep, tokens, temperature, *options)
-        softcap, logit_scale, entropy, workspace, backend = options
-        ctx.save_for_backward(hidden, weight, bias, indices, keep, tokens, temperature, *statistics)
-        ctx.options = softcap, logit_scale, workspace, backend
+    def forward(ctx, *arguments):
+        rows, head, options = _put_together(arguments)
+        entropy, workspace, backend, group, _ = options
+        statistics = ops.row_statistics(rows, head, entropy, workspace, backend, group)
+        tensors = arguments[: -len(options) - 2]
+        ctx.save_for_backward(*tensors, *statistics)
+        ctx.numbers = head.softcap, head.logit_scale
+        ctx.options = options
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(statistics[1])
@@ -145,13 +158,52 @@ class _LinearLogprobs(torch.autograd.Function):
     # operator called here has no derivative, and says so when one is asked for.
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, bias, indices, keep, tokens, temperature, *statistics = ctx.saved_tensors
-        softcap, logit_scale, workspace, backend = ctx.options
+        count = len(RowStatistics._fields)
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
+        tensors, statistics = saved[:-count], saved[-count:]
+        rows, head, options = _put_together((*tensors, *ctx.numbers, *ctx.options))
+        _, workspace, backend, group, weight_grad = options
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics[0])
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = ops.two_pass_backward(
-            hidden, indices, keep, tokens, temperature, weight, bias, softcap, logit_scale,
-            statistics, grad_logprobs, grad_entropy, wanted, workspace, backend,
-        )  # fmt: skip
-        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (len(ctx.needs_input_grad) - 3)
+        wanted = Wanted(*ctx.needs_input_grad[:5])
+        gradients = gradients_of(
+            rows, head, statistics, grad_logprobs, grad_entropy, wanted, workspace, backend, group, weight_grad
+        )
+        wanted = wanted._replace(weight=wanted.weight and weight_grad is None)
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (len(ctx.needs_input_grad) - 5)
+
+
+def gradients_of(
+    rows: Rows,
+    head: Projection,
+    statistics: tuple[torch.Tensor, ...],
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    wanted: Wanted,
+    workspace: int,
+    backend: str,
+    group: distributed.Group,
+    weight_grad: torch.Tensor | None = None,
+) -> Gradients:
+    """The two-pass backward; dX complete on every rank of the group."""
+    gradients = Gradients(
+        *ops.two_pass_backward(
+            *rows, *head, list(statistics), grad_logprobs, grad_entropy, list(wanted), workspace, backend, weight_grad,
+            group is not None,
+        )
+    )  # fmt: skip
+    if group is None:
+        return gradients
+    dhidden, dlora_hidden = (distributed.all_reduced(x, group) for x in gradients[:2])
+    if wanted.hidden:
+        dhidden = rows.scatter_rounded(dhidden)
+    if wanted.lora_hidden:
+        dlora_hidden = rows.scatter(dlora_hidden)
+    return gradients._replace(hidden=dhidden, lora_hidden=dlora_hidden)
+
+
+def _put_together(arguments: tuple) -> tuple[Rows, Projection, tuple]:
+    """Autograd takes tensors one by one, those with a gradient first: (hidden, lora_hidden, weight, B, bias, ...)."""
+    hidden, lora_hidden, weight, lora_weight, bias, indices, keep, tokens, temperature, softcap, scale, *options = arguments
+    rows = Rows(hidden, lora_hidden, indices, keep, tokens, temperature)
+    return rows, Projection(weight, lora_weight, bias, softcap, scale), tuple(options)

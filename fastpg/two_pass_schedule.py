@@ -25,16 +25,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lm_head import LMHead
-from .products import accumulation_dtype, product
-from .row_statistics import RowStatistics
+from .lm_head import Projection
+from .products import accumulation_dtype, product, skinny_product
+from .row_statistics import Partials, RowStatistics
 from .rows import Gradients, Rows, Wanted
 
-# Rows that are finished at a time, after all slices: few, because they are copied in fp32.
+# Rows that are finished at a time, after all slices: few, because their targets' rows of W are copied in fp32.
 _FINISHED_ROWS = 512
 
 
-def chunk_rows(tiles: ModuleType, head: LMHead, workspace: int, entropy: bool) -> int:
+def chunk_rows(tiles: ModuleType, head: Projection, workspace: int, entropy: bool) -> int:
     """How many tokens a chunk may have so that everything the two passes allocate fits `workspace` bytes.
 
     Raises ValueError where not even one tile fits.
@@ -46,7 +46,8 @@ def chunk_rows(tiles: ModuleType, head: LMHead, workspace: int, entropy: bool) -
     fixed, per_row = tiles.two_pass_bytes(head, entropy)
     fixed += columns * head.hidden_size * wide  # a tile of dW
     # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
-    per_row += 2 * head.hidden_size * wide + columns * narrow + 20 * wide
+    per_row += 2 * (head.hidden_size + 3 * head.rank) * wide + columns * narrow + 20 * wide
+    fixed += 4 * columns * head.rank * wide
     fitting = (workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
@@ -56,33 +57,38 @@ def chunk_rows(tiles: ModuleType, head: LMHead, workspace: int, entropy: bool) -
     return min(fitting * rows, longest)
 
 
-def two_pass_forward(tiles: ModuleType, rows: Rows, head: LMHead, entropy: bool, workspace: int) -> RowStatistics:
-    """The statistics of every row: RowStatistics of (K,) vectors."""
+def two_pass_forward(tiles: ModuleType, rows: Rows, head: Projection, entropy: bool, workspace: int) -> Partials:
+    """What the columns of `head` leave of every row: Partials of (K,) vectors, for `finish_rows`."""
     count, longest = len(rows.tokens), chunk_rows(tiles, head, workspace, entropy)
     dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
     parts = []
     for start in range(0, count, longest):
         stop = min(start + longest, count)
         chunk = rows.chunk(start, stop, dtype, multiple=padding)
-        statistics = tiles.online_logsumexp(chunk, head, entropy)
-        parts.append(RowStatistics(*(s[: stop - start] for s in statistics)))
+        parts.append(Partials(*(s[: stop - start] for s in tiles.online_logsumexp(chunk, head, entropy))))
     if not parts:
         dtype = accumulation_dtype(head.weight.dtype)
-        return RowStatistics(*(head.weight.new_empty(0, dtype=dtype) for _ in RowStatistics._fields))
-    return RowStatistics(*(torch.cat(s) for s in zip(*parts, strict=True)))
+        return Partials(*(head.weight.new_empty(0, dtype=dtype) for _ in Partials._fields))
+    return Partials(*(torch.cat(s) for s in zip(*parts, strict=True)))
 
 
 def two_pass_backward(
     tiles: ModuleType,
     rows: Rows,
-    head: LMHead,
+    head: Projection,
     statistics: RowStatistics,
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
     wanted: Wanted,
     workspace: int,
+    weight_grad: torch.Tensor | None = None,
+    partial: bool = False,
 ) -> Gradients:
-    """Gradients for incoming gradients (K,) of the log-probabilities and entropies."""
+    """Gradients for incoming gradients (K,) of the log-probabilities and entropies.
+
+    weight_grad (V, H) in the accumulation dtype: dW is added to it, and not returned. partial: other ranks hold other columns;
+    the gradients of hidden (K, H) and lora_hidden (K, r) are returned unrounded, to be summed with theirs.
+    """
     count, weight = len(rows.tokens), head.weight
     longest = chunk_rows(tiles, head, workspace, grad_entropy is not None)
     wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
@@ -90,31 +96,39 @@ def two_pass_backward(
     half = None
     if narrow == torch.float16:
         half = _half_scales(rows, head, statistics, grad_logprobs, grad_entropy, parts)
+
+    def zeros(is_wanted: bool, *shape: int) -> torch.Tensor:
+        return weight.new_zeros(shape if is_wanted else 0, dtype=wide)
+
+    dweight = weight_grad
+    if weight_grad is None:
+        dweight = weight.new_zeros(weight.shape if wanted.weight else 0)
     sums = _Sums(
-        weight.new_zeros(count if wanted.hidden else 0, head.hidden_size, dtype=wide),
-        weight.new_zeros(count if narrow != wide else 0, dtype=wide),
-        torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted.weight else weight.new_empty(0),
-        weight.new_zeros(head.vocab_size if wanted.bias else 0, dtype=wide),
-    )
+        zeros(wanted.hidden, count, head.hidden_size), zeros(wanted.lora_hidden, count, head.rank),
+        zeros(narrow != wide, count), dweight, zeros(wanted.lora_weight, head.vocab_size, head.rank),
+        zeros(wanted.bias, head.vocab_size),
+    )  # fmt: skip
     if count:
-        _add_slices(tiles, rows, head, statistics, grad_logprobs, grad_entropy, wanted, parts, half, sums)
-    dhidden = _finish_hidden(sums, half, rows, head) if wanted.hidden else weight.new_empty(0)
-    return Gradients(dhidden, sums.dweight, (sums.dbias if half is None else sums.dbias / half.scale).to(weight.dtype))
+        adds = weight_grad is not None
+        _add_slices(tiles, rows, head, statistics, grad_logprobs, grad_entropy, wanted, parts, half, sums, adds)
+    return _finish(rows, head, wanted, sums, half, weight_grad is None, partial)
 
 
 class _Sums(NamedTuple):
     """What the slices add to, (0,) where not wanted; in the accumulation dtype but for dweight."""
 
     dhidden: torch.Tensor  # (K, H)
+    dlora_hidden: torch.Tensor  # (K, r)
     residual: torch.Tensor  # (K,): what rounding took from the rows of D
-    dweight: torch.Tensor  # (V, H) in its own dtype: every tile is written once
+    dweight: torch.Tensor  # (V, H) in its own dtype: every tile is written once; or the caller's buffer
+    dlora_weight: torch.Tensor  # (V, r)
     dbias: torch.Tensor  # (V,)
 
 
 def _add_slices(
     tiles: ModuleType,
     rows: Rows,
-    head: LMHead,
+    head: Projection,
     statistics: RowStatistics,
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -122,19 +136,20 @@ def _add_slices(
     parts: list[slice],
     half: _HalfScales | None,
     sums: _Sums,
+    adds: bool,
 ) -> None:
-    """The loops: slice after slice of the vocabulary, chunk after chunk of the rows."""
+    """The loops: slice after slice of the vocabulary, chunk after chunk of the rows. adds: dW to what is there."""
     weight, as_bf16 = head.weight, head.weight.dtype == torch.bfloat16
     wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
     columns = min(tiles.tile_shape(head).columns, head.vocab_size)
     buffer = tiles.weight_buffer(head)
     dlogits = torch.empty(parts[0].stop * columns, dtype=narrow, device=weight.device)
-    is_rounded = wanted.weight and weight.dtype != wide
-    dw_buffer = torch.empty(columns if is_rounded else 0, head.hidden_size, dtype=wide, device=weight.device)
+    by_tile = wanted.weight and (adds or weight.dtype != wide)
+    dw_buffer = torch.empty(columns if by_tile else 0, head.hidden_size, dtype=wide, device=weight.device)
     for v in range(0, head.vocab_size, columns):
         width = min(columns, head.vocab_size - v)
         w = tiles.weight_tile(head, v, v + width, buffer)
-        dw = dw_buffer[:width] if is_rounded else sums.dweight[v : v + width]
+        dw = dw_buffer[:width] if by_tile else sums.dweight[v : v + width]
         for part in parts:
             chunk = rows.chunk(part.start, part.stop, narrow)
             d = dlogits[: len(chunk.tokens) * width].view(-1, width)
@@ -153,9 +168,16 @@ def _add_slices(
                 sums.dbias[v : v + width] += d.sum(0, dtype=wide)
             elif wanted.bias:
                 product(sums.dbias[v : v + width, None], d.T, half.share[part, None].to(narrow), part.start > 0, False)
-        if half is not None:
+            if wanted.lora_hidden:
+                sums.dlora_hidden[part] += skinny_product(d, head.lora_weight[v : v + width])
+            if wanted.lora_weight:
+                z = chunk.lora_hidden if half is None else chunk.lora_hidden * half.share[part, None]
+                sums.dlora_weight[v : v + width] += skinny_product(d.T, z)
+        if half is not None and wanted.weight:
             dw.div_(half.scale)
-        if is_rounded:
+        if by_tile and adds:
+            sums.dweight[v : v + width] += dw
+        elif by_tile:
             sums.dweight[v : v + width] = dw
 
 
@@ -163,13 +185,13 @@ class _HalfScales(NamedTuple):
     """The powers of two that keep fp16 operands in their range."""
 
     unit: torch.Tensor  # (K,): rows of D are stored times it
-    share: torch.Tensor  # (K,) scale / unit: rows of X, and the ones of the bias, are multiplied by it
+    share: torch.Tensor  # (K,) scale / unit: rows of X and z, and the ones of the bias, are multiplied by it
     scale: torch.Tensor  # (): what dW and db are divided by
 
 
 def _half_scales(
     rows: Rows,
-    head: LMHead,
+    head: Projection,
     statistics: RowStatistics,
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -185,7 +207,10 @@ def _half_scales(
     largest = bound.new_ones(len(bound))
     for part in parts:
         chunk = rows.chunk(part.start, part.stop, rows.hidden.dtype)
-        largest[part] = chunk.hidden.abs().amax(1).clamp(min=1) / unit[part]
+        size = chunk.hidden.abs().amax(1).to(bound.dtype).clamp(min=1)
+        if chunk.lora_hidden is not None:
+            size = torch.maximum(size, chunk.lora_hidden.abs().amax(1))
+        largest[part] = size / unit[part]
     scale = _to_2_14(largest.amax()) if len(largest) else largest.new_ones(())
     return _HalfScales(unit, scale / unit, scale)
 
@@ -196,21 +221,39 @@ def _to_2_14(x: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(x), 14 - exponent)
 
 
-def _finish_hidden(sums: _Sums, half: _HalfScales | None, rows: Rows, head: LMHead) -> torch.Tensor:
-    """dX (N, H), 0 where a row was not computed: gives back what rounding took, takes fp16's units out, and rounds once."""
-    hidden, dhidden, residual = rows.hidden, sums.dhidden, sums.residual
-    in_place = rows.indices is None and dhidden.dtype == hidden.dtype
-    out = dhidden if in_place else torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    for start in range(0, 0 if in_place else len(dhidden), _FINISHED_ROWS):
+def _finish(
+    rows: Rows, head: Projection, wanted: Wanted, sums: _Sums, half: _HalfScales | None, returns_weight: bool, partial: bool
+) -> Gradients:
+    """From sums to gradients: each rounded once to the dtype of its input, and over all N rows, unless it is partial."""
+    weight = head.weight
+    dhidden, dlora_hidden, dweight, dlora_weight, dbias = (weight.new_empty(0) for _ in Gradients._fields)
+    if wanted.hidden:
+        _finish_rows(sums.dhidden, weight, sums.residual, half, rows.tokens)
+        dhidden = sums.dhidden if partial else rows.scatter_rounded(sums.dhidden)
+    if wanted.lora_hidden:
+        _finish_rows(sums.dlora_hidden, head.lora_weight, sums.residual, half, rows.tokens)
+        dlora_hidden = sums.dlora_hidden if partial else rows.scatter(sums.dlora_hidden)
+    scale = 1 if half is None else half.scale
+    if wanted.lora_weight:
+        dlora_weight = (sums.dlora_weight / scale).to(head.lora_weight.dtype)
+    if wanted.bias:
+        dbias = (sums.dbias / scale).to(weight.dtype)
+    return Gradients(dhidden, dlora_hidden, sums.dweight if returns_weight else dweight, dlora_weight, dbias)
+
+
+def _finish_rows(
+    sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, half: _HalfScales | None, tokens: torch.Tensor
+) -> None:
+    """Gives back to D @ weight, (K, ...) in place, what rounding took, and takes fp16's units out.
+
+    Any row of the weight serves for a token that is on another rank: it is what the rows have in common that must cancel.
+    """
+    if not len(residual) and half is None:
+        return
+    for start in range(0, len(sums), _FINISHED_ROWS):
         part = slice(start, start + _FINISHED_ROWS)
-        dx = dhidden[part]
         if len(residual):
-            at_target = head.weight[rows.tokens[part].clamp(0, head.vocab_size - 1)].to(dx.dtype)
-            dx.add_(at_target.mul_(residual[part, None]))
+            at_target = weight[tokens[part].clamp(0, len(weight) - 1)].to(sums.dtype)
+            sums[part].add_(at_target.mul_(residual[part, None]))
         if half is not None:
-            dx.div_(half.unit[part, None])
-        if rows.indices is None:
-            out[part] = dx
-        else:
-            out.index_copy_(0, rows.indices[part], dx.to(hidden.dtype))
-    return out
+            sums[part].div_(half.unit[part, None])

@@ -92,9 +92,11 @@ def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> N
         raise ValueError(f"temperature must be a positive number; got {temperature!r}")
 
 
-def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int, temperature: float | torch.Tensor) -> None:
-    """Token ids in [0, V) and temperatures > 0 at kept positions; masked positions are never looked at."""
-    in_range = ((tokens >= 0) & (tokens < vocab_size)) | ~keep
+def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int | None, temperature: float | torch.Tensor) -> None:
+    """Token ids in [0, V) and temperatures > 0 at kept positions; masked positions are never looked at. vocab_size None: ids
+    are not looked at either."""
+    in_range = keep if vocab_size is None else (tokens >= 0) & (tokens < vocab_size)
+    in_range = in_range | ~keep
     require(
         in_range,
         lambda: (

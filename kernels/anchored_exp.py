@@ -25,6 +25,7 @@ from .logits import (
     LN2,
     LOG2E,
     add_bias,
+    add_lora,
     halves,
     logits,
     operands,
@@ -94,6 +95,8 @@ def _epilogue(
 def anchored_exp_kernel(
     X,  # (C, H)
     W,  # (V, H)
+    L,  # (C, rank) or None: of LoRA
+    B,  # (V, rank) or None
     BIAS,  # (V,) or None
     TOKENS,  # (C,)
     SCALE,  # (C,)
@@ -106,9 +109,12 @@ def anchored_exp_kernel(
     C,
     V,
     H,
+    rank,
     stride_x,
     stride_w,
     stride_h,
+    stride_l,
+    stride_b,
     stride_e,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -119,6 +125,7 @@ def anchored_exp_kernel(
     EVEN_H: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     column_tiles = tl.cdiv(V, COLUMNS)
     row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(C, ROWS), column_tiles)
@@ -126,6 +133,7 @@ def anchored_exp_kernel(
         X, W, row_tile * ROWS, column_tile * COLUMNS, C, V, H, stride_x, stride_w, stride_h,
         ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
     )  # fmt: skip
+    score = add_lora(score, L, B, row_tile * ROWS, column_tile * COLUMNS, C, V, rank, stride_l, stride_b, RANK, WIDEN)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     in_chunk = rows < C
     token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)
@@ -146,6 +154,7 @@ def anchored_exp_kernel(
 def anchored_exp(
     hidden: torch.Tensor,  # (C, H)
     weight: torch.Tensor,  # (V, H)
+    lora: tuple[torch.Tensor, torch.Tensor] | None,  # l (C, rank) fp32 with contiguous rows, B (V, rank)
     bias: torch.Tensor | None,  # (V,)
     tokens: torch.Tensor,  # (C,)
     scale: torch.Tensor,  # (C,) fp32
@@ -164,6 +173,6 @@ def anchored_exp(
         anchored_exp_kernel[(triton.cdiv(shape[0], blocks.rows) * shape[1],)](
             BIAS=bias, TOKENS=tokens, SCALE=scale, ANCHOR=anchor, E=scores, S=sums, Q=weighted, R=residual,
             inner=inner or 1.0, stride_e=0 if scores is None else scores.stride(0), SOFTCAP=inner is not None,
-            **operands(hidden, weight, blocks), **blocks.options(),
+            **operands(hidden, weight, lora, blocks), **blocks.options(),
         )  # fmt: skip
     return sums, weighted, residual

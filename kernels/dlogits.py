@@ -20,6 +20,7 @@ from .logits import (
     EXP_IS_ZERO,
     LOG2E,
     add_bias,
+    add_lora,
     halves,
     log_sigmoid,
     logits,
@@ -94,6 +95,8 @@ def _part(
 def dlogits_kernel(
     X,  # (C, H)
     W,  # (V, H): the slice's rows of the weight
+    L,  # (C, rank) or None: of LoRA
+    B,  # (V, rank) or None: the slice's rows
     BIAS,  # (V,) the slice's, or None
     TOKENS,  # (C,) as positions in the slice
     SCALE,  # (C,)
@@ -111,9 +114,12 @@ def dlogits_kernel(
     C,
     V,
     H,
+    rank,
     stride_x,
     stride_w,
     stride_h,
+    stride_l,
+    stride_b,
     stride_d,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,6 +130,7 @@ def dlogits_kernel(
     EVEN_H: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     column_tiles = tl.cdiv(V, COLUMNS)
     row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(C, ROWS), column_tiles)
@@ -131,6 +138,7 @@ def dlogits_kernel(
         X, W, row_tile * ROWS, column_tile * COLUMNS, C, V, H, stride_x, stride_w, stride_h,
         ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
     )  # fmt: skip
+    score = add_lora(score, L, B, row_tile * ROWS, column_tile * COLUMNS, C, V, rank, stride_l, stride_b, RANK, WIDEN)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     in_chunk = rows < C
     token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)
@@ -165,6 +173,7 @@ def dlogits_kernel(
 def dlogits(
     hidden: torch.Tensor,  # (C, H)
     weight: torch.Tensor,  # (width, H): the slice's rows
+    lora: tuple[torch.Tensor, torch.Tensor] | None,  # l (C, rank) fp32 with contiguous rows, B (width, rank)
     bias: torch.Tensor | None,  # (width,)
     tokens: torch.Tensor,  # (C,), as positions in the slice; anything outside [0, width) has no column there
     scale: torch.Tensor,  # (C,) fp32, as the next five
@@ -186,6 +195,6 @@ def dlogits(
         dlogits_kernel[(triton.cdiv(shape[0], blocks.rows) * shape[1],)](
             BIAS=bias, TOKENS=tokens, SCALE=scale, LOGP=logprobs, T=t, LOGSUMEXP=logsumexp, G=grad_logprobs, H_GRAD=h,
             ENTROPY=entropy, OTHERS=others, UNIT=unit, D=out, R=residual, inner=inner or 1.0, stride_d=out.stride(0),
-            SOFTCAP=inner is not None, **operands(hidden, weight, blocks), **blocks.options(),
+            SOFTCAP=inner is not None, **operands(hidden, weight, lora, blocks), **blocks.options(),
         )  # fmt: skip
     return scale.new_empty(0) if residual is None else residual.sum(1)

@@ -81,14 +81,15 @@ def finalize_kernel(
         tl.store(WEIGHTED + rows, row_sums(Q, rows, inside, tiles, ROWS, BLOCK), mask=inside)
     if E is not None:
         kept = total < LARGEST_SUM
+        token = tl.load(TOKENS + rows, mask=inside, other=-1).to(tl.int64)
+        is_here = (token >= 0) & (token < V)  # with a sharded vocabulary another rank may have it
         entry = -total * tl.load(SLOPE + rows, mask=inside, other=0.0)
         stored = round_to(entry, E.dtype.element_ty, EMULATE)
         if R is not None:
-            residual = row_sums(R, rows, inside, tiles, ROWS, BLOCK) + (entry - stored.to(tl.float32))
+            residual = row_sums(R, rows, inside, tiles, ROWS, BLOCK)
+            residual += tl.where(is_here, entry - stored.to(tl.float32), 0.0)
             tl.store(RESIDUAL + rows, tl.where(kept, residual, 0.0), mask=inside)
-        token = tl.load(TOKENS + rows, mask=inside, other=0).to(tl.int64)
-        token = tl.minimum(tl.maximum(token, 0), V - 1)
-        tl.store(E + rows * stride_e + token, stored, mask=inside & kept)
+        tl.store(E + rows * stride_e + token, stored, mask=kept & is_here)
         lost = inside & ~kept
         if tl.max(lost.to(tl.int32), 0) > 0:
             for start in range(0, V, BLOCK):

@@ -1,14 +1,17 @@
 """What every kernel that multiplies matrices shares: one tile of logits, from operands to z, and how results are stored.
 
-    score = x . w_v + b_v                                     fp32 accumulators, operands in their own dtype
+    score = x . w_v + l . B_v + b_v                           fp32 accumulators, operands in their own dtype
     z     = score * scale_n                                   scale_n = logit_scale / T_n
     z     = tanh(score * inner) * scale_n                     with a softcap c: inner = logit_scale / c, scale_n = c / T_n
 
-so that in both cases d z / d score = scale_n * (1, or inner * slope), with slope = 1 - tanh^2.
+l . B_v is a LoRA update of few columns: l = scale A x (fp32) and B's rows, read a second time after x and w.
+
+So in both cases d z / d score = scale_n * (1, or inner * slope), with slope = 1 - tanh^2.
 
 Everything after `product_tile` is elementwise on fp32 registers; logits are never rounded to 16 bits.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,6 +85,38 @@ def product_tile(
             x_pointers += DEPTH
             w_pointers += DEPTH * stride_h
     return acc
+
+
+@triton.jit
+def add_lora(
+    score,  # (ROWS, COLUMNS)
+    L,  # (C, rank), or None
+    B,  # (V, rank)
+    row_start,
+    column_start,
+    C,
+    V,
+    rank,
+    stride_l,
+    stride_b,
+    RANK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """score + l @ B^T, as one more loop over a few columns."""
+    if L is not None:
+        place = tl.arange(0, RANK)
+        rows = (row_start + tl.arange(0, score.shape[0])) % C
+        columns = (column_start + tl.arange(0, score.shape[1])) % V
+        l_pointers = L + rows.to(tl.int64)[:, None] * stride_l + place[None, :]
+        b_pointers = B + columns.to(tl.int64)[:, None] * stride_b + place[None, :]
+        for start in range(0, rank, RANK):
+            inside = (place < rank - start)[None, :]
+            ax = tl.load(l_pointers + start, mask=inside, other=0.0)
+            b = tl.load(b_pointers + start, mask=inside, other=0.0)
+            if WIDEN:
+                ax, b = ax.to(tl.float32), b.to(tl.float32)
+            score = tl.dot(ax, b.T, score, input_precision="ieee")
+    return score
 
 
 @triton.jit
@@ -178,8 +213,9 @@ def round_to(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
     return x.to(dtype)
 
 
-def operands(x, w, blocks):
-    """The arguments of `product_tile` for x (C, H) and w (V, H): tensors or descriptors, sizes, strides, constants."""
+def operands(x, w, lora, blocks):
+    """The arguments of `product_tile` for x (C, H) and w (V, H): tensors or descriptors, sizes, strides, constants. And of
+    `add_lora` for lora = (l (C, rank), B (V, rank)) or None."""
     depth = x.shape[1]
     assert x.stride(1) == 1 or depth == 1, "rows of x must be contiguous"
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, w))
@@ -201,4 +237,32 @@ def operands(x, w, blocks):
         "DESCRIPTORS": descriptors,
         "WIDEN": INTERPRETED,
     }
-    return {"X": x_operand, "W": w_operand, **sizes, **strides, **constants}
+    return {"X": x_operand, "W": w_operand, **sizes, **strides, **constants, **_lora_operands(lora, x.dtype)}
+
+
+def _lora_operands(lora, dtype):
+    if lora is None:
+        return {"L": None, "B": None, "rank": 0, "stride_l": 0, "stride_b": 0, "RANK": 16}
+    ax, b = lora if dtype != torch.float32 else (lora[0], lora[1].to(dtype).contiguous())
+    if dtype != torch.float32:
+        ax, b = _bf16_operands(ax, b)
+    depth = 16 if dtype == torch.float32 else min(32, max(16, triton.next_power_of_2(b.shape[1])))
+    return {"L": ax, "B": b, "rank": b.shape[1], "stride_l": ax.stride(0), "stride_b": b.stride(0), "RANK": depth}
+
+
+def _bf16_operands(ax, b):
+    """l (C, rank) fp32 and B (V, rank) as bf16 operands (C, n rank), (V, n rank) of the same product, exact to fp32.
+
+    With both as sums of three bf16 parts, six of the nine products of parts matter in fp32; three where B is bf16 itself.
+    """
+    x1, x2, x3 = _bf16_parts(ax)
+    if b.dtype == torch.bfloat16:
+        return torch.cat([x1, x2, x3], 1), torch.cat([b, b, b], 1)
+    b1, b2, b3 = _bf16_parts(b.float())
+    return torch.cat([x1, x2, x3, x1, x2, x1], 1), torch.cat([b1, b1, b1, b2, b2, b3], 1)
+
+
+def _bf16_parts(x):
+    high = x.bfloat16()
+    middle = (x - high.float()).bfloat16()
+    return high, middle, (x - high.float() - middle.float()).bfloat16()

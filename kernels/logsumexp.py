@@ -22,6 +22,7 @@ from .logits import (
     LOG2E,
     ROWS_PER_PROGRAM,
     add_bias,
+    add_lora,
     halves,
     logits,
     operands,
@@ -86,6 +87,8 @@ def _fold(
 def logsumexp_kernel(
     X,  # (C, H)
     W,  # (V, H)
+    L,  # (C, rank) or None: of LoRA
+    B,  # (V, rank) or None
     BIAS,  # (V,) or None
     TOKENS,  # (C,)
     SCALE,  # (C,)
@@ -97,9 +100,12 @@ def logsumexp_kernel(
     C,
     V,
     H,
+    rank,
     stride_x,
     stride_w,
     stride_h,
+    stride_l,
+    stride_b,
     SOFTCAP: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -110,6 +116,7 @@ def logsumexp_kernel(
     EVEN_H: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     splits = tl.cdiv(V, COLUMNS * TILES)
     row_tile, split = tile_position(tl.program_id(0), tl.cdiv(C, ROWS), splits)
@@ -128,6 +135,7 @@ def logsumexp_kernel(
             X, W, row_tile * ROWS, start, C, V, H, stride_x, stride_w, stride_h,
             ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
         )  # fmt: skip
+        score = add_lora(score, L, B, row_tile * ROWS, start, C, V, rank, stride_l, stride_b, RANK, WIDEN)
         m, s, q, target = _fold(
             score, start, m, s, q, target, V, token, scale, BIAS, inner,
             Q is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS,
@@ -196,6 +204,7 @@ def split_count(vocab: int, columns: int) -> int:
 def logsumexp(
     hidden: torch.Tensor,  # (C, H)
     weight: torch.Tensor,  # (V, H)
+    lora: tuple[torch.Tensor, torch.Tensor] | None,  # l (C, rank) fp32 with contiguous rows, B (V, rank)
     bias: torch.Tensor | None,  # (V,)
     tokens: torch.Tensor,  # (C,)
     scale: torch.Tensor,  # (C,) fp32
@@ -212,7 +221,7 @@ def logsumexp(
         logsumexp_kernel[(triton.cdiv(count, blocks.rows) * splits,)](
             BIAS=bias, TOKENS=tokens, SCALE=scale, M=partials["m"], S=partials["s"], Q=partials.get("q"), Z=partials["z"],
             inner=inner or 1.0, SOFTCAP=inner is not None, TILES=_TILES_PER_SPLIT,
-            **operands(hidden, weight, blocks), **blocks.options(),
+            **operands(hidden, weight, lora, blocks), **blocks.options(),
         )  # fmt: skip
         order = ("m", "s", "q", "z")
         combine_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](

@@ -31,11 +31,12 @@ class Problem:
         def moved(x):
             return x.to(device) if isinstance(x, torch.Tensor) else x
 
-        head = replace(self.head, weight=moved(self.head.weight), bias=moved(self.head.bias))
+        lora = self.head.lora and tuple(moved(x) for x in self.head.lora)
+        head = replace(self.head, weight=moved(self.head.weight), bias=moved(self.head.bias), lora=lora)
         return Problem(**{f.name: moved(getattr(self, f.name)) for f in fields(self)} | {"head": head})
 
     def leaves(self, dtype: torch.dtype | None = None) -> Problem:
-        """A copy whose hidden, weight and bias are fresh leaves that require gradients, in `dtype`."""
+        """A copy whose hidden, weight, bias and LoRA factors are fresh leaves that require gradients, in `dtype`."""
 
         def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_()
@@ -43,7 +44,10 @@ class Problem:
         temperature = self.temperature
         if isinstance(temperature, torch.Tensor) and dtype is not None:
             temperature = temperature.to(dtype)
-        head = replace(self.head, weight=leaf(self.head.weight), bias=leaf(self.head.bias))
+        lora = self.head.lora
+        if lora is not None:
+            lora = leaf(lora.a), leaf(lora.b), lora.scale
+        head = replace(self.head, weight=leaf(self.head.weight), bias=leaf(self.head.bias), lora=lora)
         return replace(self, hidden=leaf(self.hidden), head=head, temperature=temperature)
 
 
@@ -54,6 +58,8 @@ class Result:
     dhidden: torch.Tensor
     dweight: torch.Tensor
     dbias: torch.Tensor | None
+    da: torch.Tensor | None = None  # of LoRA, as the next
+    db: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
 
     @classmethod
@@ -61,7 +67,9 @@ class Result:
         """Runs the backward of `loss` and collects the gradients of problem.leaves()."""
         loss.backward()
         bias = problem.head.bias
-        gradients = problem.hidden.grad, problem.head.weight.grad, None if bias is None else bias.grad
+        a, b = (None, None) if problem.head.lora is None else problem.head.lora[:2]
+        inputs = problem.hidden, problem.head.weight, bias, a, b
+        gradients = (None if x is None else x.grad for x in inputs)
         metrics = metrics and {name: value.cpu() for name, value in metrics.items()}
         return cls(logprobs.detach().cpu(), loss.detach().cpu(), *(g if g is None else g.cpu() for g in gradients), metrics)
 
@@ -77,14 +85,21 @@ def random_problem(
     logit_scale: float = 1.0,
     temperature: float | str = 1.0,
     masked: bool = False,
+    lora: int | None = None,
+    lora_dtype: torch.dtype | None = None,
 ) -> Problem:
     """Rows from uncertain to 1 - p_y = 1e-12, with ratios from e^-40 to e^40 in a scrambled order.
 
-    Confidence is planted by moving the hidden state along its token's weight row.
+    Confidence is planted by moving the hidden state along its token's weight row. lora: the rank of an update of the head that
+    is about a third as large as the weight.
     """
     weight = (torch.randn(vocab, hidden_size) * 0.3).to(dtype)
     bias_values = torch.randn(vocab).to(dtype) if bias else None
-    head = LMHead(weight, bias_values, softcap, logit_scale)
+    factors = None
+    if lora is not None:
+        a, b = torch.randn(lora, hidden_size) * 0.1, torch.randn(vocab, lora) * 0.5
+        factors = a.to(lora_dtype or dtype), b.to(lora_dtype or dtype), 2 / lora**0.5
+    head = LMHead(weight, bias_values, softcap, logit_scale, factors)
     tokens = torch.randint(0, vocab, (rows,))
     hidden = torch.randn(rows, hidden_size)
     per_token = torch.rand(rows) + 0.5 if temperature == "per-token" else temperature
@@ -184,8 +199,9 @@ def check_result(
     limit = ROW_TOLERANCE.get(dtype, tolerance) * conditioning
     assert (rows <= limit).all(), f"dX rows {(rows / limit).max():.2e} of the tolerance"
     assert relative_error(got.dweight, want.dweight) <= WEIGHT_TOLERANCE[dtype]
-    if want.dbias is not None:
-        assert relative_error(got.dbias, want.dbias) <= WEIGHT_TOLERANCE[dtype]
+    for name in ("dbias", "da", "db"):
+        if getattr(want, name) is not None:
+            assert relative_error(getattr(got, name), getattr(want, name)) <= WEIGHT_TOLERANCE[dtype], name
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

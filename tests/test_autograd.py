@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpg import LMHead, linear_logprobs
 from fastpg.ops import two_pass_backward, two_pass_forward
 from fastpg.products import product
+from fastpg.row_statistics import Partials, finish_rows
 
 
 def small_inputs(dtype=torch.float64, rows=7, vocab=9, hidden_size=4):
@@ -31,15 +32,17 @@ def test_gradcheck(softcap, temperature):
     assert torch.autograd.gradcheck(values, (hidden, weight, bias))
 
 
-def op_arguments(dtype, gather, entropy):
+def op_arguments(dtype, gather, entropy, rank=None):
     hidden, weight, bias, tokens = small_inputs(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    lora_hidden, b = (None, None) if rank is None else (torch.randn(7, rank).to(wide), torch.randn(9, rank).to(dtype))
     indices = torch.tensor([0, 2, 3, 6]) if gather else None
     keep = None if gather else torch.tensor([True, False, True, True, True, True, True])
     rows = tokens[indices] if gather else tokens
     temperature = torch.rand(len(rows)) + 0.5
     return (
-        hidden.detach(), indices, keep, rows, temperature.to(torch.promote_types(dtype, torch.float32)),
-        weight.detach(), bias.detach(), 3.0, 0.8, entropy, 2**24, "torch",
+        hidden.detach(), lora_hidden, indices, keep, rows, temperature.to(wide), weight.detach(), b, bias.detach(), 3.0,
+        0.8, entropy, 2**24, "torch",
     )  # fmt: skip
 
 
@@ -47,13 +50,17 @@ def op_arguments(dtype, gather, entropy):
 @pytest.mark.parametrize("entropy", [True, False], ids=["entropy", "logprobs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck_two_pass(dtype, gather, entropy):
-    arguments = op_arguments(dtype, gather, entropy)
+    arguments = op_arguments(dtype, gather, entropy, 2 if entropy else None)
     torch.library.opcheck(two_pass_forward, arguments)
-    statistics = list(two_pass_forward(*arguments))
+    statistics = list(finish_rows(Partials(*two_pass_forward(*arguments)), entropy))
     g = torch.randn_like(statistics[0])
     h = torch.randn_like(g) if entropy else None
-    for wanted in ([True, True, True], [False, True, False], [True, False, False]):
-        torch.library.opcheck(two_pass_backward, (*arguments[:9], statistics, g, h, wanted, 2**24, "torch"))
+    buffer = torch.zeros_like(arguments[6], dtype=g.dtype)
+    for hidden, weight, bias in ((True, True, True), (False, True, False), (True, False, False)):
+        wanted = [hidden, hidden and entropy, weight, weight and entropy, bias]
+        rest = statistics, g, h, wanted, 2**24, "torch"
+        torch.library.opcheck(two_pass_backward, (*arguments[:11], *rest, None, False))
+        torch.library.opcheck(two_pass_backward, (*arguments[:11], *rest, buffer if weight else None, True))
 
 
 @pytest.mark.parametrize("accumulate", [True, False])

@@ -184,15 +184,12 @@ def test_no_pass_over_the_scores_beside_products(launches, objective):
     assert computing == {"aten::mm"}, computing
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_the_bias_gradient_of_a_16_bit_chunk_keeps_the_factors_digits(monkeypatch, accumulate):
+def test_a_skinny_product_with_a_16_bit_chunk_keeps_the_digits_of_its_other_factor(monkeypatch):
     """As on a GPU, whose 16-bit products return fp32: u = high + low loses 2^-16 of it, high alone 2^-9."""
     monkeypatch.setattr(products, "multiply", lambda a, b: a.float() @ b.float())
-    scores, factor, before = torch.rand(1, 50).bfloat16(), torch.tensor([1.00390625 / 3]), torch.randn(50)
-    dbias = before.clone()
-    products._add_bias_gradient(scores, factor, dbias, accumulate)
-    exact = scores[0].double() * factor.double()
-    assert relative_error(dbias - before * accumulate, exact) < 2**-15
+    scores, factor = torch.rand(1, 50).bfloat16(), torch.tensor([1.00390625 / 3])
+    exact = scores.T.double() @ factor[:, None].double()
+    assert relative_error(products.skinny_product(scores.T, factor[:, None]), exact) < 2**-15
 
 
 # ---- The fused loss -------------------------------------------------------------------------------------------------
@@ -224,7 +221,7 @@ def test_opcheck_of_the_fused_operator(dtype, entropy):
     tokens, anchor, temperature = torch.randint(0, vocab, (rows,)), -torch.rand(rows), torch.rand(rows, 1) + 0.5
     rest = torch.rand(rows) > 0.3, -torch.rand(rows), torch.randn(rows), -torch.rand(rows), None, 5.0
     for scores in (torch.zeros(rows, vocab, dtype=dtype), None):
-        arguments = (hidden, tokens, temperature, anchor, weight, bias, 5.0, 0.9, entropy, scores, *rest)
+        arguments = (hidden, None, tokens, temperature, anchor, weight, None, bias, 5.0, 0.9, entropy, scores, *rest)
         moved = tuple(x.to(KERNEL_DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
         torch.library.opcheck(ops.cispo_scores, moved)
 

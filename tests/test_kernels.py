@@ -35,9 +35,9 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what storing an entry may cost: relative, and absolute where numbers become subnormal
 ROUNDING = {torch.float32: (0, 2.0**-126), torch.bfloat16: (2.0**-8, 2.0**-126), torch.float16: (2.0**-11, 2.0**-25)}
 TWO_DTYPES = pytest.mark.parametrize("name", ["fp32", "bf16"])
-EVERYTHING = "bias softcap temperature"
+EVERYTHING = "bias softcap temperature lora"
 
-Inputs = namedtuple("Inputs", "hidden weight bias tokens scale inner")  # what every launcher takes first
+Inputs = namedtuple("Inputs", "hidden weight lora bias tokens scale inner")  # what every launcher takes first
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)  # asserts equal bits, of tuples too
 
 
@@ -62,14 +62,23 @@ def inputs(rows, vocab, hidden_size=40, name="fp32", options=""):
     bias = torch.randn(vocab).to(FLOATS[name]) if "bias" in options else None
     scale = torch.rand(rows) + 0.5 if "temperature" in options else torch.ones(rows)
     scale, inner = (9 * scale, 0.7 / 9) if "softcap" in options else (scale, None)
-    p = Inputs(hidden.to(FLOATS[name]), weight.to(FLOATS[name]), bias, tokens, scale, inner)
-    return Inputs(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in p))
+    lora = None
+    if "lora" in options:  # B in fp32, which 16-bit kernels split, and a rank that they take in two parts
+        lora = torch.randn(rows, 40), torch.randn(vocab, 40) * 0.05
+    p = Inputs(hidden.to(FLOATS[name]), weight.to(FLOATS[name]), lora, bias, tokens, scale, inner)
+    return moved_to(DEVICE, p)
+
+
+def moved_to(device, p):
+    lora = p.lora and tuple(x.to(device) for x in p.lora)
+    return Inputs(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in p))._replace(lora=lora)
 
 
 def exact(p):
     """float64, on the CPU: z, slope and rest (C, V), where rest is z with -inf in the target's column; the others (C,)."""
-    p, e = Inputs(*(x.cpu() if hasattr(x, "cpu") else x for x in p)), SimpleNamespace(column=p.tokens.cpu()[:, None])
+    p, e = moved_to("cpu", p), SimpleNamespace(column=p.tokens.cpu()[:, None])
     u = p.hidden.double() @ p.weight.double().T + (0 if p.bias is None else p.bias.double())
+    u = u if p.lora is None else u + p.lora[0].double() @ p.lora[1].double().T
     e.slope = torch.ones_like(u) if p.inner is None else (u * p.inner).cosh() ** -2
     e.z = (u if p.inner is None else (u * p.inner).tanh()) * p.scale.double()[:, None]
     e.rest, e.target, e.target_slope = e.z.scatter(1, e.column, -inf), *(x.gather(1, e.column)[:, 0] for x in (e.z, e.slope))
@@ -161,8 +170,9 @@ def check_dlogits(p, e, columns, entropy, blocks):
     want, size = (x[:, columns] * factor[:, None] * e.slope[:, columns] for x in (d, size))
     logp, t, lse, g, *for_entropy = (x.float().to(DEVICE) for x in (e.logp, e.t, e.z.logsumexp(1), g, h, H, e.others))
     out, bias = p.weight.new_empty(want.shape), None if p.bias is None else p.bias[columns]
+    lora = p.lora and (p.lora[0], p.lora[1][columns])
     residual = dlogits(
-        p.hidden, p.weight[columns], bias, p.tokens - columns.start, p.scale, p.inner, logp, t, lse, g,
+        p.hidden, p.weight[columns], lora, bias, p.tokens - columns.start, p.scale, p.inner, logp, t, lse, g,
         tuple(for_entropy) if entropy else None, unit, out, blocks,
     )  # fmt: skip
     assert_stored(out, want, 2 * e.tolerance[:, None] * size, residual, 2 * e.tolerance * size.sum(1))
@@ -387,7 +397,7 @@ def test_layouts_and_descriptors_change_no_bit(operand, layout):
     else:
         margins = {"contiguous": (0, 0), "in-wider": (16, 8), "misaligned": (1, 7), "odd-stride": (0, 1)}[layout]
         changed = p._replace(**{operand: in_wider(getattr(p, operand), *margins)})
-    chosen = operands(changed.hidden, changed.weight, blocks_of(p, descriptors=True))["DESCRIPTORS"]
+    chosen = operands(changed.hidden, changed.weight, None, blocks_of(p, descriptors=True))["DESCRIPTORS"]
     assert chosen == (layout in ("contiguous", "in-wider"))
     want = launch(p, descriptors=False)
     same((launch(changed, descriptors=True), launch(changed, descriptors=False)), (want, want))
@@ -432,7 +442,8 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(name):
     blocks = blocks_of(p, **SMALL_TILE)  # 17 row tiles, more than the 8 that share columns
 
     def results(rows):
-        q = p._replace(hidden=p.hidden[rows], tokens=p.tokens[rows], scale=p.scale[rows])
+        lora = p.lora and (p.lora[0][rows], p.lora[1])
+        q = p._replace(hidden=p.hidden[rows], lora=lora, tokens=p.tokens[rows], scale=p.scale[rows])
         return tuple(x for x in (*logsumexp(*q, True, blocks), *score(q, log_anchor[rows], blocks)) if len(x))
 
     whole = results(slice(None))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastpg import CISPO, LMHead, Reinforce, one_pass_schedule, products, triton_tile_ops, two_pass_schedule
 from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
+from fastpg.lm_head import Projection, projection_of
 from fastpg.losses import TokenTerms, token_losses
 from fastpg.one_pass_schedule import Options, chunk_length, one_pass
 from fastpg.row_statistics import RowStatistics
@@ -76,16 +77,17 @@ def _without_kernels_and_products(monkeypatch):
     monkeypatch.setattr(products, "multiply", lambda a, b: a.new_empty(len(a), b.shape[1], dtype=torch.float32))
 
     def anchored(function):
-        def scores(hidden, tokens, temperature, log_anchor, weight, bias, softcap, logit_scale, *rest):
-            head, chunk = LMHead(weight, bias, softcap, logit_scale), Chunk(hidden, tokens, temperature)
+        def scores(hidden, low_rank, tokens, temperature, log_anchor, weight, b, bias, softcap, logit_scale, *rest):
+            head, chunk = Projection(weight, b, bias, softcap, logit_scale), Chunk(hidden, low_rank, tokens, temperature)
             entropy, *others = rest
-            return function(chunk, head, log_anchor, entropy, *(x for x in others if x != "triton"))
+            return function(chunk, head, log_anchor, entropy, *(x for x in others if not isinstance(x, str)))
 
         return scores
 
     bodies = SimpleNamespace(  # a registered operator would answer with its fake
         tiles_of=lambda backend: triton_tile_ops,
-        anchored_scores=anchored(lambda *x: triton_tile_ops.anchored_exp(*x)),
+        target_logits=lambda *x: triton_tile_ops.target_logits(Chunk(*x[:4]), Projection(*x[4:-1])),
+        anchored_scores=anchored(lambda *x: triton_tile_ops.anchored_exp(*x[:-2], x[-2:])),
         cispo_scores=anchored(lambda *x: triton_tile_ops.anchored_cispo(*x)),
         gradient_products=products.gradient_products,
     )
@@ -101,8 +103,8 @@ def problem(shape, dtype, gather):
 
     indices = meta(rows, dtype=torch.int64) if gather else None
     hidden = meta(rows + gather, size, dtype=dtype)
-    head = LMHead(meta(vocab, size, dtype=dtype))
-    return Rows(hidden, indices, None, meta(rows, dtype=torch.int64), None), head, partial(meta, rows)
+    head = projection_of(LMHead(meta(vocab, size, dtype=dtype)))
+    return Rows(hidden, None, indices, None, meta(rows, dtype=torch.int64), None), head, partial(meta, rows)
 
 
 def beyond_results(call, rows, head, inputs):
@@ -125,7 +127,7 @@ def test_one_pass(shape, dtype, gather, objective, workspace):
     mask = torch.empty(len(rows.tokens), dtype=torch.bool, device="meta")
     terms = TokenTerms(mask, vector(), vector(), vector(), None, None)
     bounds = objective.ratio_bounds if isinstance(objective, CISPO) else None
-    options = Options(Wanted(True, True, False), False, workspace, False, "triton", bounds)
+    options = Options(Wanted(True, False, True, False, False), False, workspace, False, "triton", bounds)
     losses = partial(token_losses, objective=objective, kl=None)
     inputs = [*(x for x in terms if x is not None), *([rows.indices] if gather else [])]
     used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
@@ -144,7 +146,7 @@ def test_two_passes(shape, dtype, gather, entropy):
     rows, head, vector = problem(shape, dtype, gather)
     statistics = RowStatistics(*(vector() for _ in range(5)))
     g, h = vector(), vector() if entropy else None
-    wanted = Wanted(True, True, False)
+    wanted = Wanted(True, False, True, False, False)
 
     def backward():
         two_pass_schedule.two_pass_backward(triton_tile_ops, rows, head, statistics, g, h, wanted, GIB)

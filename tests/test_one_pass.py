@@ -23,7 +23,7 @@ from fastpg import (
     policy_loss,
     reference,
 )
-from fastpg.ops import anchored_scores, gradient_products
+from fastpg.ops import anchored_scores, gradient_products, lora_products, target_logits
 
 # names what a test calls `one_pass`
 ONE_PASS = pytest.mark.parametrize("one_pass", [one_pass, one_pass_triton], ids=["torch", "triton"])
@@ -307,6 +307,7 @@ def test_no_other_pass_over_the_scores():
         "aten::expand",
     }
     bookkeeping = {
+        "aten::index",
         "aten::index_put_",
         "aten::_index_put_impl_",
         "aten::index_fill_",
@@ -655,14 +656,22 @@ def test_opcheck(dtype, entropy):
     weight, bias = torch.randn(33, 8).to(dtype), torch.randn(33).to(dtype)
     temperature, anchor = torch.rand(256, 1).to(wide) + 0.5, -torch.rand(256).to(wide)
     scores = torch.zeros(256, 33, dtype=dtype)
-    arguments = (hidden, tokens, temperature, anchor, weight, bias, 5.0, 0.9, entropy, "torch")
-    torch.library.opcheck(anchored_scores, (*arguments, scores))
-    torch.library.opcheck(anchored_scores, (*arguments, None))
+    lora_hidden, b = (torch.randn(256, 3).to(wide), torch.randn(33, 3).to(dtype)) if entropy else (None, None)
+    head = weight, b, bias, 5.0, 0.9
+    torch.library.opcheck(target_logits, (hidden, lora_hidden, tokens, temperature, *head, "torch"))
+    target = target_logits(hidden, lora_hidden, tokens, temperature, *head, "torch")
+    arguments = (hidden, lora_hidden, tokens, temperature, anchor, *head, entropy, "torch")
+    torch.library.opcheck(anchored_scores, (*arguments, scores, *target))
+    torch.library.opcheck(anchored_scores, (*arguments, None, *target))
     factor = torch.randn(256).to(wide)
     residual = torch.randn(256 if dtype == torch.bfloat16 else 0).to(wide)
     for sums in (dtype, wide):
         targets = (torch.zeros(256, 8, dtype=dtype), torch.zeros(33, 8, dtype=sums), torch.zeros(33, dtype=wide))
         torch.library.opcheck(gradient_products, (scores, factor, residual, hidden, tokens, weight, *targets, sums == wide))
+    if entropy:
+        targets = torch.zeros(256, 3, dtype=wide), torch.zeros(33, 3, dtype=wide)
+        for accumulate in (False, True):
+            torch.library.opcheck(lora_products, (scores, factor, residual, lora_hidden, tokens, b, *targets, accumulate))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function
