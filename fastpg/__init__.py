@@ -7,6 +7,7 @@ from .lm_head import LMHead
 from .losses import PolicyLossOutput, policy_loss
 from .objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
 from .one_pass import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
+from .selective import selective_logprobs
 from .two_pass import TokenLogprobs, linear_logprobs
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "policy_loss",
+    "selective_logprobs",
 ]
 
 if find_spec("fastpg.kernels") is None:

@@ -40,16 +40,33 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),
     "combine": (("float32",), ("entropy",)),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),
+    "given_logsumexp": (("bfloat16", "float16", "float32"), ("entropy",)),
+    "given_dlogits": (("bfloat16", "float16", "float32"), ("entropy",)),
 }
 MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 
 # Arguments by what they are; the rest are fp32 vectors. None where no flag asks for them.
-_OPERANDS = ("X", "W", "B", "BIAS", "E", "D")  # in the dtype of the model
-_SIZES = ("C", "V", "H", "rank", "stride_x", "stride_w", "stride_l", "stride_b", "stride_e", "stride_d", "tiles", "splits")
-_DIVISIBLE = ("V", "H", "rank", "stride_x", "stride_w", "stride_l", "stride_b", "stride_e", "stride_d")
+_OPERANDS = ("X", "W", "B", "BIAS", "E", "D", "LOGITS")  # in the dtype of the model
+_SIZES = (
+    "C",
+    "V",
+    "H",
+    "rank",
+    "stride_x",
+    "stride_w",
+    "stride_l",
+    "stride_b",
+    "stride_e",
+    "stride_d",
+    "stride_z",
+    "tiles",
+    "splits",
+)
+_DIVISIBLE = ("V", "H", "rank", "stride_x", "stride_w", "stride_l", "stride_b", "stride_e", "stride_d", "stride_z")
 _SCALARS = ("inner", "ratio_min", "ratio_max")
 _FLAG_OF = {
-    "BIAS": "bias", "L": "lora", "B": "lora", "E": "scores", "RESIDUAL": "scores", "Q": "entropy", "WEIGHTED": "entropy", "H_GRAD": "entropy",
+    "BIAS": "bias", "L": "lora", "B": "lora",
+    "E": "scores", "RESIDUAL": "scores", "Q": "entropy", "WEIGHTED": "entropy", "H_GRAD": "entropy",
     "ENTROPY": "entropy", "OTHERS": "entropy", "ratio_min": "cispo", "ratio_max": "cispo",
     **dict.fromkeys(
         ("LOG_ANCHOR", "OLD", "ADVANTAGE", "WEIGHT", "MASK", "ROW_SCALE", "LOGP", "LOSS", "FACTOR", "STATE"), "cispo"
@@ -107,17 +124,19 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
 def arguments(variant: Variant) -> tuple[object, dict[str, str], dict[str, object], dict[str, int]]:
     """(kernel, {argument: type}, {argument: constant}, {option: value}) as its launcher would have them."""
     from . import kernels
-    from .kernels import anchored_exp, dlogits, finalize, logsumexp, target  # noqa: F401 - read from the package below
+    from .kernels import anchored_exp, dlogits, finalize, given, logsumexp, target  # noqa: F401 - read from the package below
     from .kernels.blocks import blocks_for
 
-    module = {"combine": "logsumexp"}.get(variant.kernel, variant.kernel)
-    function = getattr(getattr(kernels, module), f"{variant.kernel}_kernel")
+    name = {"combine": "logsumexp", "given_logsumexp": "given", "given_dlogits": "given"}.get(variant.kernel, variant.kernel)
+    module = getattr(kernels, name)
+    function = getattr(module, f"{variant.kernel}_kernel")
     dtype, softcap = _TRITON_DTYPES[variant.dtype], "softcap" in variant.flags
     constants: dict[str, object] = {
         "SOFTCAP": softcap, "CISPO": "cispo" in variant.flags, "EMULATE": False, "WIDEN": False, "EVEN_H": True,
-        "BLOCK": getattr(getattr(kernels, module), "_BLOCK", None), "TILES": logsumexp._TILES_PER_SPLIT, "stride_h": 1,
+        "BLOCK": getattr(module, "_BLOCK", None), "TILES": getattr(module, "_TILES_PER_SPLIT", None), "stride_h": 1,
         "DESCRIPTORS": False, "stride_r": 1, "RANK": 16 if variant.dtype == "float32" else 32,
     }  # fmt: skip
+    constants["COLUMNS"] = getattr(module, "_COLUMNS", None)
     constants["ROWS"] = 4  # kernels.logits.ROWS_PER_PROGRAM outside the interpreter
     options = {}
     blocks = None
@@ -148,7 +167,7 @@ def _is_absent(name: str, variant: Variant) -> bool:
         return variant.dtype == "float32" or not (variant.kernel == "dlogits" or "scores" in variant.flags)
     if name == "UNIT":
         return variant.dtype != "float16"
-    if name == "LOGP" and variant.kernel == "dlogits":
+    if name == "LOGP" and variant.kernel != "finalize":
         return False
     flag = _FLAG_OF.get(name)
     return flag is not None and flag not in variant.flags
@@ -161,7 +180,7 @@ def _type_of(name: str, dtype: str) -> str:
         return "i32"
     if name in _SCALARS:
         return "fp32"
-    return {"TOKENS": "*i64", "MASK": "*u8", "STATE": "*i8"}.get(name, "*fp32")
+    return {"TOKENS": "*i64", "MASK": "*u8", "KEEP": "*u8", "STATE": "*i8"}.get(name, "*fp32")
 
 
 def compile_variant(variant: Variant) -> Compiled:

@@ -368,7 +368,9 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
     wide = accumulation_dtype(weight.dtype).itemsize
     fixed, per_row = tiles.one_pass_bytes(head, options.entropy)
     # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
-    per_row += 4 * head.hidden_size * wide + 20 * wide
+    per_row += 4 * (head.hidden_size + head.rank) * wide + 20 * wide
+    if options.wanted.lora_weight:  # dB of a chunk, in two parts and summed
+        fixed += 3 * head.vocab_size * head.rank * wide
     if any(options.wanted):
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
         fixed += widened_bytes(head)

@@ -21,7 +21,7 @@ _ENVIRONMENT = os.environ.get("FASTPG_BACKEND")
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def choose_backend(backend: str | None, hidden: torch.Tensor) -> str:
+def choose_backend(backend: str | None, hidden: torch.Tensor, name: str = "hidden") -> str:
     """ "torch" or "triton": the argument, else FASTPG_BACKEND, else triton for CUDA and ROCm tensors and torch elsewhere.
 
     float64 has no kernels: it takes torch unless triton is asked for by the argument, which is then an error, as it is where
@@ -37,16 +37,16 @@ def choose_backend(backend: str | None, hidden: torch.Tensor) -> str:
     if chosen == "triton":
         if is_float64:
             raise TypeError('backend="triton" has no float64 kernels; use backend="torch", or float32 inputs')
-        _check_triton(hidden.device.type)
+        _check_triton(hidden.device.type, name)
     return chosen
 
 
-def _check_triton(device: str) -> None:
+def _check_triton(device: str, name: str) -> None:
     if not _TRITON_IS_INSTALLED:
         raise ModuleNotFoundError('backend="triton" needs triton, which is not installed: pip install triton')
     if device != "cuda" and not tiles_of("triton").INTERPRETED:
         raise ValueError(
-            f'backend="triton" runs on CUDA and ROCm tensors; hidden is on {device}. Use backend="torch"; to debug the kernels '
+            f'backend="triton" runs on CUDA and ROCm tensors; {name} is on {device}. Use backend="torch"; to debug the kernels '
             "on a CPU, start Python with TRITON_INTERPRET=1"
         )
 
@@ -283,3 +283,45 @@ def lora_products(
 ) -> None:
     """The same with LoRA's factors (`products.lora_products`)."""
     products.lora_products(scores, factor, residual, lora_hidden, tokens, lora_weight, dlora_hidden, dlora_weight, accumulate)
+
+
+@torch.library.custom_op("fastpg::given_logsumexp", mutates_args=())
+def given_logsumexp(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    keep: torch.Tensor,
+    entropy: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partials of ready logits (N, V): `tile_ops.given_logsumexp`."""
+    return tuple(tiles_of(backend).given_logsumexp(logits, tokens, temperature, keep, entropy))
+
+
+@given_logsumexp.register_fake
+def _(logits, tokens, temperature, keep, entropy, backend):
+    def per_row(present: bool) -> torch.Tensor:
+        return logits.new_empty(logits.shape[0] if present else 0, dtype=accumulation_dtype(logits.dtype))
+
+    return per_row(True), per_row(True), per_row(entropy), per_row(True)
+
+
+@torch.library.custom_op("fastpg::given_dlogits", mutates_args=())
+def given_dlogits(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    keep: torch.Tensor,
+    statistics: list[torch.Tensor],
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """Their gradient: `tile_ops.given_dlogits`."""
+    tiles = tiles_of(backend)
+    return tiles.given_dlogits(logits, tokens, temperature, keep, RowStatistics(*statistics), grad_logprobs, grad_entropy)
+
+
+@given_dlogits.register_fake
+def _(logits, tokens, temperature, keep, statistics, grad_logprobs, grad_entropy, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -161,35 +161,54 @@ def dlogits(
     times logit_scale / T and the slope of the softcap. (`reference` derives it.)
     """
     rows = tile_shape(head).rows
-    stop = start + len(w)
     scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
     g = grad_logprobs * scale
-    at_target = g * F.logsigmoid(statistics.t).exp()
-    h = None
-    if grad_entropy is not None:
-        h = grad_entropy * scale
-        p_q = (statistics.logprobs + F.logsigmoid(statistics.t)).exp()
-        at_target = at_target + torch.where(statistics.t.isinf(), 0, h * p_q * (statistics.t - statistics.others_entropy))
+    h = None if grad_entropy is None else grad_entropy * scale
+    at_target = _target_gradient(statistics, g, h)
     needs_rounding = out.dtype != statistics.t.dtype
     residual = torch.zeros(len(out) if needs_rounding else 0, dtype=statistics.t.dtype, device=out.device)
     for r in range(0, len(chunk.tokens), rows):
         block = slice(r, r + rows)
         z = torch.empty_like(out[block], dtype=statistics.t.dtype) if needs_rounding else out[block]
         slope = _logits(chunk, block, w, head, start, z, want_slope=True)
-        z.sub_(statistics.logsumexp[block, None])
-        if h is None:
-            z.exp_().mul_(-g[block, None])
-        else:
-            p = z.clamp_(min=_EXP_IS_ZERO).exp()  # log p_v = -inf only where p_v = 0
-            z.add_(statistics.entropy[block, None]).mul_(-h[block, None]).sub_(g[block, None]).mul_(p)
-        column, inside = _target_column(chunk.tokens[block], start, stop)
-        z.scatter_(1, column, torch.where(inside, at_target[block, None], z.gather(1, column)))
+        _to_gradient_(z, chunk.tokens, block, start, statistics, g, h, at_target)
         if slope is not None:
             z.mul_(slope)
         if needs_rounding:
             out[block].copy_(z)
             residual[block] = z.sum(1) - out[block].sum(1, dtype=z.dtype)
     return residual
+
+
+def _target_gradient(statistics: RowStatistics, g: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
+    """dL/dz in the target's column, (C,)."""
+    log_1mp = F.logsigmoid(statistics.t)
+    at_target = g * log_1mp.exp()
+    if h is None:
+        return at_target
+    p_q = (statistics.logprobs + log_1mp).exp()
+    return at_target + torch.where(statistics.t.isinf(), 0, h * p_q * (statistics.t - statistics.others_entropy))
+
+
+def _to_gradient_(
+    z: torch.Tensor,
+    tokens: torch.Tensor,
+    block: slice,
+    start: int,
+    statistics: RowStatistics,
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    at_target: torch.Tensor,
+) -> None:
+    """A tile of logits, rows `block` and columns from `start` on -> dL/dz, in place."""
+    z.sub_(statistics.logsumexp[block, None])
+    if h is None:
+        z.exp_().mul_(-g[block, None])
+    else:
+        p = z.clamp_(min=_EXP_IS_ZERO).exp()  # log p_v = -inf only where p_v = 0
+        z.add_(statistics.entropy[block, None]).mul_(-h[block, None]).sub_(g[block, None]).mul_(p)
+    column, inside = _target_column(tokens[block], start, start + z.shape[1])
+    z.scatter_(1, column, torch.where(inside, at_target[block, None], z.gather(1, column)))
 
 
 def anchored_exp(
@@ -335,3 +354,63 @@ def _target_column(tokens: torch.Tensor, start: int, stop: int) -> tuple[torch.T
     """Each row's target as a column (C, 1) of [start, stop), and whether it lies there. No host read."""
     inside = (tokens >= start) & (tokens < stop)
     return torch.where(inside, tokens - start, 0)[:, None], inside[:, None]
+
+
+# Rows and columns of ready logits that are widened at a time.
+_GIVEN_ROWS, _GIVEN_COLUMNS = 256, 4096
+
+
+def given_logsumexp(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor | None, keep: torch.Tensor, entropy: bool
+) -> Partials:
+    """`online_logsumexp` of ready logits (N, V) / temperature (N, 1); rows with keep (N,) False count as zeros."""
+    dtype, (size, vocab) = accumulation_dtype(logits.dtype), logits.shape
+    maximum = logits.new_full((size,), -torch.inf, dtype=dtype)
+    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    target = torch.full_like(maximum, torch.nan)
+    for r in range(0, size, _GIVEN_ROWS):
+        block = slice(r, r + _GIVEN_ROWS)
+        for start in range(0, vocab, _GIVEN_COLUMNS):
+            z = _given_tile(logits, temperature, keep, block, start, dtype)
+            column, inside = _target_column(tokens[block], start, start + z.shape[1])
+            z_target = z.gather(1, column)
+            target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
+            z.scatter_(1, column, torch.where(inside, -torch.inf, z_target))
+            _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
+    return Partials(maximum, total, weighted if entropy else total.new_empty(0), target)
+
+
+def given_dlogits(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    keep: torch.Tensor,
+    statistics: RowStatistics,
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of ready logits, (N, V) in their dtype; exactly 0 in rows with keep False."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    scale = keep.to(statistics.t.dtype) if temperature is None else keep / temperature[:, 0]
+    g = torch.where(keep, grad_logprobs * scale, 0)
+    h = None if grad_entropy is None else torch.where(keep, grad_entropy * scale, 0)
+    at_target = torch.where(keep, _target_gradient(statistics, g, h), 0)
+    for r in range(0, len(logits), _GIVEN_ROWS):
+        block = slice(r, r + _GIVEN_ROWS)
+        for start in range(0, logits.shape[1], _GIVEN_COLUMNS):
+            z = _given_tile(logits, temperature, keep, block, start, statistics.t.dtype)
+            _to_gradient_(z, tokens, block, start, statistics, g, h, at_target)
+            out[block, start : start + z.shape[1]] = z
+    return out
+
+
+def _given_tile(
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None,
+    keep: torch.Tensor,
+    block: slice,
+    start: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    z = torch.where(keep[block, None], logits[block, start : start + _GIVEN_COLUMNS], 0).to(dtype)
+    return z if temperature is None else z.div_(temperature[block])

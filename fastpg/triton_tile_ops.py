@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -15,6 +16,8 @@ from .kernels.anchored_exp import anchored_exp as anchored_exp_tiles
 from .kernels.blocks import Blocks, blocks_for, fewest_columns, target_of
 from .kernels.dlogits import dlogits as dlogits_tiles
 from .kernels.finalize import finalize, finalize_cispo
+from .kernels.given import given_dlogits as given_dlogits_tiles
+from .kernels.given import given_logsumexp as given_logsumexp_tiles
 from .kernels.logits import INTERPRETED
 from .kernels.logsumexp import logsumexp, split_count
 from .kernels.target import target_logits as target_kernel_logits
@@ -29,6 +32,8 @@ __all__ = [
     "anchored_cispo",
     "anchored_exp",
     "dlogits",
+    "given_dlogits",
+    "given_logsumexp",
     "one_pass_bytes",
     "online_logsumexp",
     "operand_dtype",
@@ -76,14 +81,15 @@ def _lora_bytes(head: Projection) -> int:
     return 2 * 12 * head.vocab_size * head.rank
 
 
-def _on_its_device(tile_op: Callable) -> Callable:
-    """Triton launches on the current device, which need not be the chunk's."""
+def _device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
+
+def _on_its_device(tile_op: Callable) -> Callable:
     @functools.wraps(tile_op)
     def wrapped(chunk: Chunk, *arguments):
-        if not chunk.hidden.is_cuda:
-            return tile_op(chunk, *arguments)
-        with torch.cuda.device(chunk.hidden.device):
+        with _device_of(chunk.hidden):
             return tile_op(chunk, *arguments)
 
     return wrapped
@@ -126,6 +132,49 @@ def dlogits(
         statistics.logprobs, statistics.t, statistics.logsumexp, grad_logprobs.contiguous(), for_entropy, unit, out,
         _blocks(head),
     )  # fmt: skip
+
+
+def given_logsumexp(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor | None, keep: torch.Tensor, entropy: bool
+) -> Partials:
+    with _device_of(logits):
+        maximum, total, weighted, target = given_logsumexp_tiles(
+            _in_rows(logits), keep, tokens, _given_scale(logits, temperature), entropy
+        )
+    inside = (tokens >= 0) & (tokens < logits.shape[1])
+    weighted = total.new_empty(0) if weighted is None else weighted
+    return Partials(maximum, total, weighted, torch.where(inside, target, torch.nan))
+
+
+def given_dlogits(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    keep: torch.Tensor,
+    statistics: RowStatistics,
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    g, for_entropy = torch.where(keep, grad_logprobs, 0), None
+    if grad_entropy is not None:
+        for_entropy = torch.where(keep, grad_entropy, 0), statistics.entropy, statistics.others_entropy
+    with _device_of(logits):
+        given_dlogits_tiles(
+            _in_rows(logits), keep, tokens, _given_scale(logits, temperature), statistics.logprobs, statistics.t,
+            statistics.logsumexp, g, for_entropy, out,
+        )  # fmt: skip
+    return out
+
+
+def _in_rows(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _given_scale(logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+    if temperature is None:
+        return torch.ones(len(logits), device=logits.device)
+    return 1 / temperature[:, 0]
 
 
 @_on_its_device

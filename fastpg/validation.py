@@ -67,6 +67,31 @@ def check_linear_inputs(
     check_temperature(temperature, tokens.shape)
 
 
+def check_given_logits(
+    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
+) -> None:
+    """logits (..., V), tokens (...), mask (...), temperature: number or (...)."""
+    for name, value in (("logits", logits), ("tokens", tokens)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if logits.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64; got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be (..., V) with V >= 1; got shape {tuple(logits.shape)}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
+    if tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens must have the leading shape of logits, {tuple(logits.shape[:-1])}, already shifted; got shape "
+            f"{tuple(tokens.shape)}"
+        )
+    for name, value in (("tokens", tokens), ("temperature", temperature)):
+        if isinstance(value, torch.Tensor) and value.device != logits.device:
+            raise ValueError(f"{name} is on {value.device} but logits is on {logits.device}")
+    check_mask(mask, "tokens", tokens)
+    check_temperature(temperature, tokens.shape)
+
+
 def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
     if mask is None:
         return

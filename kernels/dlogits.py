@@ -33,7 +33,7 @@ from .logits import (
 
 
 @triton.jit
-def _part(
+def store_gradient(
     score,  # (ROWS, COLUMNS)
     start,  # its first column
     rows,
@@ -61,11 +61,11 @@ def _part(
     """Stores the gradient of a tile, or of each of its parts; returns what rounding took from its rows, (ROWS,)."""
     if PARTS > 1:
         left, right = halves(score, GROUPS)
-        r = _part(
+        r = store_gradient(
             left, start, rows, C, V, token, scale, lse, g, h, at_target, entropy, BIAS, D, R, inner, stride_d,
             HAS_ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS, WIDEN,
         )  # fmt: skip
-        return r + _part(
+        return r + store_gradient(
             right, start + right.shape[1] // GROUPS, rows, C, V, token, scale, lse, g, h, at_target, entropy, BIAS, D, R,
             inner, stride_d, HAS_ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS, WIDEN,
         )  # fmt: skip
@@ -89,6 +89,24 @@ def _part(
     pointers = D + rows.to(tl.int64)[:, None] * stride_d + columns[None, :]
     tl.store(pointers, stored, mask=(rows < C)[:, None] & (columns < V)[None, :])
     return r
+
+
+@triton.jit
+def row_terms(rows, in_chunk, factor, LOGP, T, G, H_GRAD, ENTROPY, OTHERS):
+    """(ROWS,) each: g and h of the score, H, and the gradient in the target's column."""
+    g = tl.load(G + rows, mask=in_chunk, other=0.0) * factor
+    t = tl.load(T + rows, mask=in_chunk, other=0.0)
+    log_1mp = log_sigmoid(t)
+    at_target = g * tl.exp(log_1mp)
+    h = g
+    entropy = g
+    if H_GRAD is not None:
+        h = tl.load(H_GRAD + rows, mask=in_chunk, other=0.0) * factor
+        entropy = tl.load(ENTROPY + rows, mask=in_chunk, other=0.0)
+        p_q = tl.exp(tl.load(LOGP + rows, mask=in_chunk, other=0.0) + log_1mp)
+        from_entropy = h * p_q * (t - tl.load(OTHERS + rows, mask=in_chunk, other=0.0))
+        at_target += tl.where(tl.abs(t) == float("inf"), 0.0, from_entropy)
+    return g, h, entropy, at_target
 
 
 @triton.jit
@@ -143,26 +161,14 @@ def dlogits_kernel(
     in_chunk = rows < C
     token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)
     scale = tl.load(SCALE + rows, mask=in_chunk, other=0.0)
-    t = tl.load(T + rows, mask=in_chunk, other=0.0)
     lse = tl.load(LOGSUMEXP + rows, mask=in_chunk, other=0.0)
     factor = scale
     if SOFTCAP:
         factor = factor * inner
     if UNIT is not None:
         factor = factor * tl.load(UNIT + rows, mask=in_chunk, other=0.0)
-    g = tl.load(G + rows, mask=in_chunk, other=0.0) * factor
-    log_1mp = log_sigmoid(t)
-    at_target = g * tl.exp(log_1mp)
-
-    h = g
-    entropy = g
-    if H_GRAD is not None:
-        h = tl.load(H_GRAD + rows, mask=in_chunk, other=0.0) * factor
-        entropy = tl.load(ENTROPY + rows, mask=in_chunk, other=0.0)
-        p_q = tl.exp(tl.load(LOGP + rows, mask=in_chunk, other=0.0) + log_1mp)
-        from_entropy = h * p_q * (t - tl.load(OTHERS + rows, mask=in_chunk, other=0.0))
-        at_target += tl.where(tl.abs(t) == float("inf"), 0.0, from_entropy)
-    r = _part(
+    g, h, entropy, at_target = row_terms(rows, in_chunk, factor, LOGP, T, G, H_GRAD, ENTROPY, OTHERS)
+    r = store_gradient(
         score, column_tile * COLUMNS, rows, C, V, token, scale, lse, g, h, at_target, entropy, BIAS, D, R, inner, stride_d,
         H_GRAD is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS, WIDEN,
     )  # fmt: skip

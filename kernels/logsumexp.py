@@ -216,14 +216,23 @@ def logsumexp(
     count, splits = len(tokens), split_count(len(weight), blocks.columns)
     names = ("m", "s", "q", "z") if entropy else ("m", "s", "z")
     partials = {name: scale.new_empty(count, splits) for name in names}
-    results = {name: scale.new_empty(count) for name in names}
     if count:
         logsumexp_kernel[(triton.cdiv(count, blocks.rows) * splits,)](
             BIAS=bias, TOKENS=tokens, SCALE=scale, M=partials["m"], S=partials["s"], Q=partials.get("q"), Z=partials["z"],
             inner=inner or 1.0, SOFTCAP=inner is not None, TILES=_TILES_PER_SPLIT,
             **operands(hidden, weight, lora, blocks), **blocks.options(),
         )  # fmt: skip
-        order = ("m", "s", "q", "z")
+    return combine(partials, entropy)
+
+
+def combine(
+    partials: dict[str, torch.Tensor], entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """m, s, q (None unless `entropy`) and z_y, (C,) each, from those of the splits, (C, splits) each."""
+    count, splits = partials["m"].shape
+    results = {name: partials["m"].new_empty(count) for name in partials}
+    order = ("m", "s", "q", "z")
+    if count:
         combine_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
             *(partials.get(name) for name in order), *(results.get(name) for name in order), count, splits,
             ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,

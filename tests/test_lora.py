@@ -140,6 +140,24 @@ def test_a_frozen_weight_costs_no_gradient_of_its_size(trained, schedule):
     assert [x.grad is not None for x in (a, b, hidden)] == [x.requires_grad for x in (a, b, hidden)]
 
 
+def test_memory_at_the_size_of_a_real_head():
+    """V = 152k, H = 1024 in bf16, N = 256: beyond the workspace come gradients of hidden, A and B and nothing with V H entries
+    (297 MiB, or 594 in fp32)."""
+    vocab, size, rows, rank = 151_936, 1024, 256, 16
+    weight = torch.empty(vocab, size, dtype=torch.bfloat16).uniform_(-0.05, 0.05)
+    hidden = torch.randn(rows, size).bfloat16().requires_grad_()
+    a, b = (torch.randn(*shape, requires_grad=True) for shape in ((rank, size), (vocab, rank)))
+    head, tokens = LMHead(weight, lora=(a, b, 0.01)), torch.randint(0, vocab, (rows,))
+    old, workspace = torch.full((rows,), -12.0), 2**28
+
+    def step():
+        return linear_cispo_loss(hidden, head, tokens, old, torch.ones(rows), workspace=workspace).loss.backward()
+
+    of_gradients = 3 * (b.nbytes + a.nbytes) + 6 * hidden.nbytes  # dB twice as it is scaled by the incoming gradient
+    assert transient_bytes(step) < workspace + of_gradients < 2 * weight.nbytes
+    assert b.grad.isfinite().all()
+
+
 def test_a_user_of_autocast_keeps_fp32_factors():
     problem = random_problem(40, 60, torch.float32, lora=3)
     leaves = problem.leaves()

@@ -92,7 +92,7 @@ LAYERS = [
     {"two_pass_schedule"},
     {"ops"},
     {"two_pass", "one_pass_schedule"},
-    {"one_pass"},
+    {"one_pass", "selective"},
     {"demo_tasks", "demo_estimators"},
     {"demo_walk"},
     {"demo"},

@@ -1,0 +1,65 @@
+"""verl's fused `linear_cross_entropy`, on fastpg: the same arguments, the same results, and gradients placed as verl's are.
+
+from fastpg.integrations.verl import linear_cross_entropy      # was: from verl.utils.kernel.linear_cross_entropy import ...
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ..lm_head import LMHead
+from ..two_pass import linear_logprobs
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,  # (..., H)
+    weight: torch.Tensor,  # (V, H), or this rank's rows of it
+    labels: torch.Tensor,  # (...)
+    temperature: float | torch.Tensor | None = 1.0,
+    reduction: str | None = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the labels and entropies: verl/utils/kernel/linear_cross_entropy.py, without the logits.
+
+    hidden (..., H) is flattened to N tokens as there; returns logprobs (N,) (log-probabilities, not losses), or their sum or
+    mean over all N with reduction "sum" or "mean", and the entropies (N,), float32; both differentiable in hidden and weight.
+    A label of -100 has log-probability and entropy 0 (verl has no such label); it counts in the mean.
+
+    dist_process_group: ranks that hold V rows each of the whole vocabulary, in rank order, as Megatron shards it. The gradient
+    of hidden is the rank's share, as verl's is: Megatron's regions around the call sum it over the group. (fastpg's own
+    gradient is complete on every rank; here each takes 1 / ranks of it.)
+
+    Raises TypeError or ValueError for what does not fit, as `linear_logprobs` does, and for another reduction.
+    """
+    reduction = "none" if reduction is None else reduction.lower()
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "none", "sum" or "mean"; got {reduction!r}')
+    head = LMHead(weight)
+    if dist_process_group is not None:
+        start = dist.get_rank(dist_process_group) * len(weight)
+        head = LMHead(weight, group=dist_process_group, vocab_start=start)
+        hidden = _ShareOfGradient.apply(hidden, dist.get_world_size(dist_process_group))
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
+        temperature = temperature.reshape(-1)
+    temperature = 1.0 if temperature is None else temperature
+    logprobs, entropy = linear_logprobs(hidden, head, labels, temperature=temperature, entropy=True)
+    if reduction == "none":
+        return logprobs, entropy
+    return logprobs.sum() if reduction == "sum" else logprobs.mean(), entropy
+
+
+class _ShareOfGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by the number of ranks that will sum it."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.ranks, None

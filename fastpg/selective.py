@@ -1,0 +1,83 @@
+"""Log-probabilities of ready logits, for callers who hold them: no fp32 copy of the logits, exact for confident tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops, validation
+from .products import accumulation_dtype
+from .row_statistics import Partials, RowStatistics, finish_rows
+from .two_pass import TokenLogprobs
+
+
+def selective_logprobs(
+    logits: torch.Tensor,  # (..., V)
+    tokens: torch.Tensor,  # (...)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    entropy: bool = False,
+    backend: str | None = None,
+    check: bool = True,
+) -> TokenLogprobs:
+    """log softmax(logits / temperature)[token], and the entropy, from logits that exist.
+
+        z = logits / temperature        logp = z[token] - logsumexp_v z_v        H = -sum_v p_v log p_v
+
+    Differentiable in logits. Computed in fp32 (float64 for float64) tile by tile: beyond the results the forward keeps five
+    numbers per row, and the backward writes one tensor of the logits' shape and dtype. Where you hold the hidden states, use
+    `linear_logprobs`: it needs no logits, and logits rounded to bf16 are off by up to 2^-9 of themselves before this begins.
+
+    Args:
+        logits: (..., V) float16, bfloat16, float32 or float64; logits[..., t, :] predicts tokens[..., t].
+        tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, gradient exactly 0.
+        mask: (...) bool, False means the same. NaN in masked rows of the logits reaches nothing.
+        temperature, entropy, backend: as in `linear_logprobs`.
+        check: True checks token ids and temperatures (asynchronously on a GPU). Nothing else reads the host.
+
+    Returns TokenLogprobs(logprobs (...), entropy (...) or None), as `linear_logprobs`. Double backward raises.
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
+    """
+    validation.check_given_logits(logits, tokens, mask, temperature)
+    backend = ops.choose_backend(backend, logits, "logits")
+    keep = tokens != validation.IGNORED_TOKEN
+    if mask is not None:
+        keep = keep & mask
+    if check:
+        validation.check_values(tokens, keep, logits.shape[-1], temperature)
+    flat, kept = logits.reshape(-1, logits.shape[-1]), keep.reshape(-1)
+    ids = torch.where(keep, tokens, 0).reshape(-1).long()
+    per_row = None
+    if isinstance(temperature, torch.Tensor) or temperature != 1:
+        dtype = accumulation_dtype(logits.dtype)
+        per_row = torch.as_tensor(temperature, dtype=dtype, device=logits.device)
+        per_row = torch.where(keep, per_row, 1).reshape(-1, 1)
+    logprobs, entropies = _SelectiveLogprobs.apply(flat, ids, per_row, kept, entropy, backend)
+    logprobs = torch.where(keep, logprobs.view(tokens.shape), 0)
+    return TokenLogprobs(logprobs, torch.where(keep, entropies.view(tokens.shape), 0) if entropy else None)
+
+
+class _SelectiveLogprobs(torch.autograd.Function):
+    """(logprobs (N,), entropy (N,) or (0,)) of logits (N, V)."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature, keep, entropy, backend):
+        partials = Partials(*ops.given_logsumexp(logits, tokens, temperature, keep, entropy, backend))
+        statistics = finish_rows(partials, entropy)
+        ctx.save_for_backward(logits, tokens, temperature, keep, *statistics)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(statistics.entropy)
+        return statistics.logprobs, statistics.entropy
+
+    # not once_differentiable, for the reason given in two_pass
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        logits, tokens, temperature, keep, *statistics = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(statistics[0])
+        statistics = list(RowStatistics(*statistics))
+        dlogits = ops.given_dlogits(logits, tokens, temperature, keep, statistics, grad_logprobs, grad_entropy, ctx.backend)
+        return dlogits, None, None, None, None, None
