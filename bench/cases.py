@@ -1,24 +1,50 @@
-"""The heads of real models, by name: vocabulary and hidden size as in their published configurations."""
+"""What is measured: heads of real models, batches for them, and the cells of the table."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class Head(NamedTuple):
+    """Vocabulary, hidden size and softcap as in the model's published configuration."""
+
     vocab: int
     hidden: int
+    softcap: float | None = None
 
 
 HEADS = {
     "smollm2-135m": Head(49152, 576),
+    "gemma3-270m": Head(262144, 640),
     "qwen3-0.6b": Head(151936, 1024),
-    "llama3-8b": Head(128256, 4096),
+    "llama3.2-1b": Head(128256, 2048),
     "qwen3-8b": Head(151936, 4096),
-    "gemma2-2b": Head(256000, 2304),
+    "gemma2-2b": Head(256000, 2304, 30.0),
+    "llama3-70b": Head(128256, 8192),
 }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch, on which several methods are compared with each other and with the bare products.
+
+    zero_share: tokens whose advantage is exactly 0. frozen: the weight takes no gradient. workspace: bytes, None the default.
+    """
+
+    section: str
+    name: str
+    head: Head
+    rows: int
+    dtype: str
+    methods: tuple[str, ...]
+    zero_share: float = 0.0
+    frozen: bool = False
+    workspace: int | None = None
 
 
 class Batch(NamedTuple):
@@ -27,21 +53,111 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (N,)
     old_logprobs: torch.Tensor  # (N,)
     advantages: torch.Tensor  # (N,)
+    softcap: float | None = None
+    frozen: bool = False
+    workspace: int | None = None
 
     def leaves(self) -> Batch:
-        """The same with hidden and weight as fresh leaves that require gradients (no copy of their values)."""
-        hidden, weight = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
+        """The same with hidden and weight as fresh leaves (no copy of their values)."""
+        hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not self.frozen)
         return self._replace(hidden=hidden, weight=weight)
 
+    def first(self, rows: int) -> Batch:
+        per_row = ("hidden", "tokens", "old_logprobs", "advantages")
+        return self._replace(**{name: getattr(self, name)[:rows] for name in per_row})
 
-def batch(head: Head, rows: int, dtype: torch.dtype, seed: int = 0) -> Batch:
+    def to(self, device: str) -> Batch:
+        return Batch(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+
+    def gradient_bytes(self) -> int:
+        return self.hidden.nbytes + (0 if self.frozen else self.weight.nbytes)
+
+
+def batch(cell: Cell, device: str = "cpu", seed: int = 0) -> Batch:
     """Logits with a standard deviation of 2, tokens drawn at random, ratios within about e^+-0.1."""
+    head, dtype = cell.head, DTYPES[cell.dtype]
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, head.hidden, generator=generator).to(dtype)
-    weight = (torch.randn(head.vocab, head.hidden, generator=generator) * (2 / head.hidden**0.5)).to(dtype)
-    tokens = torch.randint(0, head.vocab, (rows,), generator=generator)
-    logprobs = []
-    for h, t in zip(hidden.split(256), tokens.split(256), strict=True):
-        logprobs.append(torch.log_softmax(h.float() @ weight.float().T, -1).gather(1, t[:, None])[:, 0])
-    old = torch.cat(logprobs) + 0.1 * torch.randn(rows, generator=generator)
-    return Batch(hidden, weight, tokens, old, torch.randn(rows, generator=generator))
+    hidden = torch.randn(cell.rows, head.hidden, generator=generator).to(dtype)
+    weight = torch.empty(head.vocab, head.hidden, dtype=dtype)
+    for part in weight.split(8192):  # no second copy in fp32
+        part.copy_(torch.randn(part.shape, generator=generator) * (2 / head.hidden**0.5))
+    tokens = torch.randint(0, head.vocab, (cell.rows,), generator=generator)
+    advantages = torch.randn(cell.rows, generator=generator)
+    advantages[torch.randperm(cell.rows, generator=generator)[: round(cell.zero_share * cell.rows)]] = 0
+    b = Batch(hidden, weight, tokens, torch.empty(0), advantages, head.softcap, cell.frozen, cell.workspace).to(device)
+    noise = 0.1 * torch.randn(cell.rows, generator=generator).to(device)
+    return b._replace(old_logprobs=exact_logprobs(b, torch.float32).float() + noise)
+
+
+def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """(N,), a few rows at a time."""
+    found = []
+    for h, t in zip(b.hidden.split(64), b.tokens.split(64), strict=True):
+        z = torch.cat([h.to(dtype) @ w.to(dtype).T for w in b.weight.split(32768)], 1)
+        z = z if b.softcap is None else b.softcap * torch.tanh(z / b.softcap)
+        found.append(z.log_softmax(-1).gather(1, t[:, None])[:, 0])
+    return torch.cat(found)
+
+
+OURS = ("fastpg one pass", "fastpg two passes")
+SMALL = HEADS["smollm2-135m"]
+ONE_CHUNK = 2**31
+
+
+def cpu_cells() -> list[Cell]:
+    """The cells that two cores finish in a few minutes."""
+    cells = []
+    peers = ("full logits", "full logits, compiled", "TRL", "Liger", "torch linear_cross_entropy", "CCE", "verl")
+    for dtype in DTYPES:
+        step = Cell("step", f"SmolLM2's head, {dtype}", SMALL, 2048, dtype, (*OURS, *peers))
+        one = ("fastpg one pass",)
+        cells += [
+            step,
+            replace(step, section="one chunk", methods=one, workspace=ONE_CHUNK),
+            replace(step, section="half zero weights", methods=one, zero_share=0.5),
+            replace(step, section="frozen weight", methods=one, frozen=True),
+        ]
+        wide = Head(SMALL.vocab, 2048)
+        cells.append(Cell("H = 2048", f"H = 2048, {dtype}", wide, 512, dtype, ("fastpg one pass", "full logits")))
+        for rows in (1024, 4096, 8192):
+            cells.append(Cell("over N", f"N = {rows}, {dtype}", SMALL, rows, dtype, one))
+        for vocab in (8192, 49152, 151936, 262144):
+            methods = ("fastpg one pass", "fastpg two passes", "full logits")
+            cells.append(Cell("over V", f"V = {vocab}, {dtype}", Head(vocab, 576), 512, dtype, methods))
+    return cells
+
+
+def gpu_cells() -> list[Cell]:
+    """The same questions at the sizes of training runs; nothing here has been measured."""
+    cells, one = [], ("fastpg one pass",)
+    peers = ("full logits", "full logits, compiled", "TRL", "Liger", "torch linear_cross_entropy", "CCE", "verl")
+    for name, head in HEADS.items():
+        cells.append(Cell("step", f"{name}, bfloat16", head, 8192, "bfloat16", (*OURS, *peers)))
+    step = cells[list(HEADS).index("qwen3-8b")]
+    cells += [
+        replace(step, section="one chunk", methods=one, workspace=2**33),
+        replace(step, section="half zero weights", methods=one, zero_share=0.5),
+        replace(step, section="frozen weight", methods=one, frozen=True),
+    ]
+    for rows in (1024, 2048, 4096, 16384, 32768):
+        cells.append(Cell("over N", f"N = {rows}, bfloat16", step.head, rows, "bfloat16", one))
+    for vocab in (32768, 65536, 151936, 262144):
+        methods = ("fastpg one pass", "fastpg two passes", "full logits")
+        cells.append(Cell("over V", f"V = {vocab}, bfloat16", Head(vocab, 4096), 4096, "bfloat16", methods))
+    return cells
+
+
+def tiny_cells() -> list[Cell]:
+    """Every section and method on a batch of a hundred tokens: to exercise the program, not to measure."""
+    head = Head(1000, 64)
+    methods = (*OURS, "full logits", "TRL", "Liger", "torch linear_cross_entropy")
+    cells = [Cell("step", f"tiny, {dtype}", head, 96, dtype, methods) for dtype in DTYPES]
+    one = ("fastpg one pass",)
+    cells += [replace(cells[0], section="frozen weight", methods=one, frozen=True)]
+    cells += [replace(cells[0], section="half zero weights", methods=one, zero_share=0.5)]
+    cells += [replace(cells[0], section="over N", name=f"N = {n}, float32", rows=n, methods=one) for n in (32, 64)]
+    cells += [
+        replace(cells[0], section="over V", name=f"V = {v}, float32", head=Head(v, 64), methods=(*one, "full logits"))
+        for v in (200, 500)
+    ]
+    return cells

@@ -1,119 +1,117 @@
-"""Time and peak memory of one training step of the loss (forward and backward), against full logits and bare products.
+"""Time and memory of one training step of the loss, forward and backward, against the bare matrix products and against peers.
 
-    python bench/run.py                                   SmolLM2's head, 2048 tokens, fp32 and bf16
-    python bench/run.py --head qwen3-0.6b --rows 1024 --dtype bfloat16
+    python bench/run.py                          the CPU cells: under 10 minutes on two cores
+    python bench/run.py --device cuda            the GPU cells
+    python bench/run.py --section step           step, one chunk, half zero weights, frozen weight, H = 2048, over N ...
 
-Times are medians over --repeats runs, interleaved, as a ratio to the three bare matrix products of the same shapes in the same
-dtype (logits, dX, dW). Memory is everything allocated during the step: results (dX, dW) included, inputs not. Log-probabilities
-are compared with float64 before anything is timed. Run it on an idle machine.
+Every number is a median over interleaved repeats in this run, as a ratio to the three bare products `X W^T`, `Z W`, `Z^T X` of
+the same shapes and dtype. Before a method is timed its log-probabilities, dX and dW are compared with float64: what is wrong
+gets no number. Memory is everything that a step allocates, results included, inputs not. Run it on an idle machine.
+
+Writes results.json, results.csv and plots (time over the floor, memory over V, time over N) into --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
+import csv
+import json
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
+import goals
+import plots
 import torch
-from cases import HEADS, Batch, Head, batch
+from cases import Cell, batch, cpu_cells, gpu_cells, tiny_cells
+from measure import machine, measure
 from rich.console import Console
 from rich.table import Table
-
-import fastpg
-from fastpg.profiling import transient_bytes
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def bare_products(b: Batch) -> torch.Tensor:
-    logits = b.hidden @ b.weight.T
-    _ = logits @ b.weight, logits.T @ b.hidden
-    return logits
-
-
-def full_logits(b: Batch) -> torch.Tensor:
-    """What a trainer writes: logits, log_softmax in fp32, gather, loss, backward."""
-    b = b.leaves()
-    logprobs = torch.log_softmax((b.hidden @ b.weight.T).float(), -1).gather(1, b.tokens[:, None])[:, 0]
-    fastpg.policy_loss(logprobs, b.old_logprobs, b.advantages, objective=fastpg.CISPO()).loss.backward()
-    return logprobs.detach()
-
-
-def two_pass(b: Batch) -> torch.Tensor:
-    b = b.leaves()
-    logprobs = fastpg.linear_logprobs(b.hidden, b.weight, b.tokens).logprobs
-    fastpg.policy_loss(logprobs, b.old_logprobs, b.advantages, objective=fastpg.CISPO()).loss.backward()
-    return logprobs.detach()
-
-
-def one_pass(b: Batch) -> torch.Tensor:
-    b = b.leaves()
-    out = fastpg.linear_cispo_loss(b.hidden, b.weight, b.tokens, b.old_logprobs, b.advantages)
-    out.loss.backward()
-    return out.logprobs
-
-
-STEPS: dict[str, Callable[[Batch], torch.Tensor]] = {
-    "full logits": full_logits,
-    "fastpg, two passes": two_pass,
-    "fastpg, one pass": one_pass,
-}
-
-
-def logprob_error(step: Callable[[Batch], torch.Tensor], b: Batch) -> float:
-    """Largest |logp - float64| over up to 128 rows."""
-    rows = slice(0, 128)
-    part = Batch(b.hidden[rows], b.weight, b.tokens[rows], b.old_logprobs[rows], b.advantages[rows])
-    exact = torch.log_softmax(part.hidden.double() @ part.weight.double().T, -1).gather(1, part.tokens[:, None])[:, 0]
-    return (step(part) - exact).abs().max().item()
-
-
-def median_seconds(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Medians of calls run in turn, so that a drift of the machine's speed meets all of them alike."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats + 1):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            seconds[i].append(time.perf_counter() - start)
-    return [statistics.median(s[1:]) for s in seconds]
-
-
-def report(name: str, head: Head, rows: int, dtype: str, repeats: int, console: Console) -> None:
-    b = batch(head, rows, DTYPES[dtype])
-    errors = {label: logprob_error(step, b) for label, step in STEPS.items()}
-    assert max(errors["fastpg, two passes"], errors["fastpg, one pass"]) < 1e-4, f"log-probabilities are wrong: {errors}"
-    memory = {label: transient_bytes(lambda step=step: step(b)) for label, step in STEPS.items()}
-    floor, *seconds = median_seconds(
-        [lambda: bare_products(b), *(lambda step=step: step(b) for step in STEPS.values())], repeats
-    )
-    table = Table(title=f"{name}: {rows} tokens, V = {head.vocab}, H = {head.hidden}, {dtype}")
-    for column in ("loss, forward and backward", "peak memory", "without dX, dW", "seconds", "x three products", "max |dlogp|"):
-        table.add_column(column, justify="left" if column.startswith("loss") else "right")
-    gradients = sum(x.numel() * x.element_size() for x in (b.hidden, b.weight))
-    for (label, used), s in zip(memory.items(), seconds, strict=True):
-        mib = (f"{x / 2**20:.0f} MiB" for x in (used, used - gradients))
-        table.add_row(label, *mib, f"{s:.2f}", f"{s / floor:.2f}", f"{errors[label]:.0e}")
-    table.add_row("three bare products", "", "", f"{floor:.2f}", "1.00", "")
-    console.print(table)
+from samples import sampled_cell
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head", choices=HEADS, default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=2048, help="tokens")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="a hundred tokens: exercises the program, measures nothing")
+    parser.add_argument("--section", action="append", help="repeatable; default: all")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default: all")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=25.0, help="seconds of one method on one cell, three repeats apart")
+    parser.add_argument("--no-samples", action="store_true", help="without the cell of SmolLM2's own completions")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
-    console = Console(width=120)
-    console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    )
-    for dtype in options.dtype or DTYPES:
-        report(options.head, HEADS[options.head], options.rows, dtype, options.repeats, console)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    warnings.filterwarnings("ignore", category=UserWarning)  # peers' own
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=150)
+    about = machine(options.device)
+    console.print(about)
+    results: dict = {"about": about, "rows": []}
+    for cell, make in chosen_cells(options):
+        b = make()
+        rows = measure(b, cell.methods, options.repeats, options.device, options.budget)
+        results["rows"] += [describe(cell) | row for row in rows]
+        console.print(table(cell, rows))
+        del b
+    if options.device == "cpu" and not options.tiny:
+        results["goals"] = goals.goals(results["rows"])
+        console.print(goals.table(results["goals"]))
+    save(results, options.out)
+    plots.draw(results, options.out)
+    console.print(f"wrote {options.out}/results.json, results.csv and plots")
+
+
+def chosen_cells(options: argparse.Namespace) -> list[tuple[Cell, Callable]]:
+    """Cells, and what makes the batch of each."""
+    cells = tiny_cells() if options.tiny else gpu_cells() if options.device == "cuda" else cpu_cells()
+    made = [(cell, lambda cell=cell: batch(cell, options.device)) for cell in cells]
+    if not (options.tiny or options.no_samples):
+        cell, make = sampled_cell(options.device)
+        made.append((cell, make))
+    return [
+        (cell, make)
+        for cell, make in made
+        if (not options.section or cell.section in options.section) and (not options.dtype or cell.dtype in options.dtype)
+    ]
+
+
+def describe(cell: Cell) -> dict:
+    head = cell.head
+    kept = {k: v for k, v in asdict(cell).items() if k not in ("head", "methods")}
+    return kept | {"vocab": head.vocab, "hidden": head.hidden, "softcap": head.softcap}
+
+
+def table(cell: Cell, rows: list[dict]) -> Table:
+    head = cell.head
+    title = f"{cell.section}: {cell.name}  ({cell.rows} tokens, V = {head.vocab}, H = {head.hidden})"
+    shown = Table("forward and backward", title=title, title_justify="left")
+    for column in ("seconds", "x products", "peak", "peak without dX, dW", "max |dlogp|", "dX", "dW"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        if "why_not" in row:
+            shown.add_row(row["method"], *[""] * 6, row["why_not"])
+            continue
+        peak = row.get("peak_bytes")
+        memory = ("", "") if peak is None else (mib(peak), mib(peak - row["gradient_bytes"]))
+        errors = (f"{row[name]:.0e}" if row.get(name) is not None else "" for name in ("logp_error", "dx_error", "dw_error"))
+        shown.add_row(row["method"], f"{row['seconds']:.3f}", f"{row['over_products']:.2f}", *memory, *errors)
+    return shown
+
+
+def mib(x: float) -> str:
+    return f"{x / 2**20:.0f} MiB"
+
+
+def save(results: dict, out: Path) -> None:
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    names = list(dict.fromkeys(name for row in results["rows"] for name in row))
+    with open(out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(results["rows"])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import distributed, ops
+from . import buffers, distributed, ops
 from .lm_head import Projection
 from .losses import TokenTerms
 from .products import accumulation_dtype, widened_bytes
@@ -139,7 +139,7 @@ class _Sweep:
         self.operand_dtype, self.padding = tiles.operand_dtype(weight.dtype, weight.device), tiles.tile_shape(head).padding
         self.scores = None
         if any(self.wanted):
-            scores = torch.empty(longest, _row_stride(head), dtype=_score_dtype(weight.dtype), device=weight.device)
+            scores = buffers.empty((longest, _row_stride(head)), _score_dtype(weight.dtype), weight.device)
             self.scores = scores[:, : head.vocab_size]
         self.dhidden = self.dlora_hidden = None
         if self.wanted.hidden:  # summed over ranks before it is rounded
@@ -276,7 +276,7 @@ class _Sweep:
     def _allocate_sums(self, dtype: torch.dtype) -> None:
         head, device = self.head, self.head.weight.device
         if self.wanted.weight:
-            self.dweight = torch.empty(head.weight.shape, dtype=dtype, device=device)
+            self.dweight = buffers.empty(head.weight.shape, dtype, device)
         if self.wanted.lora_weight:
             self.dlora_weight = torch.empty(head.lora_weight.shape, dtype=self.dtype, device=device)
         if self.wanted.bias:

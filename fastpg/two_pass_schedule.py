@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from . import buffers
 from .lm_head import Projection
 from .products import accumulation_dtype, product, skinny_product
 from .row_statistics import Partials, RowStatistics
@@ -101,8 +102,10 @@ def two_pass_backward(
         return weight.new_zeros(shape if is_wanted else 0, dtype=wide)
 
     dweight = weight_grad
-    if weight_grad is None:
-        dweight = weight.new_zeros(weight.shape if wanted.weight else 0)
+    if weight_grad is None:  # written tile by tile, if there are rows
+        dweight = weight.new_zeros(weight.shape if wanted.weight and not count else 0)
+        if wanted.weight and count:
+            dweight = buffers.empty(weight.shape, weight.dtype, weight.device)
     sums = _Sums(
         zeros(wanted.hidden, count, head.hidden_size), zeros(wanted.lora_hidden, count, head.rank),
         zeros(narrow != wide, count), dweight, zeros(wanted.lora_weight, head.vocab_size, head.rank),

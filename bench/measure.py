@@ -1,0 +1,168 @@
+"""How it is measured: a gate for correctness, interleaved medians of time, transient memory."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+from cases import Batch
+from peers import METHODS, Method, bare_products
+
+import fastpg
+from fastpg.profiling import transient_bytes
+
+_GATE_ROWS = 64
+
+
+class Errors(NamedTuple):
+    """Against float64 on the first rows of a batch: |dlogp| (None where the method does not tell it), dX and dW relative."""
+
+    logprobs: float | None
+    dhidden: float
+    dweight: float | None
+
+
+def errors_of(method: Method, b: Batch) -> Errors:
+    """dW (V, H) is compared through its product with a random vector, so that no float64 copy of it is made."""
+    b = b.first(_GATE_ROWS).leaves()
+    logprobs = method.step(b)
+    logits = torch.cat([b.hidden.detach().double() @ w.double().T for w in b.weight.detach().split(32768)], 1)
+    logits.requires_grad_()
+    z = logits if b.softcap is None else b.softcap * torch.tanh(logits / b.softcap)
+    exact = z.log_softmax(-1).gather(1, b.tokens[:, None])[:, 0]
+    advantages = method.advantages(b).double()
+    fastpg.policy_loss(exact, b.old_logprobs.double(), advantages, objective=fastpg.CISPO()).loss.backward()
+    d, probe = logits.grad, torch.randn(b.hidden.shape[1], dtype=torch.float64, device=b.hidden.device)
+    columns = b.weight.detach().split(32768)
+    dhidden = sum(part @ w.double() for part, w in zip(d.split(32768, 1), columns, strict=True))
+    of_logprobs = None
+    if logprobs is not None:  # tokens of weight zero are skipped, and say so by NaN
+        computed = b.advantages != 0 if method.is_ours else torch.ones_like(b.tokens, dtype=torch.bool)
+        of_logprobs = (logprobs.double() - exact.detach())[computed].abs().max().item()
+    of_weight = None
+    if not b.frozen:
+        got = torch.cat([g.double() @ probe for g in b.weight.grad.split(32768)])
+        of_weight = _relative(got, d.T @ (b.hidden.detach().double() @ probe))
+    return Errors(of_logprobs, _relative(b.hidden.grad.double(), dhidden), of_weight)
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def is_wrong(method: Method, errors: Errors, b: Batch) -> str | None:
+    """What is wrong beyond rounding. fastpg is held to its promise, the others to logits rounded to the dtype of the model."""
+    eps = torch.finfo(b.hidden.dtype).eps
+    size = 12.0 if b.softcap is None else b.softcap  # logits of these batches
+    limit = 1e-6 * size if method.is_ours else 4 * eps * size
+    if errors.logprobs is not None and not errors.logprobs <= max(limit, 1e-6 * size):
+        return f"log-probabilities are off by {errors.logprobs:.1e}"
+    for name, error in (("dX", errors.dhidden), ("dW", errors.dweight)):
+        # rounded logits move every probability by eps times their size
+        if error is not None and not error <= (2 * eps if method.is_ours else 4 * eps * size) + 1e-5:
+            return f"{name} is off by {error:.1e}"
+    return None
+
+
+def medians(calls: dict[str, Callable[[], object]], repeats: int, device: str, budget_s: float) -> dict[str, list[float]]:
+    """Seconds of each call, run in turn so that a drift of the machine's speed meets all alike: the first round warms up.
+
+    A call that has used up budget_s is not run again (three times at least).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeats + 1):
+        for name, call in calls.items():
+            if round_ > 3 and sum(seconds[name]) > budget_s:
+                continue
+            taken = _event_seconds(call) if device == "cuda" else _wall_seconds(call)
+            if round_:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _event_seconds(call: Callable[[], object]) -> float:
+    """As triton.testing.do_bench: between two events, after the L2 cache was overwritten."""
+    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    cache.zero_()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def measure(b: Batch, names: tuple[str, ...], repeats: int, device: str, budget_s: float) -> list[dict]:
+    """One row per method: seconds, ratio to the bare products, peak bytes, errors; or why there are none."""
+    rows, calls = [], {"bare products": lambda: bare_products(b)}
+    for name in names:
+        method = METHODS[name]
+        row = {"method": name}
+        rows.append(row)
+        why_not = method.why_not(b)
+        if why_not is None:
+            try:
+                errors = errors_of(method, b)
+            except (RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
+                why_not = f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+            else:
+                row |= {"logp_error": errors.logprobs, "dx_error": errors.dhidden, "dw_error": errors.dweight}
+                wrong = is_wrong(method, errors, b)
+                why_not = None if wrong is None else f"wrong: {wrong}"
+        if why_not is None:
+            row["peak_bytes"] = transient_bytes(lambda method=method: method.step(b.leaves()))
+            calls[name] = lambda method=method: method.step(b.leaves())
+        else:
+            row["why_not"] = why_not
+    with torch.no_grad():
+        bare_products(b.first(8))
+    seconds = medians(calls, repeats, device, budget_s)
+    floor = statistics.median(seconds["bare products"])
+    for row in rows:
+        row["gradient_bytes"] = b.gradient_bytes()
+        if row["method"] in seconds:
+            row["runs"] = len(seconds[row["method"]])
+            row["seconds"] = statistics.median(seconds[row["method"]])
+            row["over_products"] = row["seconds"] / floor
+    return [{"method": "bare products", "seconds": floor, "over_products": 1.0, "runs": len(seconds["bare products"])}, *rows]
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the numbers belong to."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "fastpg-lm")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "date": date.today().isoformat(),
+        "device": device,
+        "machine": name,
+        "capability": torch.backends.cpu.get_cpu_capability() if device == "cpu" else str(torch.cuda.get_device_capability()),
+        "python": platform.python_version(),
+        "versions": {package: installed(package) for package in packages},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

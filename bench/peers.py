@@ -1,0 +1,200 @@
+"""What is compared: the same CISPO step, forward and backward, by fastpg, by full logits and by other libraries.
+
+Every method takes a Batch whose hidden and weight are leaves, runs forward and backward, and returns its log-probabilities (N,)
+or None where it does not tell them. Peers run at their best settings for these shapes; what cannot run is told by `why_not`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cases import Batch
+
+import fastpg
+
+
+class Method(NamedTuple):
+    step: Callable[[Batch], torch.Tensor | None]
+    why_not: Callable[[Batch], str | None]  # None: it runs on this batch
+    is_ours: bool = False
+    advantages: Callable[[Batch], torch.Tensor] = lambda b: b.advantages  # (N,), that it really uses
+
+
+def cispo(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
+    return fastpg.policy_loss(logprobs, b.old_logprobs, b.advantages, objective=fastpg.CISPO()).loss
+
+
+def _head(b: Batch) -> fastpg.LMHead:
+    return fastpg.LMHead(b.weight, softcap=b.softcap)
+
+
+def one_pass(b: Batch) -> torch.Tensor:
+    out = fastpg.linear_cispo_loss(b.hidden, _head(b), b.tokens, b.old_logprobs, b.advantages, workspace=b.workspace)
+    out.loss.backward()
+    return out.logprobs
+
+
+def two_passes(b: Batch) -> torch.Tensor:
+    logprobs = fastpg.linear_logprobs(b.hidden, _head(b), b.tokens, workspace=b.workspace).logprobs
+    cispo(logprobs, b).backward()
+    return logprobs.detach()
+
+
+def _logprobs_of_full_logits(hidden, weight, tokens, softcap):
+    """What a trainer writes: logits in the dtype of the model, log_softmax in fp32, gather."""
+    z = (hidden @ weight.T).float()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return torch.log_softmax(z, -1).gather(1, tokens[:, None])[:, 0]
+
+
+def full_logits(b: Batch) -> torch.Tensor:
+    logprobs = _logprobs_of_full_logits(b.hidden, b.weight, b.tokens, b.softcap)
+    cispo(logprobs, b).backward()
+    return logprobs.detach()
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(_logprobs_of_full_logits, dynamic=False)
+
+
+def full_logits_compiled(b: Batch) -> torch.Tensor:
+    logprobs = _compiled()(b.hidden, b.weight, b.tokens, b.softcap)
+    cispo(logprobs, b).backward()
+    return logprobs.detach()
+
+
+def trl(b: Batch) -> torch.Tensor:
+    """TRL's head (1.16), with the chunk of its trainers and no output that CISPO does not need."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    arguments = b.hidden, b.weight, None, b.tokens, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, b.softcap, 1.0, ()
+    logprobs = ChunkedLogProbFunction.apply(*arguments)[0]
+    cispo(logprobs, b).backward()
+    return logprobs.detach()
+
+
+def liger(b: Batch) -> None:
+    """Liger's fused linear GRPO, as sequences of 256 tokens whose advantages are shared, one sequence a chunk.
+
+    Compiled on a GPU; on a CPU its eager form was the faster one.
+    """
+    from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
+
+    shape = _sequences(b)
+    loss_of = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=b.hidden.is_cuda, use_ref_model=False, epsilon_high=5.0, loss_type="cispo"
+    )
+    tokens, old = b.tokens.view(shape), b.old_logprobs.view(shape)
+    mask = torch.ones(shape, dtype=torch.int64, device=tokens.device)
+    hidden = b.hidden.view(*shape, -1)
+    loss, *_ = loss_of(hidden, b.weight, tokens, mask, b.advantages.view(shape)[:, 0], old_per_token_logps=old)
+    loss.backward()
+
+
+def _sequences(b: Batch) -> tuple[int, int]:
+    length = min(256, len(b.tokens))
+    return len(b.tokens) // length, length
+
+
+def _shared_advantages(b: Batch) -> torch.Tensor:
+    shape = _sequences(b)
+    return b.advantages.view(shape)[:, :1].expand(shape).reshape(-1)
+
+
+def torch_linear_cross_entropy(b: Batch) -> torch.Tensor:
+    """torch's own, with its chunks where they give per-token losses, which CISPO's coefficients need."""
+    logprobs = -F.linear_cross_entropy(b.hidden, b.weight, b.tokens, reduction="none", options=_torch_options())
+    cispo(logprobs.float(), b).backward()
+    return logprobs.detach().float()
+
+
+@functools.cache
+def _torch_options():
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is None:
+        return None
+    x, w, y = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8), torch.zeros(4, dtype=torch.int64)
+    try:
+        F.linear_cross_entropy(x, w, y, reduction="none", options=options()).mul(torch.rand(4)).sum().backward()
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        return None
+    return options()
+
+
+def cce(b: Batch) -> torch.Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    logprobs = -linear_cross_entropy(
+        b.hidden, b.weight, b.tokens, softcap=b.softcap, reduction="none", filter_eps=None,
+        impl="cce" if b.hidden.is_cuda else "torch_compile",
+    )  # fmt: skip
+    cispo(logprobs.float(), b).backward()
+    return logprobs.detach().float()
+
+
+def verl(b: Batch) -> torch.Tensor:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logprobs, _ = linear_cross_entropy(b.hidden, b.weight, b.tokens, 1.0, "none")
+    cispo(logprobs, b).backward()
+    return logprobs.detach()
+
+
+def bare_products(b: Batch) -> None:
+    """The floor: logits, dX and dW as three products of the same shapes and dtype, and nothing else."""
+    z = b.hidden @ b.weight.T
+    _ = z @ b.weight
+    if not b.frozen:
+        _ = z.T @ b.hidden
+
+
+def _always(b: Batch) -> None:
+    return None
+
+
+def _needs(package: str, *, cuda: bool = False, softcap: bool = True, dtypes: tuple[torch.dtype, ...] = ()) -> Callable:
+    def why_not(b: Batch) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        if cuda and not b.hidden.is_cuda:
+            return "needs a GPU"
+        if not softcap and b.softcap is not None:
+            return "has no softcap"
+        return f"has no {b.hidden.dtype}" if dtypes and b.hidden.dtype not in dtypes else None
+
+    return why_not
+
+
+def _why_not_torch(b: Batch) -> str | None:
+    if not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has none"
+    if b.softcap is not None:
+        return "has no softcap"
+    return "its chunks give no per-token losses; without them it is full logits" if _torch_options() is None else None
+
+
+def _why_not_compiled(b: Batch) -> str | None:
+    from torch._inductor import config  # noqa: F401 - it exists where inductor does
+
+    return None
+
+
+HALF = (torch.float16, torch.bfloat16)
+METHODS: dict[str, Method] = {
+    "fastpg one pass": Method(one_pass, _always, is_ours=True),
+    "fastpg two passes": Method(two_passes, _always, is_ours=True),
+    "full logits": Method(full_logits, _always),
+    "full logits, compiled": Method(full_logits_compiled, _why_not_compiled),
+    "TRL": Method(trl, _needs("trl")),
+    "Liger": Method(liger, _needs("liger_kernel", softcap=False), advantages=_shared_advantages),
+    "torch linear_cross_entropy": Method(torch_linear_cross_entropy, _why_not_torch),
+    "CCE": Method(cce, _needs("cut_cross_entropy", cuda=True, dtypes=HALF)),
+    "verl": Method(verl, _needs("verl", cuda=True, softcap=False)),
+}
