@@ -19,7 +19,8 @@ from .lm_head import LMHead
 # what must be equal on all ranks
 _EQUAL = (
     "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora", "softcap",
-    "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient", "the backend",
+    "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
+    "whether there is a gradient to compute", "the backend", "check", "old_logprobs",
 )  # fmt: skip
 _OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "rows of a chunk")
 
@@ -41,6 +42,8 @@ class Facts:
         *,
         backend: str,
         entropy: bool,
+        check: bool,
+        old_logprobs: torch.Tensor | None = None,
         chunk: int = 0,
     ) -> None:
         if head.group is None:
@@ -48,13 +51,15 @@ class Facts:
         flat, kept = computed.reshape(-1), torch.where(computed, tokens, -1).reshape(-1).long()
         place = torch.arange(1, len(kept) + 1, device=kept.device)
         grad = torch.is_grad_enabled()
+        inputs = hidden, head.weight, head.bias, *(head.lora or ())[:2]
+        wanted = [grad and x is not None and x.requires_grad for x in inputs]
         of_lora = head.lora is not None and head.lora.a.requires_grad
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         values = (
             dtypes.index(hidden.dtype), hidden.shape[-1], len(kept), ((kept + 2) * (place * 2654435761 + 1)).sum(),
             0 if head.lora is None else len(head.lora.a), _bits(head.softcap or 0), _bits(head.logit_scale),
-            _temperature_bits(temperature, computed, place), int(entropy), grad * (2 * hidden.requires_grad + of_lora),
-            int(backend == "triton"),
+            _checksum(temperature, computed, place), int(entropy), grad * (2 * hidden.requires_grad + of_lora),
+            int(any(wanted)), int(backend == "triton"), int(check), _checksum(old_logprobs, computed, place),
         )  # fmt: skip
         smallest, largest = torch.where(flat, kept, 0), kept
         if len(kept):
@@ -82,6 +87,8 @@ def one_outcome(head: object) -> Iterator[Facts]:
         return
     _check_group(head)
     try:
+        if head.vocab_start is None and not is_dtensor(head.weight):
+            raise ValueError("head.vocab_start is needed with head.group: which entry of the vocabulary row 0 of the weight is")
         yield facts
     except Exception:
         facts.numbers = {"failed": 1}
@@ -99,8 +106,6 @@ def _check_group(head: LMHead) -> None:
         raise TypeError(
             f"head.group must be a torch.distributed process group that this rank belongs to; got {type(group).__name__}"
         )
-    if head.vocab_start is None and not is_dtensor(head.weight):
-        raise ValueError("head.vocab_start is needed with head.group: which entry of the vocabulary row 0 of the weight is")
     device = head.weight.device.type
     config = str(dist.get_backend_config(group))
     if f"{device}:" not in config:
@@ -148,8 +153,9 @@ def _bits(x: float) -> int:
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
-def _temperature_bits(temperature: float | torch.Tensor, computed: torch.Tensor, place: torch.Tensor) -> int | torch.Tensor:
-    if not isinstance(temperature, torch.Tensor):
-        return _bits(temperature)
-    kept = torch.where(computed, temperature.double(), 0).reshape(-1)
+def _checksum(values: float | torch.Tensor | None, computed: torch.Tensor, place: torch.Tensor) -> int | torch.Tensor:
+    """Of a number's bits, or of those of the values that count and of their places."""
+    if not isinstance(values, torch.Tensor):
+        return -1 if values is None else _bits(values)
+    kept = torch.where(computed, values.detach().double(), 0).reshape(-1)
     return (kept.view(torch.int64) * place).sum()

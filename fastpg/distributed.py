@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from .lm_head import LMHead, LoRA
 from .row_statistics import Partials
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Group = dist.ProcessGroup | None
 
@@ -134,7 +138,7 @@ def _local(name: str, x: torch.Tensor | None, group: dist.ProcessGroup | None) -
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     mesh = x.device_mesh
-    dims = [d for d in range(mesh.ndim) if group is not None and mesh.get_group(d) is group]
+    dims = _dimensions(mesh, group)
     for d in dims:
         if not x.placements[d].is_shard(0):
             raise ValueError(
@@ -145,6 +149,14 @@ def _local(name: str, x: torch.Tensor | None, group: dist.ProcessGroup | None) -
     kept = [Shard(0) if d in dims else Replicate() for d in range(mesh.ndim)]
     gradients = [Shard(0) if d in dims else Partial("avg") for d in range(mesh.ndim)]
     return x.redistribute(placements=kept).to_local(grad_placements=gradients)
+
+
+def _dimensions(mesh: DeviceMesh, group: Group) -> list[int]:
+    """The mesh dimension that is the group: by its ranks, as equal meshes have groups of their own."""
+    if group is None:
+        return []
+    ranks = dist.get_process_group_ranks(group)
+    return [d for d in range(mesh.ndim) if dist.get_process_group_ranks(mesh.get_group(d)) == ranks]
 
 
 def _row_offset(x: torch.Tensor, group: dist.ProcessGroup) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -100,17 +101,21 @@ class LMHead:
         """The head of a transformers causal language model, read from its output embeddings and its configuration.
 
         Understands final logit soft-capping (Gemma 2 and 3, RecurrentGemma, xLSTM) and logit scales (Cohere, Granite,
-        Falcon-H1, HyperCLOVA X). Raises ValueError where the model has no output embeddings.
+        Falcon-H1, HyperCLOVA X). Of PEFT's layers: LoRA with one active adapter (none where adapters are disabled or merged:
+        then the base weight), and modules_to_save (the active copy). Read it anew after adapters are switched.
+
+        Raises ValueError where the model has no output embeddings, and where these are not a plain linear layer: quantised,
+        with code of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
         """
         output = model.get_output_embeddings()
-        if output is None or getattr(output, "weight", None) is None:
+        if output is None:
             raise ValueError(
-                f"{type(model).__name__} has no output embeddings with a weight; pass LMHead(weight, ...) instead of "
-                "LMHead.from_model(model)"
+                f"{type(model).__name__} has no output embeddings; pass LMHead(weight, ...) instead of LMHead.from_model(model)"
             )
+        layer, lora = _layer_and_lora(output)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         softcap = next((cap for name in _SOFTCAP_NAMES if (cap := getattr(config, name, None))), None)
-        return cls(output.weight, getattr(output, "bias", None), softcap, _config_scale(config))
+        return cls(layer.weight, layer.bias, softcap, _config_scale(config), lora)
 
 
 class Projection(NamedTuple):
@@ -196,3 +201,66 @@ def _config_scale(config) -> float:
         multiplies = getattr(config, "model_type", "").startswith("hyperclovax")
         scale = scale * scaling if multiplies else scale / scaling
     return float(scale)
+
+
+def _layer_and_lora(layer: torch.nn.Module) -> tuple[torch.nn.Linear, LoRA | None]:
+    """The plain linear layer inside output embeddings, and what PEFT adds to it."""
+    if "peft" in sys.modules:  # imported by whoever wrapped the layer
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        if isinstance(layer, BaseTunerLayer):
+            return _plain_linear(layer.base_layer), _active_lora(layer)
+        if isinstance(layer, ModulesToSaveWrapper):
+            active = [] if layer.disable_adapters else layer.active_adapters
+            layer = layer.modules_to_save[active[0]] if active else layer.original_module
+    return _plain_linear(layer), None
+
+
+def _plain_linear(layer: torch.nn.Module) -> torch.nn.Linear:
+    if not isinstance(layer, torch.nn.Linear) or not _has_forward_of(layer, torch.nn.Linear):
+        raise ValueError(
+            f"the output embeddings are {_type_name(layer)}, whose forward is not that of torch.nn.Linear; compute the logits "
+            "in full, or pass LMHead(weight, ...) if they are hidden @ weight.T + bias"
+        )
+    if type(layer.weight).__module__.partition(".")[0] != "torch":
+        raise ValueError(f"the output embeddings hold a weight of type {_type_name(layer.weight)}; a plain tensor is wanted")
+    return layer
+
+
+def _active_lora(layer: torch.nn.Module) -> LoRA | None:
+    """The update that a PEFT layer's forward adds to its base layer; None for none."""
+    from peft.tuners.lora.layer import Linear
+
+    if not _has_forward_of(layer, Linear):
+        raise ValueError(
+            f"the output embeddings carry a {_type_name(layer)}; of PEFT's layers only LoRA's Linear is understood"
+        )
+    if layer.merged and layer.disable_adapters:
+        raise ValueError("the output embeddings' LoRA is merged and disabled at once; unmerge it first")
+    if layer.merged or layer.disable_adapters:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise ValueError(f"the output embeddings have {len(active)} active LoRA adapters, {active}; one is wanted")
+    name = active[0]
+    dropout = layer.lora_dropout[name]
+    if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
+        problem = "is a variant such as DoRA, which is no low-rank update of the weight"
+    elif layer.lora_A[name].bias is not None or layer.lora_B[name].bias is not None:
+        problem = "has a bias (lora_bias=True)"
+    elif dropout.training and getattr(dropout, "p", 0) > 0:
+        problem = f"has dropout {dropout.p} in training mode; set it to 0, or call model.eval()"
+    else:
+        return LoRA(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    raise ValueError(f"the output embeddings' LoRA adapter {name!r} {problem}")
+
+
+def _has_forward_of(layer: torch.nn.Module, cls: type) -> bool:
+    return type(layer).forward is cls.forward and "forward" not in vars(layer)
+
+
+def _type_name(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"

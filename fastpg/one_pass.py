@@ -105,7 +105,10 @@ def linear_policy_loss(
         if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
             weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
             computed = keep & ((weight != 0) | ~terms.weights.isfinite())
-        facts.describe(hidden, head, tokens, computed, temperature, backend=backend, entropy=entropy, chunk=chunk)
+        facts.describe(
+            hidden, head, tokens, computed, temperature, backend=backend, entropy=entropy, check=check,
+            old_logprobs=old_logprobs, chunk=chunk,
+        )  # fmt: skip
 
     with torch.autocast(hidden.device.type, enabled=False):
         rows = rows_of(hidden, tokens, computed, temperature, check, head)

@@ -192,7 +192,7 @@ class _Sweep:
         group = options.group
         if group is not None:
             of_owner = distributed.on_the_owner(torch.stack([target, slope], 1), chunk.tokens, head.vocab_size, group)
-            target, slope = of_owner.unbind(1)
+            target, slope = of_owner.T.contiguous()  # the kernels read vectors without a stride
         total, weighted, residual = ops.anchored_scores(
             *chunk, log_anchor, *head, options.entropy, options.backend, scores, target, slope
         )
@@ -369,8 +369,7 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
     fixed, per_row = tiles.one_pass_bytes(head, options.entropy)
     # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
     per_row += 4 * (head.hidden_size + head.rank) * wide + 20 * wide
-    if options.wanted.lora_weight:  # dB of a chunk, in two parts and summed
-        fixed += 3 * head.vocab_size * head.rank * wide
+    fixed += 3 * head.vocab_size * head.rank * wide  # dB of a chunk, in two parts and summed
     if any(options.wanted):
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
         fixed += widened_bytes(head)

@@ -75,20 +75,45 @@ def _(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_
     torch._check(a.shape[1] == b.shape[0], lambda: f"product: {tuple(a.shape)} @ {tuple(b.shape)}")
 
 
+def _unrounded_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """scores (C, V) @ weight (V, H) in the accumulation dtype: what the rows of W have in common may cancel elsewhere."""
+    dtype = accumulation_dtype(scores.dtype)
+    if scores.dtype == dtype or scores.device.type != "cpu":
+        return multiply(scores, weight)
+    columns, sums = tile_columns(weight.shape[1]), torch.empty(len(scores), weight.shape[1], dtype=dtype)
+    for v in range(0, len(weight), columns):
+        w = weight[v : v + columns].to(dtype)
+        for r in range(0, len(scores), _WIDENED_ROWS):
+            e = scores[r : r + _WIDENED_ROWS, v : v + columns].to(dtype)
+            product(sums[r : r + _WIDENED_ROWS], e, w, v > 0, True)
+    return sums
+
+
 def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K) @ b (K, r) in the accumulation dtype, for few columns of a b that is in it too (or in a's dtype).
 
     Where a has 16 bits b is multiplied in two 16-bit parts, whose sum has twice the digits, so that a is not widened.
     """
     dtype = accumulation_dtype(a.dtype)
-    if a.dtype == dtype or (a.dtype == torch.float16 and a.device.type == "cpu"):  # whose products there would be fp16
-        return torch.mm(a.to(dtype), b.to(dtype))
+    if a.dtype == dtype:
+        return torch.mm(a, b.to(dtype))
+    if a.device.type == "cpu":  # where a 16-bit product is rounded: widened a few rows at a time
+        out, b = torch.empty(len(a), b.shape[1], dtype=dtype), b.to(dtype)
+        rows = max(1, _widened_entries(min(a.shape)) // a.shape[1])
+        for start in range(0, len(a), rows):
+            part = slice(start, start + rows)
+            torch.mm(a[part].to(dtype), b, out=out[part])
+        return out
     if b.dtype == a.dtype:
         return multiply(a, b)
     high = b.to(a.dtype)
     low = (b - high.to(b.dtype)).to(a.dtype)
     sums = multiply(a, torch.cat([high, low], 1))
     return sums[:, : b.shape[1]] + sums[:, b.shape[1] :]
+
+
+def _widened_entries(vocab: int) -> int:
+    return min(2**20, _WIDENED_ROWS * vocab)
 
 
 def tile_columns(hidden_size: int) -> int:
@@ -116,8 +141,8 @@ def gradient_products(
     """
     vocab, hidden_size = weight.shape
     if dhidden is not None:
-        # on a CPU a bf16 product is rounded here as well as after the row factor
-        sums = multiply(scores, weight)
+        # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
+        sums = _unrounded_product(scores, weight) if dhidden.dtype != scores.dtype else multiply(scores, weight)
         if len(residual):
             inside = tokens.clamp(0, vocab - 1)
             sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
@@ -171,8 +196,10 @@ def lora_products(
 
 
 def widened_bytes(head: Projection) -> int:
-    """What `gradient_products` needs for a widened tile of E: on a CPU, and where E is not in the accumulation dtype."""
+    """What products 2 and 3 need for a widened tile of E: on a CPU, and where E is not in the accumulation dtype."""
     dtype = accumulation_dtype(head.weight.dtype)
     if head.weight.dtype == dtype or head.weight.device.type != "cpu":
         return 0
-    return _WIDENED_ROWS * min(tile_columns(head.hidden_size), head.vocab_size) * dtype.itemsize
+    columns = min(tile_columns(head.hidden_size), head.vocab_size)
+    of_lora = _widened_entries(head.vocab_size) if head.rank else 0
+    return (_WIDENED_ROWS * columns + of_lora) * dtype.itemsize

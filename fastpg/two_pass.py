@@ -74,7 +74,7 @@ def linear_logprobs(
         workspace = validation.workspace_bytes(workspace, hidden.device)
         projection = projection_of(head)
         chunk_rows(ops.tiles_of(backend), projection, workspace, entropy)  # raises before any work where it is too small
-        facts.describe(hidden, head, tokens, keep, temperature, backend=backend, entropy=entropy)
+        facts.describe(hidden, head, tokens, keep, temperature, backend=backend, entropy=entropy, check=check)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = rows_of(hidden, tokens, keep, temperature, check, head)
         options = entropy, workspace, backend, head.group, head.weight_grad
@@ -125,8 +125,11 @@ def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]
     if torch.float64 in (hidden.dtype, head.weight.dtype) or not hidden.is_floating_point():
         return hidden, head
     dtype = torch.get_autocast_dtype(hidden.device.type)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias, lora=_in_dtype(head.lora, dtype))
+    bias, weight = None if head.bias is None else head.bias.to(dtype), head.weight.to(dtype)
+    # under no_grad the cast weight requires no gradient, and nothing will be added
+    weight_grad = head.weight_grad if weight.requires_grad else None
+    lora = _in_dtype(head.lora, dtype)
+    return hidden.to(dtype), replace(head, weight=weight, bias=bias, lora=lora, weight_grad=weight_grad)
 
 
 def _in_dtype(lora: LoRA | None, dtype: torch.dtype) -> LoRA | None:

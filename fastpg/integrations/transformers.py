@@ -1,0 +1,400 @@
+"""Log-probabilities and policy losses of transformers causal language models, straight from token ids.
+
+The model runs its own forward, so that position ids, images, routers, autocast and the hooks of FSDP, DDP and PEFT are as
+always. Only its lm_head is answered for: a hook takes the hidden states there, hands the layer one row of them in place of
+all, and returns a row of known numbers as its logits. What the model makes of these must be what `LMHead.from_model` read
+from the configuration, a softcap and a scale; a model that does anything else is refused rather than trained on other logits.
+
+Everything has the shape of input_ids, (B, T), and stands at the token it belongs to: logprobs[b, t] is the log-probability of
+input_ids[b, t] given what is before it, and masks, advantages and old log-probabilities are read in the same way. There is
+nothing to shift. Drop the first column for the (B, T - 1) of other code; [:, -C:] are the last C tokens, as in TRL and verl.
+
+    keep[b, t] = t > 0, attention_mask and completion_mask at t, attention_mask at t - 1, position[t] = position[t - 1] + 1
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .. import validation
+from ..lm_head import LMHead
+from ..losses import PolicyLossOutput
+from ..objectives import KLPenalty, Objective, ObjectiveFunction
+from ..one_pass import linear_policy_loss
+from ..reductions import Reduction
+from ..two_pass import linear_logprobs
+
+# What is made of the hidden states (B, T, H), the head and `labels`: fields of a HeadlessOutput.
+_Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]
+
+_OURS = "_fastpg_patched"  # attribute of the forward that stands in for a model's own
+_REFUSED = {"labels", "num_items_in_batch", "logits_to_keep", "past_key_values", "inputs_embeds", "return_dict"}
+
+
+class CausalLMLogprobs(NamedTuple):
+    """logprobs (B, T), and entropy (B, T) or None, of the distribution that predicts each token; 0 where mask is False.
+
+    mask (B, T) bool: which tokens have a prediction and were asked for. aux_loss: the router's load-balancing loss () as the
+    model computes it, not yet multiplied by its coefficient; None unless asked for by output_router_logits=True, as an
+    argument or in the configuration.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    mask: torch.Tensor
+    aux_loss: torch.Tensor | None
+
+
+@dataclass
+class HeadlessOutput(ModelOutput):
+    """What a model returns under `patched`; logits are always None.
+
+    loss (): with labels. log_probs, entropy (B, T): of each label, 0 where it is -100. policy: of `causal_lm_policy_loss`.
+    last_hidden_state (B, T, H): what the lm_head would have been given. The others are the model's own.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    policy: PolicyLossOutput | None = None
+    last_hidden_state: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def token_logprobs(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,  # (B, T)
+    attention_mask: torch.Tensor | None = None,  # (B, T)
+    *,
+    completion_mask: torch.Tensor | None = None,  # (B, T)
+    position_ids: torch.Tensor | None = None,  # (B, T) or (1, T)
+    temperature: float | torch.Tensor = 1.0,  # number or (B, T)
+    entropy: bool = False,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+    **model_inputs: Any,
+) -> CausalLMLogprobs:
+    """log p(input_ids[b, t] | input_ids[b, :t]) for each token, differentiable in all parameters, without the logits.
+
+    Args:
+        model: a transformers causal language model, also inside PEFT's, DDP's or FSDP's wrapper. It is called once, as it is:
+            in training mode its dropout is on.
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), 0 for padding on either side. None: nothing is padded.
+        completion_mask: (B, T) bool, True for the tokens that are wanted. None: all.
+        position_ids: None: with an attention_mask those of transformers' `generate`, which count the tokens that are not
+            padding. Where a row's positions do not go up by one, a new packed sequence begins, whose first token has no
+            prediction; the sequences are then kept apart by the model's attention, which transformers does only without an
+            attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are handed on and end no sequence.
+        temperature, entropy, workspace, backend, check: as in `linear_logprobs`. temperature (B, T) stands at the token that
+            was sampled with it. check=False also leaves out the comparison of the model's softcap and scale.
+        model_inputs: further arguments of the model, such as pixel_values or output_router_logits.
+
+    Raises TypeError or ValueError for models and arguments that do not fit, those of `LMHead.from_model` included.
+    """
+    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check)
+    mask, tokens = _targets(batch)
+    temperature = _ahead(input_ids, "temperature", temperature)
+
+    def compute(hidden: torch.Tensor, head: LMHead, _: dict[str, Any]) -> dict[str, Any]:
+        out = linear_logprobs(
+            hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
+        )
+        return {"log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
+
+    out = _run(model, compute, batch, model_inputs)
+    return CausalLMLogprobs(out.log_probs, out.entropy, mask, out.aux_loss)
+
+
+def causal_lm_policy_loss(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,  # (B, T)
+    attention_mask: torch.Tensor | None,  # (B, T)
+    old_logprobs: torch.Tensor | None,  # (B, T)
+    advantages: torch.Tensor,  # (B, T), or one per sequence
+    *,
+    objective: Objective | ObjectiveFunction,
+    completion_mask: torch.Tensor | None = None,  # (B, T)
+    position_ids: torch.Tensor | None = None,  # (B, T) or (1, T)
+    sequence_ids: torch.Tensor | None = None,  # (B, T)
+    temperature: float | torch.Tensor = 1.0,  # number or (B, T)
+    reduction: Reduction = "token-mean",
+    denominator: float | torch.Tensor | None = None,
+    kl: KLPenalty | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # (B, T)
+    rollout_weights: torch.Tensor | None = None,  # (B, T)
+    entropy: bool = False,
+    add_aux_loss: bool = False,
+    skip_zero_weight: bool = True,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+    **model_inputs: Any,
+) -> PolicyLossOutput:
+    """`linear_policy_loss` of a model and token ids: one forward of the model, one sweep over the vocabulary.
+
+    Args:
+        model, input_ids, attention_mask, completion_mask, position_ids, temperature, model_inputs: as in `token_logprobs`.
+        old_logprobs, ref_logprobs, rollout_weights: (B, T), as `token_logprobs` returns them; read where tokens are kept.
+        advantages: (B, T), or one per sequence: (B,), or (S,) with sequence_ids.
+        sequence_ids: (B, T) int, for packed rows: which sequence, numbered from 0, each token belongs to. None: the rows are
+            the sequences, of per-sequence advantages and the "seq-" reductions.
+        add_aux_loss: add router_aux_loss_coef * aux_loss to the loss, as transformers does when it is given labels; not
+            divided by `denominator`: under gradient accumulation each micro-batch adds its own. metrics["aux_loss"] has the
+            aux_loss.
+        The others: as in `linear_policy_loss`. Ratios of whole sequences take `token_logprobs` and `policy_loss`.
+
+    Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
+    """
+    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check)
+    tokens = _targets(batch)[1]
+    packed = sequence_ids is not None
+
+    def placed(name: str, x: Any) -> Any:  # at the hidden states; packed tokens are (N,) there
+        x = _ahead(input_ids, name, x)
+        return x.flatten() if packed and isinstance(x, torch.Tensor) and x.dim() == 2 else x
+
+    temperature, sequence_ids = placed("temperature", temperature), placed("sequence_ids", sequence_ids)
+    old_logprobs, ref_logprobs = placed("old_logprobs", old_logprobs), placed("ref_logprobs", ref_logprobs)
+    rollout_weights = placed("rollout_weights", rollout_weights)
+    if isinstance(advantages, torch.Tensor) and advantages.shape == input_ids.shape:
+        advantages = placed("advantages", advantages)
+    if add_aux_loss:
+        coefficient, model_inputs = _router_coefficient(_causal_lm(model)), {**model_inputs, "output_router_logits": True}
+
+    def compute(hidden: torch.Tensor, head: LMHead, _: dict[str, Any]) -> dict[str, Any]:
+        states, targets = (hidden.flatten(0, 1), tokens.flatten()) if packed else (hidden, tokens)
+        out = linear_policy_loss(
+            states, head, targets, old_logprobs, advantages, objective=objective, sequence_ids=sequence_ids,
+            temperature=temperature, reduction=reduction, denominator=denominator, kl=kl, ref_logprobs=ref_logprobs,
+            rollout_weights=rollout_weights, entropy=entropy, skip_zero_weight=skip_zero_weight, workspace=workspace,
+            backend=backend, check=check,
+        )  # fmt: skip
+        return {"policy": out._replace(logprobs=_back(out.logprobs.view(input_ids.shape)))}
+
+    out = _run(model, compute, batch, model_inputs)
+    if not add_aux_loss:
+        return out.policy
+    loss = out.policy.loss + coefficient * out.aux_loss.to(out.policy.loss.device)
+    return PolicyLossOutput(loss, out.policy.logprobs, out.policy.metrics | {"aux_loss": out.aux_loss.detach()})
+
+
+@contextmanager
+def patched(
+    model: torch.nn.Module,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> Iterator[torch.nn.Module]:
+    """Within the context, calls of the model return a `HeadlessOutput`: log-probabilities of labels, and no logits.
+
+        with patched(model):
+            out = model(input_ids=ids, attention_mask=mask, labels=labels)  # loss, log_probs, entropy; logits is None
+
+    For trainers that call the model themselves. labels (B, T) are transformers': not shifted, -100 ignored. log_probs and
+    entropy stand at their label. The loss is transformers' too: the mean of -log_probs over labels, or their sum divided by
+    num_items_in_batch, plus router_aux_loss_coef * aux_loss where router logits are asked for; 0 where there is no label.
+    Other losses are written on log_probs. Without labels there are hidden states only, so `generate` does not work.
+
+    Only this instance is patched, in its `forward`: hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
+    when the context ends, in whatever way. Raises as `token_logprobs` does, and RuntimeError where the model is patched.
+    """
+
+    def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["labels"] is None:
+            return {}
+        tokens = _targets(_Batch(arguments["labels"], None, None, None, check))[1]
+        out = linear_logprobs(
+            hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
+        )
+        count = arguments["num_items_in_batch"]
+        if count is None:
+            count = (tokens != validation.IGNORED_TOKEN).sum().clamp(min=1)
+        return {"loss": -out.logprobs.sum() / count, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
+
+    with _intercepted(model, compute, check):
+        yield model
+
+
+@contextmanager
+def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool) -> Iterator[None]:
+    """The causal language model's forward replaced, on the instance."""
+    lm = _causal_lm(model)
+    replaced = vars(lm).get("forward")
+    original = lm.forward
+    if hasattr(original, _OURS):
+        raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
+    LMHead.from_model(lm)  # raises before any work; built anew in forward, where FSDP's weights are whole
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> HeadlessOutput:
+        return _headless_forward(lm, original, compute, check, args, kwargs)
+
+    setattr(forward, _OURS, True)
+    lm.forward = forward
+    try:
+        yield
+    finally:
+        del lm.forward
+        if replaced is not None:
+            lm.forward = replaced
+
+
+def _headless_forward(
+    lm: PreTrainedModel, original: Callable, compute: _Compute, check: bool, args: tuple, kwargs: dict[str, Any]
+) -> HeadlessOutput:
+    """The model's own forward, with `compute` in the place of its lm_head."""
+    arguments, inputs = _loss_arguments(original, args, kwargs)
+    head, layer = LMHead.from_model(lm), lm.get_output_embeddings()
+    probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []  # hidden states, and what was computed of them
+
+    def take(_: torch.nn.Module, inputs: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict]:
+        if calls or keywords or len(inputs) != 1 or inputs[0].dim() != 3:
+            raise ValueError(f"{type(lm).__name__} must call its output embeddings once, with hidden states (B, T, H) alone")
+        calls.append((inputs[0], compute(inputs[0], head, arguments)))
+        return (inputs[0][:1, :1].detach(),), {}
+
+    handles = [
+        layer.register_forward_pre_hook(take, with_kwargs=True),  # after those that are there: what the layer is given
+        layer.register_forward_hook(lambda *_: probe, prepend=True),  # before those that are there: they change the probe
+    ]
+    try:
+        out = original(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not calls:
+        raise ValueError(f"{type(lm).__name__}.forward does not call its output embeddings")
+    _check_logits(lm, out, head, probe, check)
+    hidden, fields = calls[0]
+    names = ("aux_loss", "router_logits", "hidden_states", "attentions")
+    result = HeadlessOutput(last_hidden_state=hidden, **fields, **{name: getattr(out, name, None) for name in names})
+    if result.loss is not None and result.aux_loss is not None:
+        result.loss = result.loss + _router_coefficient(lm) * result.aux_loss.to(result.loss.device)
+    return result
+
+
+def _loss_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the loss is made of, and what the model's own forward is left with."""
+    given = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
+    loss = {name: given.pop(name, None) for name in ("labels", "num_items_in_batch")}
+    kept = given.get("logits_to_keep")
+    if given.get("shift_labels") is not None or isinstance(kept, torch.Tensor) or kept:
+        raise ValueError("shift_labels and logits_to_keep are not understood; pass labels (B, T), -100 where unwanted")
+    return loss, given
+
+
+def _check_logits(lm: PreTrainedModel, out: Any, head: LMHead, probe: torch.Tensor, check: bool) -> None:
+    """That the model made of the probe what fastpg makes of logits."""
+    logits = getattr(out, "logits", None)
+    if logits is None or logits.shape != probe.shape:
+        raise ValueError(f"{type(lm).__name__} must return a ModelOutput, with logits of the shape that its lm_head returns")
+    want = head.logit_scale * probe
+    want = want if head.softcap is None else head.softcap * torch.tanh(want / head.softcap)
+    error, tolerance = (logits - want).abs(), max(1e-5, 2 * torch.finfo(logits.dtype).eps)
+    if check:
+        read = f"softcap={head.softcap}, logit_scale={head.logit_scale}, as read from its configuration"
+        said = f"{type(lm).__name__} does something else to its logits than {read}; compute its logits in full"
+        validation.require(error <= tolerance * (1 + want.abs()), lambda: said)
+
+
+class _Batch(NamedTuple):
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    completion_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    check: bool
+
+
+def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs: dict[str, Any]) -> HeadlessOutput:
+    """One call of the model, wrappers included."""
+    if refused := _REFUSED & model_inputs.keys():
+        raise ValueError(f"{sorted(refused)} cannot be handed on: the model is run once, on all of input_ids")
+    lm = _causal_lm(model)
+    accepted = inspect.signature(lm.forward).parameters
+    name = "_prepare_position_ids_for_generation"  # models with positions of their own, such as M-RoPE's, override it
+    plain = getattr(type(lm), name, None) is getattr(GenerationMixin, name, None)
+    attention_mask, position_ids = batch.attention_mask, batch.position_ids
+    if position_ids is None and attention_mask is not None and "position_ids" in accepted and plain:
+        position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    inputs |= {"use_cache": False} if "use_cache" in accepted else {}
+    inputs = {name: value for name, value in inputs.items() if value is not None} | model_inputs
+    with _intercepted(model, compute, batch.check):
+        return model(**inputs)
+
+
+def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens have a prediction and are asked for, (B, T) bool; and they, where they are predicted, -100 elsewhere."""
+    ids, attention_mask, completion_mask, position_ids, check = batch
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
+        shape = tuple(getattr(ids, "shape", ()))
+        raise TypeError(f"input_ids and labels must be integer tensors (B, T); got {validation.kind(ids)} {shape}")
+    shape = tuple(ids.shape)
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must be (B, T) = {shape}, 0 for padding; got {tuple(attention_mask.shape)}")
+    validation.check_mask(completion_mask, "input_ids", ids)
+    mask = torch.ones_like(ids, dtype=torch.bool) if completion_mask is None else completion_mask.clone()
+    mask[:, :1] = False
+    real = torch.ones_like(mask) if attention_mask is None else attention_mask != 0
+    follows = real[:, 1:] & real[:, :-1]
+    if position_ids is not None and position_ids.dim() == 2:
+        if position_ids.shape not in (shape, (1, shape[1])):
+            raise ValueError(f"position_ids must be (B, T) = {shape} or (1, T); got {tuple(position_ids.shape)}")
+        next_of = position_ids.diff(dim=1) == 1
+        if attention_mask is not None and check:
+            said = "position_ids begin a second sequence in a row; with an attention_mask it sees the first: leave the mask out"
+            validation.require(next_of | ~follows, lambda: said)
+        follows = follows & next_of
+    mask[:, 1:] &= follows
+    return mask, ids.masked_fill(~mask, validation.IGNORED_TOKEN).roll(-1, 1)
+
+
+def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, or DDP's or FSDP's."""
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
+        if inner is None:
+            raise TypeError(f"model must be a transformers model or a wrapper around one; got {type(model).__name__}")
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"{type(inner).__name__} has an encoder; a decoder-only model is wanted")
+    return inner
+
+
+def _router_coefficient(lm: PreTrainedModel) -> float:
+    coefficient = getattr(lm, "router_aux_loss_coef", getattr(lm.config.get_text_config(), "router_aux_loss_coef", None))
+    if coefficient is None:
+        raise ValueError(f"{type(lm).__name__} has no router_aux_loss_coef: there is no router loss to add")
+    return coefficient
+
+
+def _ahead(input_ids: torch.Tensor, name: str, value: Any) -> Any:
+    """(B, T) from the tokens to the hidden states that predict them; numbers as they are."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    if value.shape != input_ids.shape:
+        raise ValueError(f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}; got {tuple(value.shape)}")
+    return value.roll(-1, 1)
+
+
+def _back(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.roll(1, 1)

@@ -1,0 +1,346 @@
+"""fastpg under TRL's trainers: GRPOTrainer and RLOOTrainer as they are, on log-probabilities from `linear_logprobs`.
+
+    trainer = GRPOTrainer(...)
+    use_fastpg(trainer)
+    trainer.train()
+
+TRL (1.16 and later) gives its policy and its reference model a forward that answers calls with `fused_lm_head=True` and
+`labels` by per-token log-probabilities and entropies; every loss is computed from those. `use_fastpg` stands one more forward
+in front of that one, on the model's instance: it answers these calls and passes all others on (generation). Callers find it
+where they found TRL's, inside the model's forward, so that hooks of DDP and FSDP fire and adapters switch as PEFT wants.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..lm_head import LMHead
+from ..two_pass import TokenLogprobs, linear_logprobs
+from ..validation import IGNORED_TOKEN
+
+_NEEDED = "fastpg.integrations.trl needs trl >= 1.16, the first whose trainers call the model with fused_lm_head=True"
+_PROVIDED = {"log_probs", "entropy"}
+
+
+class FastpgHeads:
+    """The forwards that `use_fastpg` placed, and the way back; in a `with` statement they are undone at its end."""
+
+    def __init__(self) -> None:
+        self.models: list[nn.Module] = []
+        self._placed: list[_Placed] = []
+
+    def undo(self) -> None:
+        """TRL's own heads answer again; further calls do nothing.
+
+        A forward that something has wrapped since (accelerate does, for mixed precision) stays, and passes everything on.
+        Warns where the lm_head has an adapter, because TRL's own head does not know it.
+        """
+        for placed in self._placed:
+            placed.switch.on = False
+            if vars(placed.model).get("forward") is placed.forward:
+                placed.model.forward = placed.below
+            if _has_adapter(placed.model):
+                warnings.warn(
+                    "TRL's own head computes from lm_head.weight alone: the adapter on the lm_head is ignored from here on",
+                    stacklevel=2,
+                )
+        self.models, self._placed = [], []
+
+    def __enter__(self) -> FastpgHeads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | None = None) -> FastpgHeads:
+    """Log-probabilities and entropies of a TRL trainer's models from `linear_logprobs`, from now on.
+
+        use_fastpg(trainer)
+        trainer.train()
+
+    The trainer is a GRPOTrainer or RLOOTrainer, or another one built on TRL's fused head, after its construction. Losses,
+    masks, metrics and reference models remain the trainer's own. Logits are fp32 whatever the dtype of the model; TRL's
+    own head rounds them to it. Nothing global is changed: only `forward` of the trainer's own models.
+
+    Args:
+        workspace: bytes of transient memory, as in `linear_logprobs`.
+        backend: "torch" or "triton", as in `linear_logprobs`.
+
+    Returns the handle with `undo()`, also a context manager. Where the trainer reads more than log-probabilities and
+    entropies (SFT, DPO and KTO: is_top1, mean_logits, log_sum_sq_probs), all of its models keep TRL's own head, a warning
+    says so, and the handle's `models` are empty.
+
+    For LoRA on the lm_head, which TRL's trainers refuse when built, see `build_trainer`.
+
+    Raises, before anything is changed:
+        ImportError: trl is older than 1.16.
+        TypeError, ValueError: the trainer's models have no fused head, or have fastpg's already; Liger or DeepSpeed ZeRO-3 is
+            in use; the head is no linear layer, has an adapter that `LMHead.from_model` cannot express (also in training mode:
+            dropout), or gives other log-probabilities than the policy's own forward on four tokens.
+    """
+    output = _output_class()
+    _check_trainer(trainer)
+    found = [(model, settings) for name in ("model", "ref_model") for model, settings in _fused_models(trainer, name)]
+    missing = sorted({x for _, settings in found for x in settings.outputs} - _PROVIDED)
+    if not found:
+        raise ValueError(
+            f"{type(trainer).__name__}'s models have no fused lm_head of TRL's; use_fastpg wants a trainer that has, such as "
+            "GRPOTrainer or RLOOTrainer"
+        )
+    heads = FastpgHeads()
+    if missing:
+        warnings.warn(
+            f"{type(trainer).__name__} reads {', '.join(missing)} of TRL's fused lm_head, which fastpg does not compute: "
+            "TRL's own head stays",
+            stacklevel=2,
+        )
+        return heads
+    scorers = [_Scorer(settings, workspace, backend) for _, settings in found]
+    for (model, _), scorer in zip(found, scorers, strict=True):
+        _check_head(model)
+        if model is found[0][0]:
+            with trainer.accelerator.autocast():
+                _check_against_own_logits(model, scorer)
+    for (model, _), scorer in zip(found, scorers, strict=True):
+        heads._placed.append(_place(model, scorer, output))
+        heads.models.append(model)
+    return heads
+
+
+def build_trainer(
+    trainer_class: type, model: nn.Module, *args: Any, workspace: int | None = None, backend: str | None = None, **kwargs: Any
+) -> tuple[Any, FastpgHeads]:
+    """(trainer, heads): `trainer_class(model, *args, **kwargs)` under `use_fastpg`, LoRA on the lm_head allowed.
+
+        config = LoraConfig(target_modules=["q_proj", "v_proj", "lm_head"])
+        trainer, heads = build_trainer(GRPOTrainer, model, reward_funcs=..., args=..., train_dataset=..., peft_config=config)
+
+    GRPOTrainer and RLOOTrainer refuse an adapter on the lm_head, which their own head would not train. While one is built
+    here, the model shows them the layer under the adapter. Model: the instance, not a name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build_trainer wants the model itself, loaded before; got {type(model).__name__}")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.get_output_embeddings = lambda: _linear_layer(type(base).get_output_embeddings(base))
+    try:
+        trainer = trainer_class(model, *args, **kwargs)
+    finally:
+        del base.get_output_embeddings
+    heads = use_fastpg(trainer, workspace=workspace, backend=backend)
+    if not heads.models and _has_adapter(base):
+        raise ValueError(
+            f"{type(trainer).__name__} keeps TRL's own head, which would not train the adapter on the lm_head; remove it from "
+            "target_modules"
+        )
+    return trainer, heads
+
+
+class _Settings(NamedTuple):
+    """What the trainer asked of TRL's fused head when it was built."""
+
+    temperature: float
+    cast_lm_head_to_fp32: bool
+    outputs: tuple[str, ...]
+
+
+class _Scorer(NamedTuple):
+    settings: _Settings
+    workspace: int | None
+    backend: str | None
+
+    def __call__(self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> TokenLogprobs:
+        """Of tokens (B, T) under hidden (B, T, H). The head is read at each call: PEFT and FSDP exchange what it is made of."""
+        head = _head_of(model)
+        hidden, tokens = hidden.to(head.weight.device), tokens.to(head.weight.device)
+        fp32 = self.settings.cast_lm_head_to_fp32
+        if fp32:
+            hidden, bias = hidden.float(), None if head.bias is None else head.bias.float()
+            head = replace(head, weight=head.weight.float(), bias=bias)
+        with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
+            return linear_logprobs(
+                hidden,
+                head,
+                tokens,
+                temperature=self.settings.temperature,
+                entropy="entropy" in self.settings.outputs,
+                workspace=self.workspace,
+                backend=self.backend,
+            )
+
+
+class _Placed(NamedTuple):
+    model: nn.Module
+    forward: types.MethodType
+    below: Any  # the forward it stands in front of
+    switch: types.SimpleNamespace  # on: whether it answers, or only passes on
+
+
+def _place(model: nn.Module, scorer: _Scorer, output: type) -> _Placed:
+    below, switch = model.forward, types.SimpleNamespace(on=True)
+
+    @functools.wraps(getattr(below, "__func__", below))  # generate reads the model's arguments from the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (switch.on and kwargs.pop("fused_lm_head", False)):
+            return below(*args, **kwargs)
+        return _answer(self, scorer, output, args, kwargs)
+
+    forward.fastpg_switch = switch
+    bound = types.MethodType(forward, model)
+    model.forward = bound
+    return _Placed(model, bound, below, switch)
+
+
+def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What TRL's fused forward returns, of the same arguments: see `trl.trainer.utils.add_fused_lm_head`."""
+    labels, shift_labels, count = (kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch"))
+    kwargs["use_cache"] = False
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
+    tokens = shift_labels
+    if shift_labels is None:  # all states are scored, the last against no token: a slice of them would be a copy
+        tokens = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_TOKEN)], 1)
+    log_probs, entropy = scorer(model, backbone.last_hidden_state, tokens)
+    mask = tokens.to(log_probs.device) != IGNORED_TOKEN
+    if shift_labels is None:
+        log_probs, mask = log_probs[:, :-1], mask[:, :-1]
+        entropy = None if entropy is None else entropy[:, :-1]
+    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = _load_balancing_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return output(loss=loss, log_probs=log_probs, entropy=entropy, label_mask=mask, aux_loss=aux_loss)
+
+
+def _load_balancing_loss(model: nn.Module, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # TRL's, for every family
+
+    config = model.config.get_text_config()
+    experts = config.num_experts if hasattr(config, "num_experts") else model.num_experts
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
+
+
+def _output_class() -> type:
+    import trl
+
+    try:
+        from trl.trainer.utils import FusedCausalLMOutput
+    except ImportError as error:
+        raise ImportError(f"{_NEEDED}; found trl {trl.__version__}") from error
+    return FusedCausalLMOutput
+
+
+def _check_trainer(trainer: Any) -> None:
+    if not all(hasattr(trainer, name) for name in ("model", "args", "accelerator")):
+        raise TypeError(f"use_fastpg wants a trainer of TRL's; got {type(trainer).__name__}")
+    if getattr(trainer.args, "use_liger_kernel", False):
+        raise ValueError("use_liger_kernel=True patches the model when training starts, and would drop fastpg's head; use one")
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError("DeepSpeed ZeRO-3 empties lm_head.weight outside its own forward; use_fastpg works with ZeRO-1 and 2")
+
+
+def _fused_models(trainer: Any, name: str) -> Iterator[tuple[nn.Module, _Settings]]:
+    """Whose forward is TRL's fused one, inside whatever wraps it (PEFT, DDP, FSDP, engines)."""
+    wrapped = getattr(trainer, name, None)
+    for module in () if wrapped is None else wrapped.modules():
+        if "forward" not in vars(module):
+            continue
+        layers = list(_layers(module.forward))
+        switched_on = any(layer.fastpg_switch.on for layer in layers if hasattr(layer, "fastpg_switch"))
+        if switched_on or any(hasattr(layer, "_fastpg_patched") for layer in layers):  # the latter: integrations.transformers
+            raise ValueError(f"the trainer's {name} has fastpg's head already; undo that one before placing another")
+        settings = next((s for s in map(_settings_of, layers) if s is not None), None)
+        if settings is not None:
+            yield module, settings
+
+
+def _layers(forward: Any) -> Iterator[Any]:
+    """The function, and those it wraps, outermost first."""
+    while forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        yield forward
+        forward = getattr(forward, "__wrapped__", None)
+
+
+def _settings_of(function: Any) -> _Settings | None:
+    """From the variables that TRL's fused forward closes over: it keeps them nowhere else. None for any other function."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None or function.__globals__.get("__name__") != "trl.trainer.utils":
+        return None
+    values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+    try:
+        return _Settings(*(values[name] for name in _Settings._fields))
+    except KeyError as error:
+        raise ImportError(f"{_NEEDED}; the installed version's fused forward has no {error}") from error
+
+
+def _linear_layer(layer: Any) -> Any:
+    """The layer under PEFT's wrappers."""
+    layer = getattr(layer, "original_module", layer)
+    return getattr(layer, "base_layer", layer)
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    return hasattr(model.get_output_embeddings(), "base_layer")
+
+
+def _head_of(model: nn.Module) -> LMHead:
+    layer = model.get_output_embeddings()
+    forward = vars(layer).get("forward") if isinstance(layer, nn.Linear) else None
+    if getattr(forward, "__name__", None) != "cast_forward_to_fp32" or not forward.__module__.startswith("trl."):
+        return LMHead.from_model(model)
+    layer = copy.copy(layer)  # of the same parameters, without the forward that TRL gave it: a linear layer's, in fp32
+    del layer.forward
+    return LMHead.from_model(types.SimpleNamespace(config=model.config, get_output_embeddings=lambda: layer))
+
+
+def _check_head(model: nn.Module) -> None:
+    """That it can be read, and also in training mode: dropout of an adapter would be ignored."""
+    if model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no backbone of its own (base_model), whose hidden states fastpg needs")
+    layer = model.get_output_embeddings() or nn.Identity()  # None is from_model's to refuse
+    training = layer.training
+    try:
+        layer.train()
+        _head_of(model)
+    finally:
+        layer.train(training)
+
+
+@torch.no_grad()
+def _check_against_own_logits(model: nn.Module, scorer: _Scorer) -> None:
+    """Four tokens through the model: its own logits, scaled and capped as it does, against our head on the same states."""
+    states = []
+    hook = model.base_model.register_forward_hook(lambda module, args, result: states.append(result[0]))
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device)[None]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of dropout, if any
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    rounding = max(8 * torch.finfo(logits.dtype).eps, 2e-3)  # 2e-3: an fp32 model may be multiplied in TF32
+    logits = logits.float()
+    unlikely = logits.masked_fill(logits.isinf(), 0).argmin(-1)  # their log-probabilities move with any factor or cap
+    own = (logits / scorer.settings.temperature).log_softmax(-1).gather(-1, unlikely[..., None])[..., 0]
+    ours = scorer(model, states[0], unlikely).logprobs.to(own.device)
+    largest = float(logits[logits.isfinite()].abs().max()) / scorer.settings.temperature
+    if not torch.allclose(ours, own, rtol=0, atol=rounding * largest + 1e-5):
+        raise ValueError(
+            f"{type(model).__name__}'s own logits are not those of LMHead.from_model on its hidden states: log-probabilities "
+            f"differ by {float((ours - own).abs().max()):.3g}; the model does something between them that fastpg does not know"
+        )

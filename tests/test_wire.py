@@ -1,0 +1,68 @@
+"""What crosses ranks, counted: the first table of DISTRIBUTED.md, and that no rank exchanges anything with V entries."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+
+from fastpg import LMHead, linear_cispo_loss, linear_logprobs
+
+N, MASKED, H, V, RANK = 300, 40, 24, 101, 3
+AGREEMENT = 160
+
+
+def counted(rank: int) -> dict[str, dict[str, list[int]]]:
+    """Bytes that this rank handed to each collective, in order, by kind of call."""
+    from fastpg import distributed
+
+    log: dict[str, list[int]] = {}
+    gather, reduce = dist.all_gather, dist.all_reduce
+    distributed.dist.all_gather = lambda out, x, **k: (log.setdefault("gather", []).append(x.nbytes), gather(out, x, **k))
+    distributed.dist.all_reduce = lambda x, **k: (log.setdefault("reduce", []).append(x.nbytes), reduce(x, **k))
+    torch.manual_seed(0)
+    weight, hidden, tokens = torch.randn(V, H), torch.randn(N, H), torch.randint(0, V, (N,))
+    factors = torch.randn(RANK, H, requires_grad=True), torch.randn(V, RANK)
+    mask, advantages, old = torch.arange(N) >= MASKED, torch.randn(N), -torch.rand(N)
+    share = -(-V // dist.get_world_size())
+    rows = slice(rank * share, (rank + 1) * share)
+    found = {}
+
+    def head(lora: bool) -> LMHead:
+        update = (factors[0], factors[1][rows], 0.1) if lora else None
+        return LMHead(weight[rows].requires_grad_(), lora=update, group=dist.group.WORLD, vocab_start=rows.start)
+
+    for entropy in (False, True):
+        for lora in (False, True):
+            x = hidden.clone().requires_grad_()
+            loss = linear_cispo_loss(x, head(lora), tokens, old, advantages, mask=mask, entropy=entropy).loss
+            loss.backward()
+            found[f"one pass {entropy} {lora}"] = log.copy()
+            log.clear()
+            logprobs = linear_logprobs(x, head(lora), tokens, mask=mask, entropy=entropy).logprobs
+            found[f"forward {entropy} {lora}"] = log.copy()
+            log.clear()
+            logprobs.sum().backward()
+            found[f"backward {entropy} {lora}"] = log.copy()
+            log.clear()
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def log(request):
+    ranks = run_on_ranks(counted, request.param)
+    assert all(other == ranks[0] for other in ranks)
+    return ranks[0]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+def test_bytes_are_those_of_the_page(log, entropy, lora):
+    K = N - MASKED
+    padded = -(-K // 256) * 256  # PyTorch tiles pad a chunk's rows
+    gradients = [4 * K * H, 4 * K * RANK][: 1 + lora]
+    one, forward, backward = (log[f"{name} {entropy} {lora}"] for name in ("one pass", "forward", "backward"))
+    assert one == {"gather": [AGREEMENT, 12 * padded, (8 if entropy else 4) * padded], "reduce": gradients}
+    assert forward["gather"][0] == AGREEMENT
+    assert sum(forward["gather"][1:]) == (20 if entropy else 16) * K
+    assert "reduce" not in forward
+    assert backward == {"reduce": gradients}
