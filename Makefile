@@ -10,11 +10,12 @@ PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test bench lint format wheel clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores)"
 	@echo "make test    run the test suite (no GPU needed)"
+	@echo "make bench   time and memory against the bare products and against peers (under 10 minutes; on an idle machine)"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make format  rewrite with ruff"
 	@echo "make wheel   build the wheel, install it into a fresh environment, import it from another directory"
@@ -35,6 +36,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
+# bench/ is a folder of programs: Python must find the modules beside run.py.
+bench: $(VENV)/.installed
+	PYTHONSAFEPATH= $(BIN)/python bench/run.py $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +56,4 @@ wheel: $(VENV)/.installed
 	cd .wheel-check && bin/python -c "import fastpg, fastpg.kernels; print('wheel', fastpg.__version__, fastpg.__file__)"
 
 clean:
-	rm -rf $(VENV) .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out
