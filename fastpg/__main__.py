@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import compile_report, demo
+from . import compile_report, crosscheck, demo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(title="commands", metavar="command")
     demo.add_command(commands)
     compile_report.add_command(commands)
+    crosscheck.add_command(commands)
     args = parser.parse_args(argv)
     if hasattr(args, "run"):
         args.run(args)

@@ -16,7 +16,7 @@ Per token chunk: product 1 with its epilogue (`ops.anchored_scores`), plain Pyth
 (`ops.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once. With
 CISPO on Triton the vectors are computed where the sums are completed, in one launch (`ops.cispo_scores`).
 
-Range. E is capped at 2^100. A row is flagged unless 2^-90 <= S < 2^99 and (u = 0 or 2^-110 <= |u| <= 2^110), which NaN,
+Range. The kernels cap E at 2^100; in PyTorch it may become infinite, and so may its sum. A row is flagged unless 2^-90 <= S < 2^99 and (u = 0 or 2^-110 <= |u| <= 2^110), which NaN,
 overflow, underflow and the empty sum of V = 1 all fail. Flagged rows add nothing to their chunk; they form last chunks of
 their own, anchored at their own log-probability from the two-pass forward, not clamped. Then E = p, S = 1 - p, D = 1 and
 nothing overflows.

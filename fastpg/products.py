@@ -62,6 +62,23 @@ def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: b
         torch.mm(a, b, out=out)
 
 
+def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
+    """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
+
+    as_bf16, on a CPU: d and x enter as bf16 and each chunk's product leaves as bf16, at the speed of such a product; chunks are
+    added in fp32. What rounding costs is 2^-9 of a chunk's share, once, as where dW is written from one chunk. (Not for D @ W:
+    there what the rows of W have in common cancels between slices.)
+    """
+    if not (as_bf16 and out.device.type == "cpu"):
+        product(out, d.T, x, accumulate, as_bf16)
+        return
+    sums = torch.mm(d.to(torch.bfloat16).T, x.to(torch.bfloat16))
+    if accumulate:
+        out.add_(sums)
+    else:
+        out.copy_(sums)
+
+
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in the accumulation dtype. On a CPU a bf16 product is computed as oneDNN does, summed in fp32 and rounded once."""
     dtype = accumulation_dtype(a.dtype)

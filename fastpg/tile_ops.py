@@ -9,7 +9,6 @@ makes a token's log-probability the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,6 @@ from .rows import Chunk
 
 # exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
 _EXP_IS_ZERO = -1e4
-# E is capped at 2^100, far from the overflow of its dtype and of its sums.
-_LARGEST_LOG_E = 100 * math.log(2)
 
 
 class TileShape(NamedTuple):
@@ -222,7 +219,7 @@ def anchored_exp(
     """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a, with z_y and the slope
     there from `target_logits`:
 
-        E_v = exp(z_v - anchor) for v != y, capped at 2^100         S = sum_v E_v       Q = sum_v E_v log E_v
+        E_v = exp(z_v - anchor) for v != y        S = sum_v E_v       Q = sum_v E_v log E_v
 
     and E_y = -S, the gradient of the target's own column if that is among the columns. Returns S and Q (C,), Q only if
     `entropy`. With `out`, E is stored there in its dtype, every entry times the softcap's slope, which the sums do not have;
@@ -247,11 +244,13 @@ def anchored_exp(
     for start in range(0, vocab, columns):
         stop = min(start + columns, vocab)
         w = weight_tile(head, start, stop, buffer)
-        e = scratch[: rows * (stop - start)].view(rows, stop - start)
         for r in range(0, size, rows):
             block = slice(r, r + rows)
+            # where E is not rounded it is computed in its place; rows of padding have none
+            in_place = out is not None and not is_rounded and block.stop <= len(out)
+            e = out[block, start:stop] if in_place else scratch[: rows * (stop - start)].view(rows, stop - start)
             slope = _logits(chunk, block, w, head, start, e, want_slope=out is not None)
-            e.sub_(anchor[block]).clamp_(max=_LARGEST_LOG_E)
+            e.sub_(anchor[block])
             log_e = e.clamp(min=_EXP_IS_ZERO) if entropy else None
             e.exp_()
             column, inside = _target_column(chunk.tokens[block], start, stop)
@@ -262,8 +261,9 @@ def anchored_exp(
                 weighted[block] += log_e.mul_(e).sum(1)
             if out is not None:
                 if slope is not None:
-                    sums = e.mul_(slope).sum(1)
-                stored = out[block, start:stop].copy_(e[: len(out) - r])
+                    e.mul_(slope)
+                    sums = e.sum(1) if is_rounded else sums
+                stored = e if in_place else out[block, start:stop].copy_(e[: len(out) - r])
                 if is_rounded:
                     residual[block] += sums[: len(out) - r] - stored.sum(1, dtype=dtype)
     if out is not None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from . import buffers
 from .lm_head import Projection
-from .products import accumulation_dtype, product, skinny_product
+from .products import accumulation_dtype, product, skinny_product, weight_product
 from .row_statistics import Partials, RowStatistics
 from .rows import Gradients, Rows, Wanted
 
@@ -49,6 +49,9 @@ def chunk_rows(tiles: ModuleType, head: Projection, workspace: int, entropy: boo
     # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
     per_row += 2 * (head.hidden_size + 3 * head.rank) * wide + columns * narrow + 20 * wide
     fixed += 4 * columns * head.rank * wide
+    if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
+        per_row += 2 * (columns + head.hidden_size)
+        fixed += 2 * columns * head.hidden_size
     fitting = (workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
@@ -166,7 +169,7 @@ def _add_slices(
                 product(sums.dhidden[part], d, w, v > 0, as_bf16)
             if wanted.weight:
                 x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
-                product(dw, d.T, x, part.start > 0, as_bf16)
+                weight_product(dw, d, x, part.start > 0, as_bf16)
             if wanted.bias and half is None:
                 sums.dbias[v : v + width] += d.sum(0, dtype=wide)
             elif wanted.bias:

@@ -28,7 +28,7 @@ def test_the_whole_matrix(tmp_path):
     assert done.returncode == 0, done.stderr
     compiled = [Compiled(**c) for c in json.loads(done.stdout)]
     assert {(c.kernel, c.target) for c in compiled} == {(k, t) for k in KERNELS for t in TARGETS}
-    assert len(compiled) <= 210
+    assert len(compiled) <= 230
     for c in compiled:
         assert c.spill_bytes == 0, c
         assert c.shared_bytes <= c.shared_limit, c

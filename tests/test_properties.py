@@ -1,0 +1,253 @@
+"""Random problems: shapes, strides, dtypes, masks, extreme logits and ratios, each optional argument present or absent.
+
+Accuracy is that of `fastpg.crosscheck`, against the float64 oracle; the rest is about bits. FASTPG_EXAMPLES=2000 tries more
+problems than the few that `make test` has time for.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastpg import (
+    CISPO,
+    SAPO,
+    ImportanceWeighted,
+    KLPenalty,
+    LMHead,
+    PPOClip,
+    Reinforce,
+    linear_logprobs,
+    linear_policy_loss,
+    reference,
+)
+from fastpg.crosscheck import deviations
+from fastpg.crosscheck_cases import Inputs, Settings, one_pass, oracle, reference_loss, two_pass
+
+EXAMPLES = int(os.environ.get("FASTPG_EXAMPLES", "150"))
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), CISPO(2.0, 0.5), CISPO(None), PPOClip(0.2, 0.28, 3.0), SAPO()]
+JUMPS = torch.tensor([0.5, 0.8, 1.28, 2.0, 3.0, 5.0], dtype=torch.float64)
+# what the autouse fixtures of conftest do is the same for every example
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def examples(share: float):
+    count = max(int(EXAMPLES * share), 5)
+    return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=QUIET)
+
+
+def strided(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same matrix in another memory layout."""
+    rows, columns = x.shape
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "sliced":  # rows of a larger matrix, at an odd offset; NaN around them
+        return torch.full((rows + 2, columns + 3), torch.nan, dtype=x.dtype)[1:-1, 1:-2].copy_(x)
+    if layout == "every second":
+        return torch.full((rows, 2 * columns), torch.nan, dtype=x.dtype)[:, ::2].copy_(x)
+    if layout == "expanded":  # one row, many times
+        return x[:1].expand(rows, columns)
+    return x
+
+
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "every second", "expanded"])
+
+
+@st.composite
+def problems(draw, dtypes=DTYPES, largest=(40, 200, 40), sizes=None):
+    """(Inputs, Settings). Log ratios away from jumps by 1e-2; in fp16 of order 1, and rows that it can hold."""
+    dtype = draw(st.sampled_from(dtypes))
+    rows, vocab, hidden_size = (draw(st.integers(low, high)) for low, high in zip((0, 1, 1), largest, strict=True))
+    if dtype.itemsize == 2:  # dW of a few numbers: its three roundings do not average out
+        hidden_size = max(hidden_size, 8)
+    hidden_size = hidden_size if sizes is None else draw(sizes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=generator)
+
+    some = st.booleans()
+    size = draw(st.sampled_from([0.01, 1.0, 5.0, 60.0] if dtype != torch.float16 else [0.01, 1.0]))
+    head_options = {}
+    if draw(some):
+        head_options["bias"] = normal(vocab).to(dtype)
+    if draw(some):
+        head_options["softcap"] = draw(st.sampled_from([1.0, 5.0, 30.0]))
+    if draw(some):
+        head_options["logit_scale"] = draw(st.sampled_from([0.0625, 0.7, 3.0]))
+    if draw(some) and sizes is None:
+        rank = draw(st.integers(1, 9))
+        wide = torch.float64 if dtype == torch.float64 else draw(st.sampled_from([dtype, torch.float32]))
+        head_options["lora"] = (normal(rank, hidden_size) * 0.2).to(wide), (normal(vocab, rank) * 0.5).to(wide), 0.7
+    weight = strided((normal(vocab, hidden_size) * size / hidden_size**0.5).to(dtype), draw(LAYOUTS))
+    head = LMHead(weight, **head_options)
+
+    hidden, tokens = normal(rows, hidden_size).to(dtype), torch.randint(0, vocab, (rows,), generator=generator)
+    if rows > 1 and draw(some):
+        hidden[rows // 2], tokens[rows // 2] = hidden[0], tokens[0]
+    if draw(some) and size <= 5 and dtype != torch.float16:  # confident rows
+        w_y = weight.float()[tokens[::3]]
+        hidden[::3] += (draw(st.sampled_from([5.0, 20.0])) * w_y / w_y.square().sum(1, keepdim=True).clamp(min=0.1)).to(dtype)
+    if rows:
+        hidden = strided(hidden, draw(LAYOUTS))
+    temperature = draw(st.sampled_from([1.0, 0.6, None]))
+    temperature = uniform(rows) + 0.5 if temperature is None else temperature
+    mask = uniform(rows) > draw(st.sampled_from([0.1, 0.5, 1.0])) if draw(some) else None
+
+    objective = draw(st.sampled_from(OBJECTIVES))
+    penalty = KLPenalty(0.1, draw(st.sampled_from(["k1", "k2"]))) if draw(some) else None
+    rollout = uniform(rows) + 0.5 if draw(some) else None
+    reduction = draw(st.sampled_from(["sum", "token-mean"])) if dtype != torch.float16 else "sum"
+    advantages = normal(rows).sign() * (0.5 + uniform(rows))
+    if draw(some):
+        advantages[::4] = 0
+
+    x = Inputs(hidden, head, tokens, None, advantages, mask, temperature, None, rollout)
+    logprobs = oracle(replace(x, mask=None), Settings())["logp"]
+    extreme = isinstance(objective, (Reinforce, ImportanceWeighted, CISPO)) and penalty is None and dtype != torch.float16
+    widest = draw(st.sampled_from([0.0, 1.0, 40.0])) if extreme else 1.0
+    log_ratio = widest * normal(rows).clamp(-1.9, 1.9).double()
+    log_ratio = torch.where((log_ratio.exp()[:, None] / JUMPS - 1).abs().amin(1) < 1e-2, log_ratio + 0.05, log_ratio)
+    old = (logprobs - log_ratio).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    # far logits are rounded to 1e-3 by an old log-probability in fp32, and 1e-6 max(10, |z|) of them is 1e-2: a jump is near
+    if size == 60.0:
+        objective, penalty = draw(st.sampled_from([Reinforce(), ImportanceWeighted(), CISPO(None)])), None
+    if penalty is not None:
+        x = replace(x, ref_logprobs=logprobs + normal(rows))
+    on_policy = draw(st.booleans())
+    if dtype == torch.float16:
+        fine = logprobs < -0.01
+        mask = fine if mask is None else mask & fine
+    x = replace(x, old_logprobs=None if on_policy else old, mask=mask)
+    return x, Settings(objective, reduction, penalty)
+
+
+def with_garbage(x: Inputs) -> Inputs:
+    """NaN, inf and huge numbers at whatever is masked."""
+    keep = x.keep()
+    garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(x.hidden.dtype).max])
+
+    def spoil(values):
+        if values is None or not isinstance(values, torch.Tensor):
+            return values
+        bad = garbage[torch.arange(len(values)) % 4].to(values.dtype)
+        return torch.where(keep.view(-1, *[1] * (values.dim() - 1)), values, bad.view(-1, *[1] * (values.dim() - 1)))
+
+    names = ("hidden", "old_logprobs", "advantages", "ref_logprobs", "rollout_weights")
+    return replace(x, **{name: spoil(getattr(x, name)) for name in names}, tokens=torch.where(keep, x.tokens, 2**40))
+
+
+def same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].nan_to_num(7.0), b[name].nan_to_num(7.0)), name
+
+
+def size_of_rows(x: Inputs, how: Settings) -> torch.Tensor:
+    """Half of sum_v |dscore_nv| |w_v|, (N,): a row of dX if nothing cancels, as it does where rows of W are alike."""
+    wide, keep = x.leaves(torch.float64), x.keep()
+    head, T = wide.head, wide.temperature
+    weight = head.weight if head.lora is None else head.weight + head.lora.scale * head.lora.b @ head.lora.a
+    scores = wide.hidden @ weight.T + (0 if head.bias is None else head.bias)
+    scores = scores.detach().requires_grad_()
+    z = reference.softcap(head.logit_scale * scores, head.softcap) / (T[:, None] if isinstance(T, torch.Tensor) else T)
+    logprobs = torch.where(keep, reference.token_distribution(z, x.tokens)[0], 0)
+    (gradient,) = torch.autograd.grad(reference_loss(logprobs, wide, how), scores)
+    return gradient.abs() @ weight.detach().norm(dim=1) / 2
+
+
+def check_accuracy(x: Inputs, how: Settings, backend: str) -> None:
+    want = oracle(x, how) | {"scale": size_of_rows(x, how)}
+    for schedule in (one_pass, two_pass):
+        missed = [str(d) for d in deviations(x, how, schedule(x, how, backend), want) if d.multiple > 1]
+        assert not missed, (schedule.__name__, missed)
+
+
+def check_bits(x: Inputs, how: Settings, backend: str) -> None:
+    for schedule in (one_pass, two_pass):
+        once = schedule(x, how, backend)
+        same(once, schedule(x, how, backend))
+        if x.mask is not None:
+            same(once, schedule(with_garbage(x), how, backend))
+            assert (once["dX"][~x.mask] == 0).all()
+            assert (once["logp"][~x.mask] == 0).all()
+
+
+def check_permutation(x: Inputs, how: Settings, backend: str, seed: int) -> None:
+    """Log-probabilities and entropies of permuted rows are the permuted ones, and of any subset the subset."""
+    order = torch.randperm(len(x.tokens), generator=torch.Generator().manual_seed(seed))
+
+    def values(rows):
+        def of(v):
+            return v[rows] if isinstance(v, torch.Tensor) else v
+
+        options = {"mask": of(x.mask), "temperature": of(x.temperature), "entropy": True, "backend": backend}
+        return linear_logprobs(x.hidden[rows], x.head, x.tokens[rows], **options)
+
+    whole = values(slice(None))
+    for rows in (order, order[: len(order) // 3]):
+        part = values(rows)
+        assert torch.equal(part.logprobs, whole.logprobs[rows])
+        assert torch.equal(part.entropy, whole.entropy[rows])
+    if x.old_logprobs is None:
+        return
+
+    def of(v, rows):
+        return v[rows] if isinstance(v, torch.Tensor) else v
+
+    def loss(rows):
+        names = ("mask", "temperature", "ref_logprobs", "rollout_weights")
+        options = {name: of(getattr(x, name), rows) for name in names}
+        hidden = x.hidden[rows].detach().clone().requires_grad_()
+        out = linear_policy_loss(
+            hidden, x.head, x.tokens[rows], x.old_logprobs[rows], x.advantages[rows], objective=how.objective, kl=how.kl,
+            reduction="sum", backend=backend, **options,
+        )  # fmt: skip
+        return out.logprobs.nan_to_num(7.0)
+
+    assert torch.equal(loss(order), loss(slice(None))[order])
+
+
+@given(problems())
+@examples(1)
+def test_the_torch_backend_matches_the_oracle(problem):
+    check_accuracy(*problem, "torch")
+
+
+@given(problems())
+@examples(1)
+def test_bits_of_the_torch_backend(problem):
+    check_bits(*problem, "torch")
+
+
+# On a CPU, where the hidden size is no multiple of 8 or there is a LoRA, a row's bits may depend on its place in MKL's product.
+@given(problems(sizes=st.sampled_from([8, 16, 24, 40])), st.integers(0, 2**31))
+@examples(1)
+def test_permuted_rows_of_the_torch_backend(problem, seed):
+    check_permutation(*problem, "torch", seed)
+
+
+KERNELS = problems(DTYPES[1:], (12, 40, 24))
+IN_THE_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="on CPU tensors, in the interpreter")
+
+
+@IN_THE_INTERPRETER
+@given(KERNELS)
+@examples(0.06)
+def test_the_kernels_match_the_oracle(problem):
+    check_accuracy(*problem, "triton")
+
+
+@IN_THE_INTERPRETER
+@given(KERNELS, st.integers(0, 2**31))
+@examples(0.03)
+def test_bits_of_the_kernels(problem, seed):
+    check_bits(*problem, "triton")
+    check_permutation(*problem, "triton", seed)
