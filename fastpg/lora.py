@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from .lm_head import LoRA
-from .products import accumulation_dtype, product
+from .products import accumulation_dtype, inner_size, product, to_inner_size
 
 # Every product has this many rows: BLAS libraries choose their order of summation by the shape, and a token's bits are not to
 # depend on how many others there are.
@@ -39,9 +39,11 @@ class _LoraHidden(torch.autograd.Function):
     def forward(ctx, hidden, a, keep, scale):
         dtype = accumulation_dtype(hidden.dtype)
         out = hidden.new_empty(len(hidden), len(a), dtype=dtype)
-        tile, transposed = hidden.new_empty(_ROWS, len(a), dtype=dtype), a.to(dtype).T
+        inner = inner_size(hidden.shape[1], hidden.device)
+        tile, transposed = hidden.new_empty(_ROWS, len(a), dtype=dtype), to_inner_size(a.to(dtype).contiguous(), inner).T
         for part in _parts(len(hidden)):
-            product(tile, _widened(hidden, keep, part, dtype), transposed, False, False)
+            x = to_inner_size(_widened(hidden, keep, part, dtype), inner)
+            product(tile, x, transposed, False, False)
             out[part] = tile[: part.stop - part.start]
         ctx.save_for_backward(hidden, a, keep)
         ctx.scale = scale

@@ -16,10 +16,10 @@ Per token chunk: product 1 with its epilogue (`ops.anchored_scores`), plain Pyth
 (`ops.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once. With
 CISPO on Triton the vectors are computed where the sums are completed, in one launch (`ops.cispo_scores`).
 
-Range. The kernels cap E at 2^100; in PyTorch it may become infinite, and so may its sum. A row is flagged unless 2^-90 <= S < 2^99 and (u = 0 or 2^-110 <= |u| <= 2^110), which NaN,
-overflow, underflow and the empty sum of V = 1 all fail. Flagged rows add nothing to their chunk; they form last chunks of
-their own, anchored at their own log-probability from the two-pass forward, not clamped. Then E = p, S = 1 - p, D = 1 and
-nothing overflows.
+Range. The kernels cap E at 2^100; in PyTorch it may become infinite, and so may its sum. A row is flagged unless 2^-90
+<= S < 2^99 and (g = 0 or 2^-110 <= |u| <= 2^110), which NaN, overflow, underflow and the empty sum of V = 1 all fail. Flagged
+rows add nothing to their chunk; they form last chunks of their own, anchored at their own log-probability from the two-pass
+forward, not clamped. Then E = p, S = 1 - p, D = 1 and nothing overflows.
 
 Vocab-parallel. Each rank multiplies its own columns. z_y is the owner's, S and Q are summed over ranks before the vectors, and
 the target's entry -S is written again by its owner; dX is summed at the end. Nothing else knows of other ranks.
@@ -179,8 +179,9 @@ class _Sweep:
         in_range = (total >= _SMALLEST_SUM) & (total < LARGEST_SUM)
         flagged = ~in_range
         if scores is not None:
-            factor = self._row_factor(torch.where(terms.mask, logprobs, 0), total + log_anchor.exp(), terms, chunk.temperature)
-            flagged = flagged | ~_factor_in_range(factor)
+            g = loss_gradient(self.token_losses, torch.where(terms.mask, logprobs, 0), terms)
+            factor = self._row_factor(g, total + log_anchor.exp(), chunk.temperature)
+            flagged = flagged | ~_factor_in_range(factor, g)
         return _Scored(logprobs, total.new_empty(0), entropy, factor, residual, total, in_range, flagged)
 
     def _sums(
@@ -235,11 +236,8 @@ class _Sweep:
 
         return scored._replace(**{name: shown(getattr(scored, name)) for name in ("logprobs", "losses", "entropy", "factor")})
 
-    def _row_factor(
-        self, logprobs: torch.Tensor, denominator: torch.Tensor, terms: TokenTerms, temperature: torch.Tensor | None
-    ) -> torch.Tensor:
-        """u = -g logit_scale / (T D), with g = dL/dlogp by automatic differentiation of the objective on [C] vectors."""
-        g = loss_gradient(self.token_losses, logprobs, terms)
+    def _row_factor(self, g: torch.Tensor, denominator: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+        """u = -g logit_scale / (T D)."""
         scale = self.head.logit_scale
         if temperature is not None:
             scale = scale / temperature[: len(g), 0]
@@ -404,6 +402,6 @@ def _row_stride(head: Projection) -> int:
     return (head.vocab_size + 63) // 64 * 64 + 32
 
 
-def _factor_in_range(factor: torch.Tensor) -> torch.Tensor:
+def _factor_in_range(factor: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     size = factor.abs()
-    return (factor == 0) | ((size >= _SMALLEST_FACTOR) & (size <= _LARGEST_FACTOR))
+    return (g == 0) | ((size >= _SMALLEST_FACTOR) & (size <= _LARGEST_FACTOR))

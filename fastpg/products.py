@@ -16,6 +16,7 @@ product.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .lm_head import Projection
 
@@ -60,6 +61,20 @@ def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: b
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
+
+
+def inner_size(size: int, device: torch.device) -> int:
+    """How many terms the sums of a product have on a CPU: a multiple of 8, with zeros at the end.
+
+    MKL adds those of a last vector that is not full in an order that depends on a row's place in the matrix, and with it would
+    a token's bits.
+    """
+    return -(-size // 8) * 8 if device.type == "cpu" else size
+
+
+def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (M, K) -> (M, size)."""
+    return x if x.shape[1] == size else F.pad(x, (0, size - x.shape[1]))
 
 
 def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:

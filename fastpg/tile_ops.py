@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .lm_head import Projection
-from .products import accumulation_dtype, product, tile_columns
+from .products import accumulation_dtype, inner_size, product, tile_columns, to_inner_size
 from .row_statistics import LARGEST_SUM, Partials, RowStatistics
 from .rows import Chunk
 
@@ -70,18 +70,26 @@ def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
 
 
 def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
-    """weight[start:stop] in the operand dtype: a view where that is the weight's own, else widened into `buffer`."""
+    """weight[start:stop] in the operand dtype, (columns, H or more): a view where that is the weight itself, else in `buffer`.
+
+    On a CPU zeros fill it up to `inner_size`.
+    """
     rows = head.weight[start:stop]
-    return rows if buffer is None else buffer[: stop - start].copy_(rows)
+    if buffer is None:
+        return rows
+    tile = buffer[: stop - start]
+    tile[:, : head.hidden_size] = rows
+    return tile
 
 
 def weight_buffer(head: Projection) -> torch.Tensor | None:
     weight = head.weight
-    dtype = operand_dtype(weight.dtype, weight.device)
-    if dtype == weight.dtype:
+    dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.hidden_size, weight.device)
+    # a transposed view is multiplied in another order of sums, which on a CPU depends on a row's place
+    if dtype == weight.dtype and inner == head.hidden_size and (weight.stride(1) == 1 or weight.device.type != "cpu"):
         return None
     columns = min(tile_shape(head).columns, head.vocab_size)
-    return torch.empty(columns, head.hidden_size, dtype=dtype, device=weight.device)
+    return torch.zeros(columns, inner, dtype=dtype, device=weight.device)
 
 
 def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
@@ -315,10 +323,12 @@ def _logits(
     chunk: Chunk, block: slice, w: torch.Tensor, head: Projection, start: int, out: torch.Tensor, want_slope: bool
 ) -> torch.Tensor | None:
     """The tile's logits into out; returns the softcap's slope at them if there is one and it is wanted."""
-    product(out, chunk.hidden[block], w.T, False, head.weight.dtype == torch.bfloat16)
+    x = to_inner_size(chunk.hidden[block], w.shape[1])
+    product(out, x, w.T, False, head.weight.dtype == torch.bfloat16)
     if head.lora_weight is not None:
-        b = head.lora_weight[start : start + len(w)].to(out.dtype)
-        product(out, chunk.lora_hidden[block], b.T, True, False)
+        inner = inner_size(head.rank, out.device)
+        z, b = chunk.lora_hidden[block], head.lora_weight[start : start + len(w)].to(out.dtype).contiguous()
+        product(out, to_inner_size(z, inner), to_inner_size(b, inner).T, True, False)
     if head.bias is not None:
         out.add_(head.bias[start : start + len(w)])
     return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)

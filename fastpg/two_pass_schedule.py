@@ -166,7 +166,7 @@ def _add_slices(
             if len(taken):
                 sums.residual[part] += taken
             if wanted.hidden:
-                product(sums.dhidden[part], d, w, v > 0, as_bf16)
+                product(sums.dhidden[part], d, w[:, : head.hidden_size], v > 0, as_bf16)
             if wanted.weight:
                 x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
                 weight_product(dw, d, x, part.start > 0, as_bf16)

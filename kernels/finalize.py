@@ -108,7 +108,8 @@ def finalize_kernel(
         row_scale = tl.load(ROW_SCALE + rows, mask=inside, other=0.0)
         factor = tl.where(keep, -g * row_scale / (total + tl.exp(log_anchor)), 0.0)
         size = tl.abs(factor)
-        factor_in_range = (factor == 0) | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
+        # g and not u: a u that underflows is no zero
+        factor_in_range = (g == 0) | ~keep | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
         sum_in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
         tl.store(LOGP + rows, logp, mask=inside)
         tl.store(LOSS + rows, tl.where(keep, coefficient * logp * weight, 0.0), mask=inside)

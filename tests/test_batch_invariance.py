@@ -64,3 +64,26 @@ def test_repeated_gradients_have_the_same_bits(dtype):
 
     for a, b in zip(gradients(), gradients(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [None, 3, 8])
+@pytest.mark.parametrize("size", [1, 5, 33, 97])
+def test_equal_rows_have_equal_bits(size, rank, dtype):
+    """Also where the hidden size, or a LoRA's rank, is no multiple of what a vector register holds."""
+    for vocab in (2, 8, 33, 1037):
+        hidden, weight = torch.randn(1, size).repeat(40, 1).to(dtype), torch.randn(vocab, size).to(dtype)
+        lora = None if rank is None else (torch.randn(rank, size).to(dtype), torch.randn(vocab, rank).to(dtype), 1.0)
+        logprobs = linear_logprobs(hidden, LMHead(weight, lora=lora), torch.zeros(40, dtype=torch.int64)).logprobs
+        assert (logprobs == logprobs[0]).all(), vocab
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [None, 6, 8])
+def test_a_transposed_head_is_like_any_other(rank, dtype):
+    for vocab in range(2, 60, 3):
+        hidden, weight = torch.randn(30, 16).to(dtype), torch.randn(16, vocab).to(dtype).T
+        lora = None if rank is None else (torch.randn(16, rank).to(dtype).T, torch.randn(rank, vocab).to(dtype).T, 0.1)
+        head, tokens, order = LMHead(weight, lora=lora), torch.randint(0, vocab, (30,)), torch.randperm(30)
+        whole = linear_logprobs(hidden, head, tokens).logprobs
+        assert torch.equal(linear_logprobs(hidden[order], head, tokens[order]).logprobs, whole[order])

@@ -698,3 +698,16 @@ def test_compiles_without_graph_breaks_when_nothing_reads_the_host(name):
     grads = (torch.autograd.grad(x[0], inputs) for x in (got, want))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_factor_that_underflows_is_no_zero(backend):
+    """old far above logp: g = 2e-33 and D = e^54, so that u = -g / D is no number of fp32, while g w is."""
+    hidden, weight = torch.tensor([[1.5]]), torch.tensor([[40.0], [4.0]])
+    problem = Problem(hidden, LMHead(weight), torch.tensor([1]), torch.tensor([21.9]), torch.tensor([-1.3]))
+    for objective in (CISPO(), ImportanceWeighted()):
+        want, _ = oracle(problem, reference.cispo(5.0) if isinstance(objective, CISPO) else reference.importance_weighted)
+        got = one_pass(problem, objective, backend=backend)
+        assert want.dhidden.abs() > 1e-33
+        assert row_errors(got.dhidden, want.dhidden) < 1e-4
+        assert got.metrics["recomputed_tokens"] == 1

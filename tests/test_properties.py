@@ -58,13 +58,12 @@ LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "every second",
 
 
 @st.composite
-def problems(draw, dtypes=DTYPES, largest=(40, 200, 40), sizes=None):
+def problems(draw, dtypes=DTYPES, largest=(40, 200, 40)):
     """(Inputs, Settings). Log ratios away from jumps by 1e-2; in fp16 of order 1, and rows that it can hold."""
     dtype = draw(st.sampled_from(dtypes))
     rows, vocab, hidden_size = (draw(st.integers(low, high)) for low, high in zip((0, 1, 1), largest, strict=True))
     if dtype.itemsize == 2:  # dW of a few numbers: its three roundings do not average out
         hidden_size = max(hidden_size, 8)
-    hidden_size = hidden_size if sizes is None else draw(sizes)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def normal(*shape):
@@ -82,7 +81,7 @@ def problems(draw, dtypes=DTYPES, largest=(40, 200, 40), sizes=None):
         head_options["softcap"] = draw(st.sampled_from([1.0, 5.0, 30.0]))
     if draw(some):
         head_options["logit_scale"] = draw(st.sampled_from([0.0625, 0.7, 3.0]))
-    if draw(some) and sizes is None:
+    if draw(some):
         rank = draw(st.integers(1, 9))
         wide = torch.float64 if dtype == torch.float64 else draw(st.sampled_from([dtype, torch.float32]))
         head_options["lora"] = (normal(rank, hidden_size) * 0.2).to(wide), (normal(vocab, rank) * 0.5).to(wide), 0.7
@@ -97,6 +96,10 @@ def problems(draw, dtypes=DTYPES, largest=(40, 200, 40), sizes=None):
         hidden[::3] += (draw(st.sampled_from([5.0, 20.0])) * w_y / w_y.square().sum(1, keepdim=True).clamp(min=0.1)).to(dtype)
     if rows:
         hidden = strided(hidden, draw(LAYOUTS))
+    if head.softcap is not None and rows:
+        # 1 - tanh^2 of u / c is known to 2 |u| / c times what u is: far beyond the cap no promise could hold
+        u = reference.logits(hidden, replace(head, softcap=None)).abs()
+        head = replace(head, softcap=max(head.softcap, u[u.isfinite()].max().item() / 10))
     temperature = draw(st.sampled_from([1.0, 0.6, None]))
     temperature = uniform(rows) + 0.5 if temperature is None else temperature
     mask = uniform(rows) > draw(st.sampled_from([0.1, 0.5, 1.0])) if draw(some) else None
@@ -166,8 +169,21 @@ def size_of_rows(x: Inputs, how: Settings) -> torch.Tensor:
 def check_accuracy(x: Inputs, how: Settings, backend: str) -> None:
     want = oracle(x, how) | {"scale": size_of_rows(x, how)}
     for schedule in (one_pass, two_pass):
-        missed = [str(d) for d in deviations(x, how, schedule(x, how, backend), want) if d.multiple > 1]
+        found = deviations(x, how, schedule(x, how, backend), want)
+        missed = [str(d) for d in found if d.multiple > 1 and d.multiple > cancellation(d.quantity, x, how, want)]
         assert not missed, (schedule.__name__, missed)
+
+
+def cancellation(quantity: str, x: Inputs, how: Settings, want: dict) -> float:
+    """The sum of the tokens' absolute shares of a gradient of the head, over that gradient: shares are what is rounded."""
+    if quantity not in ("dW", "db", "dA", "dB"):
+        return 1.0
+    places, sizes = x.keep().nonzero()[:, 0], torch.zeros_like(want[quantity])
+    for n in places:
+        only = replace(x, mask=torch.arange(len(x.tokens)) == n)
+        sizes += oracle(only, replace(how, reduction="sum"))[quantity].abs()
+    count = max(len(places), 1) if how.reduction == "token-mean" else 1
+    return (sizes.norm() / count / want[quantity].norm().clamp(min=2.0**-100)).item()
 
 
 def check_bits(x: Inputs, how: Settings, backend: str) -> None:
@@ -227,8 +243,7 @@ def test_bits_of_the_torch_backend(problem):
     check_bits(*problem, "torch")
 
 
-# On a CPU, where the hidden size is no multiple of 8 or there is a LoRA, a row's bits may depend on its place in MKL's product.
-@given(problems(sizes=st.sampled_from([8, 16, 24, 40])), st.integers(0, 2**31))
+@given(problems(), st.integers(0, 2**31))
 @examples(1)
 def test_permuted_rows_of_the_torch_backend(problem, seed):
     check_permutation(*problem, "torch", seed)
