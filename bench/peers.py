@@ -60,7 +60,7 @@ def full_logits(b: Batch) -> torch.Tensor:
 
 @functools.cache
 def _compiled() -> Callable:
-    return torch.compile(_logprobs_of_full_logits, dynamic=False)
+    return torch.compile(_logprobs_of_full_logits, dynamic=True)
 
 
 def full_logits_compiled(b: Batch) -> torch.Tensor:

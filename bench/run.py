@@ -25,10 +25,11 @@ import goals
 import plots
 import torch
 from cases import Cell, batch, cpu_cells, gpu_cells, tiny_cells
-from measure import machine, measure
+from measure import add_memory, machine, measure
 from rich.console import Console
 from rich.table import Table
 from samples import sampled_cell
+from tqdm import tqdm
 
 
 def main() -> None:
@@ -37,8 +38,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a hundred tokens: exercises the program, measures nothing")
     parser.add_argument("--section", action="append", help="repeatable; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default: all")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=25.0, help="seconds of one method on one cell, three repeats apart")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds of one method on one cell; two repeats at least")
     parser.add_argument("--no-samples", action="store_true", help="without the cell of SmolLM2's own completions")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
@@ -50,12 +51,14 @@ def main() -> None:
     about = machine(options.device)
     console.print(about)
     results: dict = {"about": about, "rows": []}
-    for cell, make in chosen_cells(options):
-        b = make()
-        rows = measure(b, cell.methods, options.repeats, options.device, options.budget)
+    timed = []
+    for cell, make in tqdm(chosen_cells(options), unit="cell"):
+        timed.append((cell, make, measure(make(), cell.methods, options.repeats, options.device, options.budget)))
+    for cell, make, rows in tqdm(timed, unit="cell", desc="memory"):
+        add_memory(make(), rows)
         results["rows"] += [describe(cell) | row for row in rows]
+    for cell, _, rows in timed:
         console.print(table(cell, rows))
-        del b
     if options.device == "cpu" and not options.tiny:
         results["goals"] = goals.goals(results["rows"])
         console.print(goals.table(results["goals"]))

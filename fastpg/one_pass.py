@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from . import ops, validation
+from . import buffers, ops, validation
 from .agreement import one_outcome
 from .lm_head import LMHead, Projection, projection_of
 from .losses import PolicyLossOutput, TokenTerms, id_limit, token_losses, token_terms
@@ -65,8 +65,9 @@ def linear_policy_loss(
             used without a KL penalty. They count in the denominators; their log-probability is reported as NaN, metrics are
             means over the other tokens, and metrics["skipped_tokens"] counts them.
         workspace: bytes of transient memory, which decide how many tokens form a chunk; default 256 MiB on a CPU, 1 GiB on
-            accelerators. On top come the gradients, one copy of them in backward, which scales them, and, where several
-            chunks or recomputed rows are summed, one fp32 copy of dW where it is not fp32.
+            accelerators, or what one tile of rows needs where that is more (V = 262144 in fp32: 270 MiB). On top come the
+            gradients, one copy of them in backward, which scales them, and, where several chunks or recomputed rows are summed,
+            one fp32 copy of dW where it is not fp32.
         check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute. False reads
             nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a row whose sum
             overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be read anyway.)
@@ -89,11 +90,11 @@ def linear_policy_loss(
         check_reduction(reduction, tokens.shape, denominator, sequence_ids)
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, keep, id_limit(advantages, tokens))
-        workspace = validation.workspace_bytes(workspace, hidden.device)
+        is_default, workspace = workspace is None, validation.workspace_bytes(workspace, hidden.device)
         fuses = backend == "triton" and head.group is None and _is_plain_cispo(objective, kl, old_logprobs)
         options = Options(
             _wanted(hidden, head), entropy, workspace, check, backend, objective.ratio_bounds if fuses else None,
-            head.weight_grad is not None, head.group,
+            head.weight_grad is not None, head.group, is_default=is_default,
         )  # fmt: skip
         chunk = _check_workspace(projection_of(head), tokens.numel(), options)
         sequences = sequences_of(keep, sequence_ids)
@@ -280,6 +281,13 @@ def _two_passes(rows: Rows, head: Projection, terms: TokenTerms, losses: TokenLo
     return OnePass(logprobs, losses(logprobs, terms), entropies, rows.tokens.new_zeros(()), gradients)
 
 
+def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return gradient * grad_loss.to(gradient.dtype)
+    out = buffers.empty(gradient.shape, gradient.dtype, gradient.device)
+    return torch.mul(gradient, grad_loss.to(gradient.dtype), out=out)
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     """(loss (), logprobs (K,), entropies (K,) or (0,), recomputed ()) of the rows that `rows.Rows` describes.
 
@@ -312,5 +320,5 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if wanted.weight and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
             wanted = wanted._replace(weight=False)
-        gradients = (g * grad_loss.to(g.dtype) if w else None for g, w in zip(found, wanted, strict=True))
+        gradients = (_scaled(g, grad_loss) if w else None for g, w in zip(found, wanted, strict=True))
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(found))

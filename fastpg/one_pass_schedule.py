@@ -75,6 +75,7 @@ class Options(NamedTuple):
     wide_weight: bool = False  # dW in the accumulation dtype, for a buffer of the caller
     group: ProcessGroup | None = None  # whose ranks hold the other columns
     length: int | None = None  # rows of a chunk that these ranks agreed on
+    is_default: bool = False  # the workspace: a vocabulary whose one tile needs more gets it
 
 
 class _Scored(NamedTuple):
@@ -360,7 +361,7 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
 
     Raises ValueError where not even one tile of rows fits.
     """
-    tiles, workspace = ops.tiles_of(options.backend), options.workspace
+    tiles = ops.tiles_of(options.backend)
     rows = tiles.tile_shape(head).rows
     weight = head.weight
     wide = accumulation_dtype(weight.dtype).itemsize
@@ -371,11 +372,13 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
     if any(options.wanted):
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
         fixed += widened_bytes(head)
+    smallest = fixed + rows * per_row
+    workspace = max(smallest, options.workspace) if options.is_default else options.workspace
     fitting = max(0, workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
             f"workspace={workspace} bytes is too small: {rows} rows of a ({head.vocab_size}, {head.hidden_size}) "
-            f"{weight.dtype} head on {weight.device.type} need {fixed + rows * per_row}"
+            f"{weight.dtype} head on {weight.device.type} need {smallest}"
         )
     padded = -(-count // rows)
     chunks = max(1, -(-padded // fitting))

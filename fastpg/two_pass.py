@@ -118,8 +118,10 @@ def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
 
 def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
     """Under autocast, hidden and head in its dtype (float64 stays, as in torch's own products); otherwise unchanged."""
-    if not isinstance(hidden, torch.Tensor) or not torch.amp.is_autocast_available(hidden.device.type):
+    if not isinstance(hidden, torch.Tensor):
         return hidden, head
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(hidden.device.type):
+        return hidden, head  # (Dynamo of torch 2.9 cannot ask)
     if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, head
     if torch.float64 in (hidden.dtype, head.weight.dtype) or not hidden.is_floating_point():

@@ -206,6 +206,15 @@ def test_entropy_and_its_gradient(dtype, backend, vocab, softcap):
     check_entropy(problem, g, h, backend, {torch.bfloat16: 8e-3}.get(dtype), {torch.bfloat16: 5e-3}.get(dtype, 1e-5))
 
 
+@BACKENDS
+def test_entropies_over_several_tiles(backend):
+    """The maximum rises from tile to tile: what was summed so far is moved to a new pivot, by several nats each time."""
+    vocab = 3 * 4096 + 5
+    problem = random_problem(4, vocab, torch.float32, bias=True)
+    problem.head.bias.copy_(torch.linspace(-15, 15, vocab))
+    check_entropy(problem, torch.randn(4), torch.randn(4), backend, None, 1e-5)
+
+
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
 def test_fp16_slices_of_log_probabilities_and_entropies(size):
     """Rows of very different sizes in one slice; what comes out has to be within fp16's range all the same."""

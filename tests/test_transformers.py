@@ -51,7 +51,8 @@ MOE = ["mixtral", "qwen3 moe"]
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
     make = transformers.AutoModelForCausalLM.from_config  # gives Gemma3ForConditionalGeneration for gemma3
-    options = {"experts_implementation": "eager"} if name in MOE else {}  # the other one has no float64
+    has_choice = int(transformers.__version__.split(".")[0]) >= 5  # of the experts' code; the other one has no float64
+    options = {"experts_implementation": "eager"} if name in MOE and has_choice else {}
     model = make(CONFIGS[name](), dtype=dtype, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too: what is 0 or 1 would hide mistakes

@@ -1,0 +1,442 @@
+"""Breaks fastpg on purpose, a line at a time, and sees the tests notice: `python tests/mutations.py [name ...] [--jobs N]`.
+
+Each mutation is made in a copy of the tree in a temporary folder, where pytest runs the tests named beside it until the first
+failure. First the same tests run without a mutation, and have to pass. Exit status 1 if a mutation survives, if its old text
+is not found exactly once, or if the tests end in anything but a failed test. Minutes; needs no GPU. pytest does not collect
+this file; `test_mutations_apply` keeps the list from rotting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # file names in tests/, without test_ and .py
+    only: str = ""  # pytest's -k
+
+
+class Result(NamedTuple):
+    caught: bool
+    by: str  # the failed test, or what went wrong
+    seconds: float
+
+
+MUTATIONS = [
+    # ---- kernels
+    Mutation(
+        "logsumexp: sums not moved to the new pivot",
+        "kernels/logsumexp.py",
+        "return larger, s * decay + tl.sum(e, 1), q, target",
+        "return larger, s + tl.sum(e, 1), q, target",
+        "kernels",
+        "test_against_float64 and 2100",
+    ),
+    Mutation(
+        "logsumexp: entropy's Q not moved to the new pivot",
+        "kernels/logsumexp.py",
+        "q = decay * (q + s * shift) + tl.sum(e * finite, 1)",
+        "q = decay * q + tl.sum(e * finite, 1)",
+        "kernels",
+        "test_against_float64 and 2100",
+    ),
+    Mutation(
+        "logsumexp: one column beyond the vocabulary counts",
+        "kernels/logsumexp.py",
+        "z = tl.where(is_target | (columns >= V)[None, :]",
+        "z = tl.where(is_target | (columns > V)[None, :]",
+        "kernels",
+        "test_against_float64 and 17-96",
+    ),
+    Mutation(
+        "logsumexp: splits added up on their own pivots",
+        "kernels/logsumexp.py",
+        "s += decay * part",
+        "s += part",
+        "kernels",
+        "pivots_far_apart",
+    ),
+    Mutation(
+        "dlogits: sigmoid(t) as a difference that cancels",
+        "kernels/dlogits.py",
+        "at_target = g * tl.exp(log_1mp)",
+        "at_target = g * (1.0 - 1.0 / (1.0 + tl.exp(t)))",
+        "kernels",
+        "test_against_float64 and 130-1100",
+    ),
+    Mutation(
+        "dlogits: softcap's inner factor missing",
+        "kernels/dlogits.py",
+        "factor = factor * inner",
+        "factor = factor * 1.0",
+        "kernels",
+        "test_against_float64 and 40-softcap",
+    ),
+    Mutation(
+        "dlogits: what rounding took is not reported",
+        "kernels/dlogits.py",
+        "r = tl.sum(tl.where((columns < V)[None, :], d - stored.to(tl.float32), 0.0), 1)",
+        "r = g * 0.0",
+        "kernels",
+        "test_against_float64 and bf16 and 17-96",
+    ),
+    Mutation(
+        "dlogits: entropy's gradient without H",
+        "kernels/dlogits.py",
+        "propagate_nan=tl.PropagateNan.ALL) + entropy[:, None]",
+        "propagate_nan=tl.PropagateNan.ALL)",
+        "kernels",
+        "test_against_float64 and 17-96",
+    ),
+    Mutation(
+        "target: last entry of the hidden state left out",
+        "kernels/target.py",
+        "mask = in_chunk[:, None] & (h < H)",
+        "mask = in_chunk[:, None] & (h < H - 1)",
+        "kernels",
+        "test_against_float64 and 17-96",
+    ),
+    Mutation(
+        "target: bias left out",
+        "kernels/target.py",
+        "score += tl.load(BIAS + column).to(tl.float32)",
+        "score += 0.0",
+        "kernels",
+        "test_against_float64 and 40-bias-",
+    ),
+    Mutation(
+        "target: a token one beyond the vocabulary is inside",
+        "kernels/target.py",
+        "inside = (token >= 0) & (token < V)",
+        "inside = (token >= 0) & (token <= V)",
+        "kernels",
+        "test_against_float64 and 17-96",
+    ),
+    Mutation(
+        "target: an infinite anchor",
+        "kernels/target.py",
+        'tl.where(inside & (z != float("inf")), z, float("nan"))',
+        'tl.where(inside, z, float("nan"))',
+        "one_pass",
+        "infinite_hidden_states",
+    ),
+    Mutation(
+        "anchored_exp: one column beyond the vocabulary counts",
+        "kernels/anchored_exp.py",
+        "counts = (columns < V)[None, :]",
+        "counts = (columns <= V)[None, :]",
+        "kernels",
+        "test_against_float64 and 17-96",
+    ),
+    Mutation(
+        "finalize: upper bound of the ratio used as a lower one",
+        "kernels/finalize.py",
+        "ratio = tl.minimum(ratio, ratio_max,",
+        "ratio = tl.maximum(ratio, ratio_max,",
+        "kernels",
+        "test_cispo",
+    ),
+    Mutation(
+        "given: masked rows are read",
+        "kernels/given.py",
+        "mask = (inside & keep)[:, None]",
+        "mask = inside[:, None]",
+        "selective",
+        "masked_rows",
+    ),
+    # ---- tile ops
+    Mutation(
+        "tile ops: target's column left in the sum",
+        "fastpg/tile_ops.py",
+        "torch.where(inside, 0, e.gather(1, column))",
+        "e.gather(1, column)",
+        "parity",
+        "test_each_head_option and one_pass",
+    ),
+    Mutation(
+        "tile ops: logits multiplied by the temperature",
+        "fastpg/tile_ops.py",
+        "scores.div_(temperature)",
+        "scores.mul_(temperature)",
+        "parity",
+        "test_each_head_option",
+    ),
+    Mutation(
+        "tile ops: entropy's Q not moved to the new pivot",
+        "fastpg/tile_ops.py",
+        "weighted.copy_(decay * (weighted + total * shift)",
+        "weighted.copy_(decay * weighted",
+        "parity",
+        "test_entropies_over_several_tiles",
+    ),
+    Mutation(
+        "tile ops: gradient without the softcap's slope",
+        "fastpg/tile_ops.py",
+        "            z.mul_(slope)\n",
+        "            pass\n",
+        "parity",
+        "test_each_head_option",
+    ),
+    Mutation(
+        "selective: gradient without the temperature",
+        "fastpg/tile_ops.py",
+        "if temperature is None else keep / temperature[:, 0]",
+        "if temperature is None else keep / torch.ones_like(temperature[:, 0])",
+        "selective",
+        "temperatures",
+    ),
+    # ---- schedules
+    Mutation(
+        "rows: hidden states of masked rows are read",
+        "fastpg/rows.py",
+        "return x if self.keep is None else torch.where(self.keep[start:stop, None], x, 0)",
+        "return x",
+        "one_pass lora",
+        "garbage or without_host_reads",
+    ),
+    Mutation(
+        "one pass: factors out of range are not flagged",
+        "fastpg/one_pass_schedule.py",
+        "flagged = flagged | ~_factor_in_range(factor, g)",
+        "flagged = flagged | (factor != factor)",
+        "one_pass",
+        "e_80_are_recomputed",
+    ),
+    Mutation(
+        "one pass: flagged rows add to their chunk as well",
+        "fastpg/one_pass_schedule.py",
+        "dropped = vectors.flagged if check else ~part_terms.mask",
+        "dropped = ~part_terms.mask",
+        "one_pass",
+        "recomputed",
+    ),
+    Mutation(
+        "one pass: dW of many chunks summed in bf16",
+        "fastpg/one_pass_schedule.py",
+        "weight.dtype if once and not self.options.wide_weight else self.dtype",
+        "weight.dtype if not self.options.wide_weight else self.dtype",
+        "one_pass",
+        "rounded_once",
+    ),
+    Mutation(
+        "two passes: fp16's unit not taken out",
+        "fastpg/two_pass_schedule.py",
+        "sums[part].div_(half.unit[part, None])",
+        "sums[part].div_(1.0)",
+        "parity",
+        "test_fp16_slices or (test_every_head_option_at_once and float16)",
+    ),
+    Mutation(
+        "two passes: what rounding took is not given back",
+        "fastpg/two_pass_schedule.py",
+        "sums[part].add_(at_target.mul_(residual[part, None]))",
+        "sums[part].add_(at_target.mul_(0))",
+        "one_pass",
+        "weights_with_a_common_component",
+    ),
+    Mutation(
+        "LoRA: scale dropped",
+        "fastpg/lora.py",
+        "return out.mul_(scale)",
+        "return out",
+        "lora",
+        "test_parity",
+    ),
+    Mutation(
+        "vocab-parallel: dX of one rank alone",
+        "fastpg/one_pass_schedule.py",
+        "(_summed(x, rows, group) for x in (self.dhidden, self.dlora_hidden))",
+        "(x for x in (self.dhidden, self.dlora_hidden))",
+        "vocab_parallel",
+        "test_like_one_process and one-pass and 2",
+    ),
+    Mutation(
+        "vocab-parallel: the owner's entry from its own sum",
+        "fastpg/one_pass_schedule.py",
+        "torch.where(in_range, -after * slope[:size], 0)",
+        "torch.where(in_range, -before * slope[:size], 0)",
+        "vocab_parallel",
+        "test_like_one_process and one-pass and 2",
+    ),
+    # ---- objectives, reductions, estimators
+    Mutation(
+        "clip: bounds swapped",
+        "fastpg/objectives.py",
+        "constant = ratio.clamp(ratio_min, ratio_max) * advantages",
+        "constant = ratio.clamp(ratio_max, ratio_min) * advantages",
+        "sequence_objectives objectives",
+        "by_hand or equals_the_formula",
+    ),
+    Mutation(
+        "KL penalty: wrong sign",
+        "fastpg/losses.py",
+        "values = values - kl.coef * kl(",
+        "values = values + kl.coef * kl(",
+        "objectives",
+        "kl",
+    ),
+    Mutation(
+        "token-mean: divided by all positions, masked ones too",
+        "fastpg/reductions.py",
+        "        count = weights.sum()\n",
+        "        count = torch.ones_like(weights).sum()\n",
+        "objectives",
+        "equal_the_oracle",
+    ),
+    Mutation(
+        "grpo: std without eps",
+        "fastpg/advantages.py",
+        "return centred / (std + eps) if scale else centred",
+        "return centred / std if scale else centred",
+        "advantages",
+    ),
+    Mutation(
+        "grpo: std divides by n where n - 1 is asked for",
+        "fastpg/advantages.py",
+        "std = (squares / (count - int(unbiased)).clamp(min=1)).sqrt()",
+        "std = (squares / count.clamp(min=1)).sqrt()",
+        "advantages",
+    ),
+    Mutation(
+        "gae: lambda ignored",
+        "fastpg/advantages.py",
+        "_discounted_sums(delta, sequence, gamma * lam)",
+        "_discounted_sums(delta, sequence, gamma)",
+        "advantages",
+        "gae",
+    ),
+]
+
+# Loaded by pytest in the copy: an editable install must not win over it.
+_PLUGIN = """
+from pathlib import Path
+
+def pytest_collection_finish(session):
+    import fastpg, fastpg.kernels
+    for module in (fastpg, fastpg.kernels):
+        assert Path(__file__).parent in Path(module.__file__).parents, module.__file__
+"""
+
+
+def place(folder: Path, file: str) -> Path:
+    """Where a file of the tree is in its copy: the package is laid out as it is installed, in a folder of its own."""
+    return folder / "package" / ("fastpg/" + file if file.startswith("kernels/") else file)
+
+
+def copy_tree(folder: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    shutil.copytree(ROOT / "fastpg", folder / "package" / "fastpg", ignore=ignored)
+    shutil.copytree(ROOT / "kernels", folder / "package" / "fastpg" / "kernels", ignore=ignored)
+    for name in ("tests", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "package" / "imports_the_copy.py").write_text(_PLUGIN)
+
+
+def run_tests(folder: Path, tests: str, only: str) -> Result:
+    """pytest -x in a copy. Caught: a test ran and failed."""
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    options = [
+        "-x",
+        "-q",
+        "-rf",
+        "--tb=no",
+        "-p",
+        "imports_the_copy",
+        "-p",
+        "no:cacheprovider",
+        *(["-k", only] if only else []),
+    ]
+    settings = {"PYTHONPATH": str(folder / "package"), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=folder,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    failed = re.search(r"^(?:FAILED|ERROR) tests/test_(\S+?\.py::[^\n]*?)(?: - |$)", done.stdout, re.MULTILINE)
+    if done.returncode == 0:
+        return Result(False, done.stdout.strip().splitlines()[-1], seconds)
+    if done.returncode == 1 and failed:
+        return Result(True, failed[1], seconds)
+    return Result(False, f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-500:]}", seconds)
+
+
+def without_mutation(tests: str, only: list[str]) -> Result:
+    """What has to catch something passes as it is."""
+    with tempfile.TemporaryDirectory(prefix="fastpg-") as name:
+        copy_tree(Path(name))
+        return run_tests(Path(name), tests, " or ".join(dict.fromkeys(only)))
+
+
+def with_mutation(mutation: Mutation) -> Result:
+    with tempfile.TemporaryDirectory(prefix="fastpg-") as name:
+        copy_tree(Path(name))
+        path = place(Path(name), mutation.file)
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            return Result(False, f"old text found {text.count(mutation.old)} times in {mutation.file}", 0.0)
+        path.write_text(text.replace(mutation.old, mutation.new))
+        return run_tests(Path(name), mutation.tests, mutation.only)
+
+
+def main() -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="name", help="mutations whose names contain this; all by default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutations at a time (default: one per core)")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not arguments.names or any(n in m.name for n in arguments.names)]
+    if not chosen:
+        parser.error(f"no mutation has one of {arguments.names} in its name")
+
+    sane: dict[str, list[str]] = {}
+    for m in chosen:
+        sane.setdefault(m.tests, []).append(f"({m.only})" if m.only else "test")
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        unchanged = pool.map(without_mutation, sane, sane.values())
+        results = list(pool.map(with_mutation, chosen))
+    table = Table("mutation", "caught by", "s", title=f"{len(chosen)} mutations, {time.monotonic() - start:.0f} s")
+    failures = 0
+    for tests, result in zip(sane, unchanged, strict=True):
+        passes = not result.caught and " passed" in result.by
+        failures += not passes
+        table.add_row(f"none: {tests}", ("" if passes else "[red]fails[/]: ") + escape(result.by), f"{result.seconds:.0f}")
+    table.add_section()
+    for mutation, result in zip(chosen, results, strict=True):
+        failures += not result.caught
+        said = ("" if result.caught else "[red]survives[/]: ") + escape(result.by)
+        table.add_row(mutation.name, said, f"{result.seconds:.0f}")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(f"{sum(r.caught for r in results)} of {len(chosen)} caught")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
