@@ -37,9 +37,8 @@ UNIT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.f
 SMALLEST_RANGE = 10
 # In 16 bits a row of dX costs one rounding of the stored tile of gradients and one or two of the result.
 ROW_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
-# dW, db, dA and dB as a whole: in bf16 three roundings of at most 2^-9 (the stored entry, the factor times x, the result),
-# which average out over many numbers, to below 5e-3, and may not over a few; in fp32, sums over all tokens.
-WEIGHT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3 * 2.0**-9, torch.float16: 2e-3}
+# dW, db, dA and dB as a whole: roundings average out over rows in bf16; in fp32, sums over all tokens.
+WEIGHT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 # Without hidden states: elementwise fp32 on log-probabilities of order 10.
 LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 # Rows below are compared absolutely, on this scale; and fp16 rounds to multiples of 2^-24, half of which is an error.

@@ -333,7 +333,10 @@ def _check_against_own_logits(model: nn.Module, scorer: _Scorer) -> None:
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
-    rounding = max(8 * torch.finfo(logits.dtype).eps, 2e-3)  # 2e-3: an fp32 model may be multiplied in TF32
+    # under autocast accelerate may have widened what was rounded; 2e-3: an fp32 model may be multiplied in TF32
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else logits.dtype
+    rounding = max(8 * torch.finfo(dtype).eps, 2e-3)
     logits = logits.float()
     unlikely = logits.masked_fill(logits.isinf(), 0).argmin(-1)  # their log-probabilities move with any factor or cap
     own = (logits / scorer.settings.temperature).log_softmax(-1).gather(-1, unlikely[..., None])[..., 0]
