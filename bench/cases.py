@@ -62,9 +62,11 @@ class Batch(NamedTuple):
         hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not self.frozen)
         return self._replace(hidden=hidden, weight=weight)
 
-    def first(self, rows: int) -> Batch:
+    def some(self, rows: int) -> Batch:
+        """At most so many of its rows, evenly spaced: neighbours may all have weight zero."""
+        chosen = torch.arange(0, len(self.tokens), max(1, len(self.tokens) // rows), device=self.tokens.device)[:rows]
         per_row = ("hidden", "tokens", "old_logprobs", "advantages")
-        return self._replace(**{name: getattr(self, name)[:rows] for name in per_row})
+        return self._replace(**{name: getattr(self, name)[chosen] for name in per_row})
 
     def to(self, device: str) -> Batch:
         return Batch(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))

@@ -21,7 +21,7 @@ _GATE_ROWS = 64
 
 
 class Errors(NamedTuple):
-    """Against float64 on the first rows of a batch: |dlogp| (None where the method does not tell it), dX and dW relative."""
+    """Against float64 on some rows of a batch: |dlogp| (None where the method does not tell it), dX and dW relative."""
 
     logprobs: float | None
     dhidden: float
@@ -30,7 +30,7 @@ class Errors(NamedTuple):
 
 def errors_of(method: Method, b: Batch) -> Errors:
     """dW (V, H) is compared through its product with a random vector, so that no float64 copy of it is made."""
-    b = b.first(_GATE_ROWS).leaves()
+    b = b.some(_GATE_ROWS).leaves()
     logprobs = method.step(b)
     logits = torch.cat([b.hidden.detach().double() @ w.double().T for w in b.weight.detach().split(32768)], 1)
     logits.requires_grad_()
@@ -126,7 +126,7 @@ def measure(b: Batch, names: tuple[str, ...], repeats: int, device: str, budget_
         else:
             row["why_not"] = why_not
     with torch.no_grad():
-        bare_products(b.first(8))
+        bare_products(b.some(8))
     seconds = medians(calls, repeats, device, budget_s)
     floor = statistics.median(seconds["bare products"])
     for row in rows:
