@@ -15,6 +15,8 @@ from torch import nn
 from fastpg import LMHead, linear_cispo_loss, linear_logprobs
 from fastpg.distributed import global_count
 
+pytestmark = pytest.mark.xdist_group("data-parallel ranks")  # its ranks are started once, not in every process
+
 VOCAB, SIZE, STEPS = 51, 32, 3  # a vocabulary that no number of ranks here divides
 RANKS = {"two": 2, "four": 4}
 

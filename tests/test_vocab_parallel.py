@@ -21,6 +21,8 @@ from ranks import run_on_ranks
 
 from fastpg import CISPO, LMHead, PPOClip, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, reference
 
+pytestmark = pytest.mark.xdist_group("vocab-parallel ranks")  # its ranks are started once, not in every process
+
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 SCHEDULES = ("one-pass", "two-pass", "entropy")
 
