@@ -180,18 +180,12 @@ def _why_not_torch(b: Batch) -> str | None:
     return "its chunks give no per-token losses; without them it is full logits" if _torch_options() is None else None
 
 
-def _why_not_compiled(b: Batch) -> str | None:
-    from torch._inductor import config  # noqa: F401 - it exists where inductor does
-
-    return None
-
-
 HALF = (torch.float16, torch.bfloat16)
 METHODS: dict[str, Method] = {
     "fastpg one pass": Method(one_pass, _always, is_ours=True),
     "fastpg two passes": Method(two_passes, _always, is_ours=True),
     "full logits": Method(full_logits, _always),
-    "full logits, compiled": Method(full_logits_compiled, _why_not_compiled),
+    "full logits, compiled": Method(full_logits_compiled, _always),
     "TRL": Method(trl, _needs("trl")),
     "Liger": Method(liger, _needs("liger_kernel", softcap=False), advantages=_shared_advantages),
     "torch linear_cross_entropy": Method(torch_linear_cross_entropy, _why_not_torch),

@@ -1,6 +1,6 @@
 """Time and memory of one training step of the loss, forward and backward, against the bare matrix products and against peers.
 
-    python bench/run.py                          the CPU cells: under 10 minutes on two cores
+    python bench/run.py                          the CPU cells: minutes, on an idle machine
     python bench/run.py --device cuda            the GPU cells
     python bench/run.py --section step           step, one chunk, half zero weights, frozen weight, H = 2048, over N ...
 

@@ -28,7 +28,8 @@ from .row_statistics import Partials
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Group = dist.ProcessGroup | None
+# torch may be built without it
+Group = dist.ProcessGroup | None if dist.is_available() else None
 
 _EXP_IS_ZERO = -1e4  # unlike -inf it can be multiplied by 0
 

@@ -12,7 +12,7 @@ from .lm_head import LMHead, Projection, projection_of
 from .losses import PolicyLossOutput, TokenTerms, id_limit, token_losses, token_terms
 from .metrics import token_metrics
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
-from .one_pass_schedule import OnePass, Options, TokenLosses, chunk_length, loss_gradient, one_pass
+from .one_pass_schedule import OnePass, Options, TokenLosses, chunk_length, loss_gradient, one_pass, smallest_workspace
 from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction
 from .rows import Gradients, Rows, Wanted, rows_of
@@ -90,13 +90,15 @@ def linear_policy_loss(
         check_reduction(reduction, tokens.shape, denominator, sequence_ids)
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, keep, id_limit(advantages, tokens))
-        is_default, workspace = workspace is None, validation.workspace_bytes(workspace, hidden.device)
         fuses = backend == "triton" and head.group is None and _is_plain_cispo(objective, kl, old_logprobs)
         options = Options(
-            _wanted(hidden, head), entropy, workspace, check, backend, objective.ratio_bounds if fuses else None,
-            head.weight_grad is not None, head.group, is_default=is_default,
+            _wanted(hidden, head), entropy, validation.workspace_bytes(workspace, hidden.device), check, backend,
+            objective.ratio_bounds if fuses else None, head.weight_grad is not None, head.group,
         )  # fmt: skip
-        chunk = _check_workspace(projection_of(head), tokens.numel(), options)
+        projection = projection_of(head)
+        if workspace is None:  # a default is no reason to refuse a large vocabulary
+            options = options._replace(workspace=max(options.workspace, smallest_workspace(projection, options)))
+        chunk = _check_workspace(projection, tokens.numel(), options)
         sequences = sequences_of(keep, sequence_ids)
         terms = token_terms(
             keep, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator,
@@ -116,7 +118,6 @@ def linear_policy_loss(
         flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
         row_terms = flat if rows.indices is None else flat.select(rows.indices)
         losses = partial(token_losses, objective=objective, kl=kl)
-        projection = projection_of(head)
         loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
             *rows[:2], *projection[:3], *rows[2:], *row_terms, losses, head.weight_grad, *projection[3:],
             *options._replace(length=facts.chunk),

@@ -75,7 +75,6 @@ class Options(NamedTuple):
     wide_weight: bool = False  # dW in the accumulation dtype, for a buffer of the caller
     group: ProcessGroup | None = None  # whose ranks hold the other columns
     length: int | None = None  # rows of a chunk that these ranks agreed on
-    is_default: bool = False  # the workspace: a vocabulary whose one tile needs more gets it
 
 
 class _Scored(NamedTuple):
@@ -307,18 +306,19 @@ class _Sweep:
         if group is not None:
             self.dhidden, self.dlora_hidden = (_summed(x, rows, group) for x in (self.dhidden, self.dlora_hidden))
             self.dhidden = None if self.dhidden is None else self.dhidden.to(rows.hidden.dtype)
-        weights = []
-        for wanted, x, sums in zip(
-            self.wanted[2:],
-            (head.weight, head.lora_weight, head.bias),
-            (self.dweight, self.dlora_weight, self.dbias),
-            strict=True,
-        ):
-            dtype = self.dtype if x is head.weight and self.options.wide_weight else None if x is None else x.dtype
-            weights.append(sums if sums is None or not wanted else sums.to(dtype))
-            if wanted and sums is None:  # no rows
-                weights[-1] = torch.zeros_like(x, dtype=dtype)
-        found = (self.dhidden, self.dlora_hidden, *weights)
+
+        def rounded(wanted: bool, x: torch.Tensor | None, sums: torch.Tensor | None, dtype: torch.dtype | None = None):
+            if not wanted:
+                return None
+            dtype = dtype or x.dtype
+            return torch.zeros_like(x, dtype=dtype) if sums is None else sums.to(dtype)  # None: there were no rows
+
+        wanted = self.wanted
+        found = (
+            self.dhidden, self.dlora_hidden,
+            rounded(wanted.weight, head.weight, self.dweight, self.dtype if self.options.wide_weight else None),
+            rounded(wanted.lora_weight, head.lora_weight, self.dlora_weight), rounded(wanted.bias, head.bias, self.dbias),
+        )  # fmt: skip
         return Gradients(*(head.weight.new_empty(0) if g is None else g for g in found))
 
 
@@ -361,9 +361,28 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
 
     Raises ValueError where not even one tile of rows fits.
     """
-    tiles = ops.tiles_of(options.backend)
-    rows = tiles.tile_shape(head).rows
-    weight = head.weight
+    rows, workspace = ops.tiles_of(options.backend).tile_shape(head).rows, options.workspace
+    fixed, per_row = chunk_bytes(head, options)
+    fitting = max(0, workspace - fixed) // per_row // rows
+    if fitting < 1:
+        raise ValueError(
+            f"workspace={workspace} bytes is too small: {rows} rows of a ({head.vocab_size}, {head.hidden_size}) "
+            f"{head.weight.dtype} head on {head.weight.device.type} need {fixed + rows * per_row}"
+        )
+    padded = -(-count // rows)
+    chunks = max(1, -(-padded // fitting))
+    return max(1, -(-padded // chunks)) * rows
+
+
+def smallest_workspace(head: Projection, options: Options) -> int:
+    """Bytes that one tile of rows needs."""
+    fixed, per_row = chunk_bytes(head, options)
+    return fixed + ops.tiles_of(options.backend).tile_shape(head).rows * per_row
+
+
+def chunk_bytes(head: Projection, options: Options) -> tuple[int, int]:
+    """Transient bytes: (of the call, of each row of a chunk)."""
+    tiles, weight = ops.tiles_of(options.backend), head.weight
     wide = accumulation_dtype(weight.dtype).itemsize
     fixed, per_row = tiles.one_pass_bytes(head, options.entropy)
     # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
@@ -372,17 +391,7 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
     if any(options.wanted):
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
         fixed += widened_bytes(head)
-    smallest = fixed + rows * per_row
-    workspace = max(smallest, options.workspace) if options.is_default else options.workspace
-    fitting = max(0, workspace - fixed) // per_row // rows
-    if fitting < 1:
-        raise ValueError(
-            f"workspace={workspace} bytes is too small: {rows} rows of a ({head.vocab_size}, {head.hidden_size}) "
-            f"{weight.dtype} head on {weight.device.type} need {smallest}"
-        )
-    padded = -(-count // rows)
-    chunks = max(1, -(-padded // fitting))
-    return max(1, -(-padded // chunks)) * rows
+    return fixed, per_row
 
 
 def _log_anchor(terms: TokenTerms) -> torch.Tensor:

@@ -29,7 +29,8 @@ def selective_logprobs(
     `linear_logprobs`: it needs no logits, and logits rounded to bf16 are off by up to 2^-9 of themselves before this begins.
 
     Args:
-        logits: (..., V) float16, bfloat16, float32 or float64; logits[..., t, :] predicts tokens[..., t].
+        logits: (..., V) float16, bfloat16, float32 or float64; logits[..., t, :] predicts tokens[..., t]. Logits that cannot
+            be viewed as (N, V), such as `logits[:, :-1]`, are copied once; pass all of them and end `tokens` with -100.
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, gradient exactly 0.
         mask: (...) bool, False means the same. NaN in masked rows of the logits reaches nothing.
         temperature, entropy, backend: as in `linear_logprobs`.

@@ -289,7 +289,8 @@ def store_target(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor
     inside = column == tokens
     stored = exact.to(scores.dtype)
     # not scatter_, which on a CPU widens the whole of a bf16 tensor
-    scores.index_put_((rows, column), torch.where(inside, stored, scores[rows, column]))
+    there = scores.gather(1, column[:, None])[:, 0]
+    scores.index_put_((rows, column), torch.where(inside, stored, there))
     return torch.where(inside, exact - stored.to(exact.dtype), 0)
 
 

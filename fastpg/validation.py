@@ -53,18 +53,10 @@ def check_linear_inputs(
             f"hidden must be (..., H) with H = {head.hidden_size} as in head.weight {tuple(weight.shape)}; got shape "
             f"{tuple(hidden.shape)}"
         )
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
-    if tokens.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"tokens must have the leading shape of hidden, {tuple(hidden.shape[:-1])}: hidden[..., t, :] predicts "
-            f"tokens[..., t], already shifted; got shape {tuple(tokens.shape)}"
-        )
-    for name, value in (("head.weight", weight), ("tokens", tokens), ("mask", mask), ("temperature", temperature)):
-        if isinstance(value, torch.Tensor) and value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
-    check_mask(mask, "tokens", tokens)
-    check_temperature(temperature, tokens.shape)
+    _check_tokens(tokens, "hidden", hidden)
+    if weight.device != hidden.device:
+        raise ValueError(f"head.weight is on {weight.device} but hidden is on {hidden.device}")
+    _check_beside_tokens("hidden", hidden, tokens, mask, temperature)
 
 
 def check_given_logits(
@@ -78,16 +70,28 @@ def check_given_logits(
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64; got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V >= 1; got shape {tuple(logits.shape)}")
+    _check_tokens(tokens, "logits", logits)
+    _check_beside_tokens("logits", logits, tokens, mask, temperature)
+
+
+def _check_tokens(tokens: torch.Tensor, name: str, x: torch.Tensor) -> None:
+    """tokens (...) against what predicts them, x (..., H) or (..., V)."""
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
-    if tokens.shape != logits.shape[:-1]:
+    if tokens.shape != x.shape[:-1]:
         raise ValueError(
-            f"tokens must have the leading shape of logits, {tuple(logits.shape[:-1])}, already shifted; got shape "
-            f"{tuple(tokens.shape)}"
+            f"tokens must have the leading shape of {name}, {tuple(x.shape[:-1])}: {name}[..., t, :] predicts tokens[..., t], "
+            f"already shifted; got shape {tuple(tokens.shape)}"
         )
-    for name, value in (("tokens", tokens), ("temperature", temperature)):
-        if isinstance(value, torch.Tensor) and value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device} but logits is on {logits.device}")
+
+
+def _check_beside_tokens(
+    name: str, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
+) -> None:
+    """Devices against x, mask and temperature against tokens."""
+    for other, value in (("tokens", tokens), ("mask", mask), ("temperature", temperature)):
+        if isinstance(value, torch.Tensor) and value.device != x.device:
+            raise ValueError(f"{other} is on {value.device} but {name} is on {x.device}")
     check_mask(mask, "tokens", tokens)
     check_temperature(temperature, tokens.shape)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .dlogits import row_terms, store_gradient
 from .logits import INTERPRETED
-from .logsumexp import _fold, combine
+from .logsumexp import combine, fold, store_partials
 
 _ROWS = 64 if INTERPRETED else 4
 _COLUMNS = 1024
@@ -59,13 +59,8 @@ def given_logsumexp_kernel(
     for tile in range(0, tl.minimum(TILES, tl.cdiv(V, COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * COLUMNS
         z = _load(LOGITS, KEEP, rows, start, C, V, stride_z, ROWS, COLUMNS)
-        m, s, q, target = _fold(z, start, m, s, q, target, V, token, scale, None, 1.0, Q is not None, False, 1, COLUMNS, 1)
-    partial = rows * splits + split
-    tl.store(M + partial, m, mask=in_chunk)
-    tl.store(S + partial, s, mask=in_chunk)
-    if Q is not None:
-        tl.store(Q + partial, q, mask=in_chunk)
-    tl.store(TARGET + partial, target, mask=in_chunk)
+        m, s, q, target = fold(z, start, m, s, q, target, V, token, scale, None, 1.0, Q is not None, False, 1, COLUMNS, 1)
+    store_partials(M, S, Q, TARGET, rows * splits + split, in_chunk, m, s, q, target)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ _BLOCK = 128
 
 
 @triton.jit
-def _fold(
+def fold(
     score,  # (ROWS, COLUMNS)
     start,  # its first column
     m,  # (ROWS,), as the next three: the running statistics
@@ -58,10 +58,10 @@ def _fold(
     """The running statistics of the rows after a tile, or after each of its parts in turn."""
     if PARTS > 1:
         left, right = halves(score, GROUPS)
-        m, s, q, target = _fold(
+        m, s, q, target = fold(
             left, start, m, s, q, target, V, token, scale, BIAS, inner, ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS
         )
-        return _fold(
+        return fold(
             right, start + right.shape[1] // GROUPS, m, s, q, target, V, token, scale, BIAS, inner,
             ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS,
         )  # fmt: skip
@@ -81,6 +81,15 @@ def _fold(
         finite = tl.maximum(z, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         q = decay * (q + s * shift) + tl.sum(e * finite, 1)
     return larger, s * decay + tl.sum(e, 1), q, target
+
+
+@triton.jit
+def store_partials(M, S, Q, Z, place, in_chunk, m, s, q, target):
+    tl.store(M + place, m, mask=in_chunk)
+    tl.store(S + place, s, mask=in_chunk)
+    if Q is not None:
+        tl.store(Q + place, q, mask=in_chunk)
+    tl.store(Z + place, target, mask=in_chunk)
 
 
 @triton.jit
@@ -136,17 +145,12 @@ def logsumexp_kernel(
             ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
         )  # fmt: skip
         score = add_lora(score, L, B, row_tile * ROWS, start, C, V, rank, stride_l, stride_b, RANK, WIDEN)
-        m, s, q, target = _fold(
+        m, s, q, target = fold(
             score, start, m, s, q, target, V, token, scale, BIAS, inner,
             Q is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS,
         )  # fmt: skip
 
-    partial = rows.to(tl.int64) * splits + split
-    tl.store(M + partial, m, mask=in_chunk)
-    tl.store(S + partial, s, mask=in_chunk)
-    if Q is not None:
-        tl.store(Q + partial, q, mask=in_chunk)
-    tl.store(Z + partial, target, mask=in_chunk)
+    store_partials(M, S, Q, Z, rows.to(tl.int64) * splits + split, in_chunk, m, s, q, target)
 
 
 @triton.jit

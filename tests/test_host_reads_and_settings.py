@@ -68,6 +68,26 @@ def test_two_passes_read_nothing_without_checks(entropy, lora):
         assert logits.grad.shape == logits.shape
 
 
+def test_a_fake_tensor_of_any_size_has_no_memory_to_ask_for():
+    """E and dW of a real head are in large pages; here they have none. Also V = 262144, whose one tile of fp32 rows needs more
+    than the default workspace."""
+    with FakeTensorMode():
+        for vocab in (49_152, 262_144):
+            hidden, weight = torch.randn(2048, 576, requires_grad=True), torch.randn(vocab, 576, requires_grad=True)
+            tokens, old = torch.randint(0, vocab, (2048,)), torch.zeros(2048)
+            linear_policy_loss(hidden, weight, tokens, old, old, objective=CISPO(), check=False).loss.backward()
+            assert weight.grad.shape == weight.shape
+
+
+def test_a_default_is_no_reason_to_refuse_and_a_request_is():
+    with FakeTensorMode():
+        hidden, weight, tokens, old = torch.randn(8, 576), torch.randn(262_144, 576), torch.zeros(8).long(), torch.zeros(8)
+        hidden.requires_grad_()
+        linear_policy_loss(hidden, weight, tokens, old, old, objective=CISPO(), check=False)
+        with pytest.raises(ValueError, match="workspace=268435456 bytes is too small"):
+            linear_policy_loss(hidden, weight, tokens, old, old, objective=CISPO(), check=False, workspace=2**28)
+
+
 def test_policy_loss_reads_nothing():
     with FakeTensorMode():
         logprobs = torch.randn(8, 8, requires_grad=True)

@@ -302,6 +302,7 @@ on_rank_1(
 on_rank_1("other temperature", "temperature", temperature=lambda a: 0.9)
 on_rank_1("other temperatures", "temperature", temperature=lambda a: torch.linspace(0.5, 1.5, 12))
 on_rank_1("other rank of LoRA", "rank of lora", a=lambda a: a["a"][:2], b=lambda a: a["b"][:, :2])
+on_rank_1("other scale of LoRA", "lora's scale", lora_scale=lambda a: 0.25)
 on_rank_1("no LoRA", "rank of lora", a=lambda a: None)
 on_rank_1("other softcap", "softcap", softcap=lambda a: 30.0)
 on_rank_1("other scale", "logit_scale", logit_scale=lambda a: 0.5)
@@ -366,13 +367,13 @@ def right_arguments(rank: int, group) -> dict:
     rows = slice(25 * rank, 25 * rank + 25)
     return {
         "hidden": hidden.requires_grad_(), "weight": weight[rows].requires_grad_(), "a": a, "b": b[rows], "softcap": None,
-        "logit_scale": 1.0, "group": group, "vocab_start": rows.start, "old": random(12) - 3, "advantages": random(12),
+        "lora_scale": 0.5, "logit_scale": 1.0, "group": group, "vocab_start": rows.start, "old": random(12) - 3, "advantages": random(12),
         "tokens": torch.arange(12) * 4, "mask": None, "temperature": 1.0, "workspace": None, "check": True,
     }  # fmt: skip
 
 
 def call(schedule: str, given: dict) -> torch.Tensor:
-    lora = None if given["a"] is None else (given["a"], given["b"], 0.5)
+    lora = None if given["a"] is None else (given["a"], given["b"], given["lora_scale"])
     head = LMHead(
         given["weight"], softcap=given["softcap"], logit_scale=given["logit_scale"], lora=lora, group=given["group"],
         vocab_start=given["vocab_start"],
