@@ -367,8 +367,9 @@ def right_arguments(rank: int, group) -> dict:
     rows = slice(25 * rank, 25 * rank + 25)
     return {
         "hidden": hidden.requires_grad_(), "weight": weight[rows].requires_grad_(), "a": a, "b": b[rows], "softcap": None,
-        "lora_scale": 0.5, "logit_scale": 1.0, "group": group, "vocab_start": rows.start, "old": random(12) - 3, "advantages": random(12),
-        "tokens": torch.arange(12) * 4, "mask": None, "temperature": 1.0, "workspace": None, "check": True,
+        "lora_scale": 0.5, "logit_scale": 1.0, "group": group, "vocab_start": rows.start, "old": random(12) - 3,
+        "advantages": random(12), "tokens": torch.arange(12) * 4, "mask": None, "temperature": 1.0, "workspace": None,
+        "check": True,
     }  # fmt: skip
 
 
