@@ -83,7 +83,7 @@ def trl(b: Batch) -> torch.Tensor:
 def liger(b: Batch) -> None:
     """Liger's fused linear GRPO, as sequences of 256 tokens whose advantages are shared, one sequence a chunk.
 
-    Compiled on a GPU; on a CPU its eager form was the faster one.
+    Compiled on a GPU, eager on a CPU.
     """
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
