@@ -66,8 +66,8 @@ def linear_policy_loss(
             means over the other tokens, and metrics["skipped_tokens"] counts them.
         workspace: bytes of transient memory, which decide how many tokens form a chunk; default 256 MiB on a CPU, 1 GiB on
             accelerators, or what one tile of rows needs where that is more (V = 262144 in fp32: 270 MiB). On top come the
-            gradients, one copy of them in backward, which scales them, and, where several chunks or recomputed rows are summed,
-            one fp32 copy of dW where it is not fp32.
+            gradients, and, where several chunks or recomputed rows are summed, one fp32 copy of dW where it is not fp32.
+            Backward scales the gradients in place; under retain_graph it makes a copy of them.
         check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute. False reads
             nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a row whose sum
             overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be read anyway.)
@@ -283,10 +283,19 @@ def _two_passes(rows: Rows, head: Projection, terms: TokenTerms, losses: TokenLo
 
 
 def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
+    """gradient * grad_loss: in place where this backward is the last, as without retain_graph; a copy otherwise."""
+    factor = grad_loss.to(gradient.dtype)
     if torch.compiler.is_compiling():
-        return gradient * grad_loss.to(gradient.dtype)
-    out = buffers.empty(gradient.shape, gradient.dtype, gradient.device)
-    return torch.mul(gradient, grad_loss.to(gradient.dtype), out=out)
+        return gradient * factor
+    if not _graph_is_kept():
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=buffers.empty(gradient.shape, gradient.dtype, gradient.device))
+
+
+def _graph_is_kept() -> bool:
+    """Whether the saved tensors may be read by another backward. torch's own donated buffers ask the same (`_aot_autograd`)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 class _LinearPolicyLoss(torch.autograd.Function):

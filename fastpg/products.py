@@ -28,7 +28,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("fastpg::product", mutates_args={"out"})
 def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
     """out = a @ b, or out += a @ b. a (M, K), b (K, N) of one dtype; out (M, N) in it or in its accumulation dtype.
 
@@ -100,11 +99,6 @@ def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.dtype == dtype or a.device.type == "cpu":
         return torch.mm(a, b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype)
-
-
-@product.register_fake
-def _(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
-    torch._check(a.shape[1] == b.shape[0], lambda: f"product: {tuple(a.shape)} @ {tuple(b.shape)}")
 
 
 def _unrounded_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -63,13 +63,6 @@ def test_opcheck_two_pass(dtype, gather, entropy):
         torch.library.opcheck(two_pass_backward, (*arguments[:11], *rest, buffer if weight else None, True))
 
 
-@pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize("as_bf16", [True, False])
-def test_opcheck_product(accumulate, as_bf16):
-    out, a, b = torch.randn(64, 48), torch.randn(64, 32), torch.randn(32, 48)
-    torch.library.opcheck(product, (out, a, b, accumulate, as_bf16))
-
-
 def test_the_precision_switch_is_restored():
     switch = torch.backends.mkldnn.matmul
     out, a, b = torch.randn(64, 48), torch.randn(64, 32), torch.randn(32, 48)

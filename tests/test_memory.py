@@ -10,12 +10,11 @@ DEFAULT = 256 * 2**20
 
 
 def gradients_and_copies(hidden, weight, schedule) -> tuple[int, int]:
-    """Bytes of dX and dW, and of one copy of each that a schedule may hold: fp32 dX for two passes, which sum dX over the
-    vocabulary; for one pass dX and dW once more, since backward scales them, or fp32 dW while it is summed over chunks."""
+    """Bytes of dX and dW, and of the one fp32 copy that a schedule may hold where they are not fp32: of dX for two passes, which
+    sum it over the vocabulary, of dW for one pass, which sums it over chunks. Backward scales both in place."""
     results = sum(x.nbytes for x in (hidden, weight))
-    if schedule is two_pass:
-        return results, 0 if hidden.dtype == torch.float32 else hidden.numel() * 4
-    return results, (hidden.numel() + weight.numel()) * 4
+    summed = hidden if schedule is two_pass else weight
+    return results, 0 if summed.dtype == torch.float32 else summed.numel() * 4
 
 
 def one_pass(hidden, weight, tokens, workspace):

@@ -576,6 +576,16 @@ def test_gradients_scale_with_the_incoming_gradient_and_survive_retain_graph():
         assert torch.equal(a, b)
         assert torch.allclose(c, -0.5 * a)
         assert torch.allclose(d, 3 * a)
+        assert a.data_ptr() != b.data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_the_last_backward_scales_in_place_to_the_same_bits():
+    inputs, loss = small()
+    kept, last = (torch.autograd.grad(-0.3 * loss(), inputs, retain_graph=keep) for keep in (True, False))
+    for a, b in zip(kept, last, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_double_backward_raises():
