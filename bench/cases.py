@@ -33,7 +33,7 @@ HEADS = {
 class Cell:
     """One batch, on which several methods are compared with each other and with the bare products.
 
-    zero_share: tokens whose advantage is exactly 0. frozen: the weight takes no gradient. workspace: bytes, None the default.
+    zero_share: tokens whose advantage is exactly 0. rounds: of two timed runs of each method.
     """
 
     section: str
@@ -43,8 +43,7 @@ class Cell:
     dtype: str
     methods: tuple[str, ...]
     zero_share: float = 0.0
-    frozen: bool = False
-    workspace: int | None = None
+    rounds: int = 2
 
 
 class Batch(NamedTuple):
@@ -54,8 +53,8 @@ class Batch(NamedTuple):
     old_logprobs: torch.Tensor  # (N,)
     advantages: torch.Tensor  # (N,)
     softcap: float | None = None
-    frozen: bool = False
-    workspace: int | None = None
+    frozen: bool = False  # the weight takes no gradient
+    workspace: int | None = None  # bytes; None the default
 
     def leaves(self) -> Batch:
         """The same with hidden and weight as fresh leaves (no copy of their values)."""
@@ -86,15 +85,15 @@ def batch(cell: Cell, device: str = "cpu", seed: int = 0) -> Batch:
     tokens = torch.randint(0, head.vocab, (cell.rows,), generator=generator)
     advantages = torch.randn(cell.rows, generator=generator)
     advantages[torch.randperm(cell.rows, generator=generator)[: round(cell.zero_share * cell.rows)]] = 0
-    b = Batch(hidden, weight, tokens, torch.empty(0), advantages, head.softcap, cell.frozen, cell.workspace).to(device)
+    b = Batch(hidden, weight, tokens, torch.empty(0), advantages, head.softcap).to(device)
     noise = 0.1 * torch.randn(cell.rows, generator=generator).to(device)
     return b._replace(old_logprobs=exact_logprobs(b, torch.float32).float() + noise)
 
 
 def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """(N,), a few rows at a time."""
+    """(N,), some rows at a time."""
     found = []
-    for h, t in zip(b.hidden.split(64), b.tokens.split(64), strict=True):
+    for h, t in zip(b.hidden.split(512), b.tokens.split(512), strict=True):
         z = torch.cat([h.to(dtype) @ w.to(dtype).T for w in b.weight.split(32768)], 1)
         z = z if b.softcap is None else b.softcap * torch.tanh(z / b.softcap)
         found.append(z.log_softmax(-1).gather(1, t[:, None])[:, 0])
@@ -102,31 +101,25 @@ def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor
 
 
 OURS = ("fastpg one pass", "fastpg two passes")
+VARIANTS = ("fastpg one pass, half zero weights", "fastpg one pass, frozen weight")
 SMALL = HEADS["smollm2-135m"]
-ONE_CHUNK = 2**31
 
 
 def cpu_cells() -> list[Cell]:
-    """The cells that two cores finish in a few minutes."""
-    cells = []
+    """The cells that two cores finish in less than ten minutes."""
+    cells, one = [], ("fastpg one pass",)
     for dtype in DTYPES:
-        peers = ("full logits", "full logits, compiled", "TRL", "Liger", "CCE", "verl")
-        peers += ("torch linear_cross_entropy",) if dtype == "bfloat16" else ()
-        step = Cell("step", f"SmolLM2's head, {dtype}", SMALL, 2048, dtype, (*OURS, *peers))
-        one = ("fastpg one pass",)
-        cells += [
-            step,
-            replace(step, section="one chunk", methods=one, workspace=ONE_CHUNK),
-            replace(step, section="half zero weights", methods=one, zero_share=0.5),
-            replace(step, section="frozen weight", methods=one, frozen=True),
-        ]
+        # in fp32 the default workspace holds two chunks, in bf16 one
+        more = ("fastpg one pass, several chunks", "torch linear_cross_entropy") if dtype == "bfloat16" else ()
+        methods = (*OURS, *VARIANTS, *more, "full logits", "full logits, compiled", "TRL", "Liger", "CCE", "verl")
+        cells.append(Cell("step", f"SmolLM2's head, {dtype}", SMALL, 2048, dtype, methods))
         wide = Head(SMALL.vocab, 2048)
-        cells.append(Cell("H = 2048", f"H = 2048, {dtype}", wide, 512, dtype, ("fastpg one pass", "full logits")))
+        cells.append(Cell("H = 2048", f"H = 2048, {dtype}", wide, 512, dtype, (*one, "full logits"), rounds=1))
         for rows in (1024, 8192) if dtype == "bfloat16" else (1024, 4096):
-            cells.append(Cell("over N", f"N = {rows}, {dtype}", SMALL, rows, dtype, one))
+            cells.append(Cell("over N", f"N = {rows}, {dtype}", SMALL, rows, dtype, one, rounds=1))
         for vocab in (8192, 49152, 151936, 262144):
-            methods = ("fastpg one pass", "full logits", *(("fastpg two passes",) if dtype == "bfloat16" else ()))
-            cells.append(Cell("over V", f"V = {vocab}, {dtype}", Head(vocab, 576), 512, dtype, methods))
+            methods = (*OURS, "full logits") if dtype == "bfloat16" else one
+            cells.append(Cell("over V", f"V = {vocab}, {dtype}", Head(vocab, 576), 512, dtype, methods, rounds=1))
     return cells
 
 
@@ -134,14 +127,10 @@ def gpu_cells() -> list[Cell]:
     """The same questions at the sizes of training runs; nothing here has been measured."""
     cells, one = [], ("fastpg one pass",)
     peers = ("full logits", "full logits, compiled", "TRL", "Liger", "torch linear_cross_entropy", "CCE", "verl")
+    methods = (*OURS, *VARIANTS, "fastpg one pass, one chunk", *peers)
     for name, head in HEADS.items():
-        cells.append(Cell("step", f"{name}, bfloat16", head, 8192, "bfloat16", (*OURS, *peers)))
+        cells.append(Cell("step", f"{name}, bfloat16", head, 8192, "bfloat16", methods))
     step = cells[list(HEADS).index("qwen3-8b")]
-    cells += [
-        replace(step, section="one chunk", methods=one, workspace=2**33),
-        replace(step, section="half zero weights", methods=one, zero_share=0.5),
-        replace(step, section="frozen weight", methods=one, frozen=True),
-    ]
     for rows in (1024, 2048, 4096, 16384, 32768):
         cells.append(Cell("over N", f"N = {rows}, bfloat16", step.head, rows, "bfloat16", one))
     for vocab in (32768, 65536, 151936, 262144):
@@ -152,12 +141,9 @@ def gpu_cells() -> list[Cell]:
 
 def tiny_cells() -> list[Cell]:
     """Every section and method on a batch of a hundred tokens: to exercise the program, not to measure."""
-    head = Head(1000, 64)
-    methods = (*OURS, "full logits", "TRL", "Liger", "torch linear_cross_entropy")
+    head, one = Head(1000, 64), ("fastpg one pass",)
+    methods = (*OURS, *VARIANTS, "full logits", "TRL", "Liger", "torch linear_cross_entropy")
     cells = [Cell("step", f"tiny, {dtype}", head, 96, dtype, methods) for dtype in DTYPES]
-    one = ("fastpg one pass",)
-    cells += [replace(cells[0], section="frozen weight", methods=one, frozen=True)]
-    cells += [replace(cells[0], section="half zero weights", methods=one, zero_share=0.5)]
     cells += [replace(cells[0], section="over N", name=f"N = {n}, float32", rows=n, methods=one) for n in (32, 64)]
     cells += [
         replace(cells[0], section="over V", name=f"V = {v}, float32", head=Head(v, 64), methods=(*one, "full logits"))

@@ -24,48 +24,45 @@ def goals(rows: list[dict]) -> list[dict]:
     def at_least(what: str, limit: float, measured: float | None) -> None:
         add(what, f">= {limit}", measured, measured is not None and measured >= limit)
 
-    def quotient(section: str, dtype: str, method: str, below: tuple[str, str], field: str = "seconds") -> float | None:
-        above, under = value(section, dtype, method, field), value(below[0], dtype, below[1], field)
+    def over_one_pass(section: str, dtype: str, method: str) -> float | None:
+        above, under = value(section, dtype, method, "seconds"), value(section, dtype, one, "seconds")
         return None if above is None or under is None else above / under
 
     one, two = "fastpg one pass", "fastpg two passes"
     at_most("one pass over products, fp32, default workspace", 1.03, value("step", "float32", one))
-    at_most("one pass over products, bf16, one chunk", 1.12, value("one chunk", "bfloat16", one))
-    at_most("one pass over products, bf16, default workspace", 1.40, value("step", "bfloat16", one))
+    at_most("one pass over products, bf16, one chunk (default workspace)", 1.12, value("step", "bfloat16", one))
+    at_most("one pass over products, bf16, several chunks", 1.40, value("step", "bfloat16", f"{one}, several chunks"))
     at_most("two passes over products, fp32", 1.36, value("step", "float32", two))
     at_most("two passes over products, bf16", 1.65, value("step", "bfloat16", two))
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
-        at_most(
-            f"half of the tokens at weight zero over all, {short}",
-            0.58,
-            quotient("half zero weights", dtype, one, ("step", one)),
-        )
-        at_most(f"frozen weight over trainable, {short}", 0.72, quotient("frozen weight", dtype, one, ("step", one)))
-    at_least("full logits over one pass, fp32", 1.3, quotient("step", "float32", "full logits", ("step", one)))
-    at_least("full logits over one pass, bf16", 2.2, quotient("step", "bfloat16", "full logits", ("step", one)))
+        zero, frozen = f"{one}, half zero weights", f"{one}, frozen weight"
+        at_most(f"half of the tokens at weight zero over all, {short}", 0.58, over_one_pass("step", dtype, zero))
+        at_most(f"frozen weight over trainable, {short}", 0.72, over_one_pass("step", dtype, frozen))
+    at_least("full logits over one pass, fp32", 1.3, over_one_pass("step", "float32", "full logits"))
+    at_least("full logits over one pass, bf16", 2.2, over_one_pass("step", "bfloat16", "full logits"))
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
-        at_least(f"the same at H = 2048, {short}", 1.0, quotient("H = 2048", dtype, "full logits", ("H = 2048", one)))
-    at_least("TRL over one pass, bf16", 5.0, quotient("step", "bfloat16", "TRL", ("step", one)))
-    at_least("Liger over one pass, bf16", 3.0, quotient("step", "bfloat16", "Liger", ("step", one)))
+        at_least(f"the same at H = 2048, {short}", 1.0, over_one_pass("H = 2048", dtype, "full logits"))
+    at_least("TRL over one pass, bf16", 5.0, over_one_pass("step", "bfloat16", "TRL"))
+    at_least("Liger over one pass, bf16", 3.0, over_one_pass("step", "bfloat16", "Liger"))
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         mine = [r for r in rows if r["dtype"] == dtype and r["method"] == one and "seconds" in r]
         per_token = [r["seconds"] / r["rows"] for r in mine if r["section"] in ("step", "over N")]
         if len(per_token) > 1:
-            at_most(f"time per token, N = 1k to 8k, largest over smallest, {short}", 1.25, max(per_token) / min(per_token))
+            at_most(f"time per token, over N, largest over smallest, {short}", 1.25, max(per_token) / min(per_token))
         per_column = [r["seconds"] / r["vocab"] for r in mine if r["section"] == "over V"]
         if len(per_column) > 1:
-            at_most(f"time per entry of V, 8k to 262k, largest over smallest, {short}", 1.25, max(per_column) / min(per_column))
+            at_most(f"time per entry of V, over V, largest over smallest, {short}", 1.25, max(per_column) / min(per_column))
         if mine:
-            at_most(f"memory beyond dX and dW over workspace and gradient copies, largest, {short}", 1.0, _excess(mine))
+            at_most(f"memory beyond dX and dW over workspace (and fp32 dW in bf16), largest, {short}", 1.0, _excess(mine))
     return found
 
 
 def _excess(rows: list[dict]) -> float:
-    """Beyond dX and dW: the workspace, a copy of both while backward scales them, and one of dW in fp32 where chunks add."""
+    """Beyond dX and dW: the workspace, and dW once in fp32 where it is not and chunks add."""
 
     def allowed(row: dict) -> float:
         wide = row["vocab"] * row["hidden"] * 4 if row["dtype"] != "float32" else 0
-        return _WORKSPACE + row["gradient_bytes"] + wide
+        return _WORKSPACE + wide
 
     return max((r["peak_bytes"] - r["gradient_bytes"]) / allowed(r) for r in rows if r["workspace"] is None)
 

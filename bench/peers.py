@@ -22,7 +22,7 @@ class Method(NamedTuple):
     step: Callable[[Batch], torch.Tensor | None]
     why_not: Callable[[Batch], str | None]  # None: it runs on this batch
     is_ours: bool = False
-    advantages: Callable[[Batch], torch.Tensor] = lambda b: b.advantages  # (N,), that it really uses
+    variant: Callable[[Batch], Batch] = lambda b: b  # of the cell's batch, that it runs on
 
 
 def cispo(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
@@ -103,9 +103,13 @@ def _sequences(b: Batch) -> tuple[int, int]:
     return len(b.tokens) // length, length
 
 
-def _shared_advantages(b: Batch) -> torch.Tensor:
+def _shared_advantages(b: Batch) -> Batch:
     shape = _sequences(b)
-    return b.advantages.view(shape)[:, :1].expand(shape).reshape(-1)
+    return b._replace(advantages=b.advantages.view(shape)[:, :1].expand(shape).reshape(-1))
+
+
+def _half_zero_weights(b: Batch) -> Batch:
+    return b._replace(advantages=b.advantages * (torch.arange(len(b.tokens), device=b.tokens.device) % 2))
 
 
 def torch_linear_cross_entropy(b: Batch) -> torch.Tensor:
@@ -151,8 +155,7 @@ def bare_products(b: Batch) -> None:
     """The floor: logits, dX and dW as three products of the same shapes and dtype, and nothing else."""
     z = b.hidden @ b.weight.T
     _ = z @ b.weight
-    if not b.frozen:
-        _ = z.T @ b.hidden
+    _ = z.T @ b.hidden
 
 
 def _always(b: Batch) -> None:
@@ -184,10 +187,14 @@ HALF = (torch.float16, torch.bfloat16)
 METHODS: dict[str, Method] = {
     "fastpg one pass": Method(one_pass, _always, is_ours=True),
     "fastpg two passes": Method(two_passes, _always, is_ours=True),
+    "fastpg one pass, half zero weights": Method(one_pass, _always, True, _half_zero_weights),
+    "fastpg one pass, frozen weight": Method(one_pass, _always, True, lambda b: b._replace(frozen=True)),
+    "fastpg one pass, several chunks": Method(one_pass, _always, True, lambda b: b._replace(workspace=2**27)),
+    "fastpg one pass, one chunk": Method(one_pass, _always, True, lambda b: b._replace(workspace=2**33)),
     "full logits": Method(full_logits, _always),
     "full logits, compiled": Method(full_logits_compiled, _always),
     "TRL": Method(trl, _needs("trl")),
-    "Liger": Method(liger, _needs("liger_kernel", softcap=False), advantages=_shared_advantages),
+    "Liger": Method(liger, _needs("liger_kernel", softcap=False), variant=_shared_advantages),
     "torch linear_cross_entropy": Method(torch_linear_cross_entropy, _why_not_torch),
     "CCE": Method(cce, _needs("cut_cross_entropy", cuda=True, dtypes=HALF)),
     "verl": Method(verl, _needs("verl", cuda=True, softcap=False)),

@@ -22,7 +22,7 @@ def draw(results: dict, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    rows = [row for row in results["rows"] if "seconds" in row and row["method"] != "bare products"]
+    rows = [row for row in results["rows"] if "seconds" in row and row["method"] in COLORS]
     about = f"{results['about']['machine']}, torch {results['about']['versions']['torch']}, {results['about']['date']}"
     _over_the_floor([r for r in rows if r["section"] == "step"], about, out / "time_over_products.png")
     over_vocab = [r for r in rows if r["section"] == "over V"]

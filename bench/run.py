@@ -2,9 +2,9 @@
 
     python bench/run.py                          the CPU cells: minutes, on an idle machine
     python bench/run.py --device cuda            the GPU cells
-    python bench/run.py --section step           step, one chunk, half zero weights, frozen weight, H = 2048, over N ...
+    python bench/run.py --section step           repeatable; step, H = 2048, over N, over V, samples
 
-Every number is a median over interleaved repeats in this run, as a ratio to the three bare products `X W^T`, `Z W`, `Z^T X` of
+Every number is a median over interleaved runs, as a ratio to the three bare products `X W^T`, `Z W`, `Z^T X` of
 the same shapes and dtype. Before a method is timed its log-probabilities, dX and dW are compared with float64: what is wrong
 gets no number. Memory is everything that a step allocates, results included, inputs not. Run it on an idle machine.
 
@@ -25,7 +25,7 @@ import goals
 import plots
 import torch
 from cases import Cell, batch, cpu_cells, gpu_cells, tiny_cells
-from measure import add_memory, machine, measure
+from measure import machine, measure
 from rich.console import Console
 from rich.table import Table
 from samples import sampled_cell
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a hundred tokens: exercises the program, measures nothing")
     parser.add_argument("--section", action="append", help="repeatable; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default: all")
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds of one method on one cell; two repeats at least")
+    parser.add_argument("--rounds", type=int, help="of one untimed and two timed runs of every method; default: 1 or 2 by cell")
+    parser.add_argument("--budget", type=float, default=5.5, help="timed seconds after which a method is not run again")
     parser.add_argument("--no-samples", action="store_true", help="without the cell of SmolLM2's own completions")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
@@ -51,13 +51,11 @@ def main() -> None:
     about = machine(options.device)
     console.print(about)
     results: dict = {"about": about, "rows": []}
-    timed = []
     for cell, make in tqdm(chosen_cells(options), unit="cell"):
-        timed.append((cell, make, measure(make(), cell.methods, options.repeats, options.device, options.budget)))
-    for cell, make, rows in tqdm(timed, unit="cell", desc="memory"):
-        add_memory(make(), rows)
+        rows = measure(make(), cell.methods, options.rounds or cell.rounds, options.device, options.budget)
         results["rows"] += [describe(cell) | row for row in rows]
-    for cell, _, rows in timed:
+        save(results, options.out)  # what is measured is kept, whatever comes
+        tqdm.write("", end="")
         console.print(table(cell, rows))
     if options.device == "cpu" and not options.tiny:
         results["goals"] = goals.goals(results["rows"])
@@ -97,8 +95,9 @@ def table(cell: Cell, rows: list[dict]) -> Table:
         if "why_not" in row:
             shown.add_row(row["method"], *[""] * 6, row["why_not"])
             continue
-        peak = row.get("peak_bytes")
-        memory = ("", "") if peak is None else (mib(peak), mib(peak - row["gradient_bytes"]))
+        memory = ("", "")
+        if "gradient_bytes" in row:
+            memory = mib(row["peak_bytes"]), mib(row["peak_bytes"] - row["gradient_bytes"])
         errors = (f"{row[name]:.0e}" if row.get(name) is not None else "" for name in ("logp_error", "dx_error", "dw_error"))
         shown.add_row(row["method"], f"{row['seconds']:.3f}", f"{row['over_products']:.2f}", *memory, *errors)
     return shown

@@ -174,25 +174,29 @@ def gradient_products(
             sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
         dhidden.copy_(sums.mul_(factor[:, None]))
     weighted = (hidden * factor[:, None]).to(scores.dtype)
-    direct = dweight is not None and (dweight.dtype == scores.dtype or scores.device.type != "cpu")
-    if direct:
+    rounds = scores.device.type == "cpu" and scores.dtype != factor.dtype  # no CPU product of bf16 operands returns fp32
+    if dweight is not None and rounds and dweight.dtype != scores.dtype:
+        columns = tile_columns(hidden_size)
+        for v in range(0, vocab, columns):
+            weight_product(dweight[v : v + columns], scores[:, v : v + columns], weighted, accumulate, True)
+    elif dweight is not None:
         product(dweight, scores.T, weighted, accumulate, False)
-    if dbias is not None and scores.dtype != factor.dtype and scores.device.type != "cpu":
+    if dbias is not None:
+        _bias_product(scores, factor, dbias, accumulate, rounds)
+
+
+def _bias_product(scores: torch.Tensor, factor: torch.Tensor, dbias: torch.Tensor, accumulate: bool, rounds: bool) -> None:
+    """dbias (V,) = or += E^T u. rounds: E is widened for it, tile by tile."""
+    if not rounds:
         sums = skinny_product(scores.T, factor[:, None])[:, 0]
         dbias.copy_(dbias + sums if accumulate else sums)
-        dbias = None
-    if dbias is None and (direct or dweight is None):
         return
-    # no CPU product takes bf16 operands and adds in fp32, and none takes E and u in two dtypes: widened tile by tile
-    columns = tile_columns(hidden_size)
-    for v in range(0, vocab, columns):
+    columns = _widened_entries(scores.shape[1]) // _WIDENED_ROWS
+    for v in range(0, scores.shape[1], columns):
         for r in range(0, len(scores), _WIDENED_ROWS):
-            rows, adds = slice(r, r + _WIDENED_ROWS), accumulate or r > 0
+            rows = slice(r, r + _WIDENED_ROWS)
             e = scores[rows, v : v + columns].to(factor.dtype).T
-            if dbias is not None:
-                product(dbias[v : v + columns, None], e, factor[rows, None], adds, False)
-            if dweight is not None and not direct:
-                product(dweight[v : v + columns], e, weighted[rows].to(dweight.dtype), adds, True)
+            product(dbias[v : v + columns, None], e, factor[rows, None], accumulate or r > 0, False)
 
 
 def lora_products(
@@ -222,10 +226,10 @@ def lora_products(
 
 
 def widened_bytes(head: Projection) -> int:
-    """What products 2 and 3 need for a widened tile of E: on a CPU, and where E is not in the accumulation dtype."""
+    """What products 2 and 3 need on a CPU where E is not in the accumulation dtype: widened tiles of E, a slice of dW."""
     dtype = accumulation_dtype(head.weight.dtype)
     if head.weight.dtype == dtype or head.weight.device.type != "cpu":
         return 0
     columns = min(tile_columns(head.hidden_size), head.vocab_size)
-    of_lora = _widened_entries(head.vocab_size) if head.rank else 0
-    return (_WIDENED_ROWS * columns + of_lora) * dtype.itemsize
+    widened = _WIDENED_ROWS * columns + (_widened_entries(head.vocab_size) if head.rank or head.bias is not None else 0)
+    return max(widened * dtype.itemsize, columns * head.hidden_size * head.weight.dtype.itemsize)
