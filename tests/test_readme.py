@@ -1,10 +1,12 @@
-"""Every Python block of the README runs, and the first two are the same loss."""
+"""Every Python block of the README runs, the first two are the same loss, and its measurements are those in bench/results."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from readme_tables import RESULTS, goals_table, step_table
 
 import fastpg
 
@@ -43,3 +45,24 @@ def test_before_and_after_are_the_same_loss_and_gradients(names):
         results.append([names["loss"].detach(), *(p.grad.clone() for p in names["model"].parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_measurements_are_those_of_the_results():
+    results = json.loads(RESULTS.read_text())
+    assert f"<!-- bench -->\n{step_table(results)}<!-- /bench -->" in README
+    assert f"<!-- goals -->\n{goals_table(results)}<!-- /goals -->" in (RESULTS.parent / "README.md").read_text()
+    measured = {round(row["over_products"], 2) for row in results["rows"] if "over_products" in row}
+    for number in re.findall(r"\b(\d+\.\d+) x\b", README):  # nowhere else in it either
+        assert float(number) in measured, number
+    about = results["about"]
+    assert about["machine"].split(",")[0] in README
+    assert f"torch {about['versions']['torch'].split('.')[0]}" in README
+
+
+def test_the_results_are_whole():
+    results = json.loads(RESULTS.read_text())
+    assert {row["section"] for row in results["rows"]} == {"step", "H = 2048", "over N", "over V", "samples"}
+    assert len(results["goals"]) == 21
+    assert {"date", "machine", "versions"} <= set(results["about"])
+    for name in ("results.csv", "time_over_products.png", "memory_over_vocab.png", "time_over_tokens.png"):
+        assert (RESULTS.parent / name).is_file()
