@@ -78,8 +78,8 @@ def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, bu
     """Seconds of each call, and the memory that it takes.
 
     Every round visits the calls in turn, so that a drift of the machine's speed meets all alike, and runs each once untimed and
-    twice timed (once where that took budget_s). A call whose timed runs have taken budget_s is not visited again. Memory is read
-    in the first untimed run.
+    twice timed (once where that took budget_s). A call whose timed runs have taken budget_s is not visited again. The first
+    untimed run is where memory is read.
 
     The untimed run matters each time: a virtual machine may give freed memory back to its host within seconds, and the first
     run after a pause then pays for every page (seen here: 0.3 s of 1.4). For the same reason medians are lower medians.

@@ -229,7 +229,7 @@ def compile_all(chosen: list[Variant], progress: bool = False) -> list[Compiled]
 
     from tqdm import tqdm
 
-    if len(chosen) <= 8:
+    if len(chosen) <= 24:
         return [compile_variant(variant) for variant in chosen]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(tqdm(pool.map(compile_variant, chosen), total=len(chosen), disable=not progress, unit="kernel"))

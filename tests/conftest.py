@@ -29,6 +29,14 @@ def _nan_in_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer); ten seconds and more. Tests that use it belong to the xdist group of this name."""
+    from fastpg.demo_tasks import load_smollm2
+
+    return load_smollm2()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

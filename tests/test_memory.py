@@ -10,8 +10,8 @@ DEFAULT = 256 * 2**20
 
 
 def gradients_and_copies(hidden, weight, schedule) -> tuple[int, int]:
-    """Bytes of dX and dW, and of the one fp32 copy that a schedule may hold where they are not fp32: of dX for two passes, which
-    sum it over the vocabulary, of dW for one pass, which sums it over chunks. Backward scales both in place."""
+    """Bytes of dX and dW, and of the one fp32 copy that a schedule may hold where they are not fp32: of dX for two passes,
+    which sum it over the vocabulary, of dW for one pass, which sums it over chunks. Backward scales both in place."""
     results = sum(x.nbytes for x in (hidden, weight))
     summed = hidden if schedule is two_pass else weight
     return results, 0 if summed.dtype == torch.float32 else summed.numel() * 4

@@ -146,12 +146,13 @@ def test_a_row_recomputed_only_for_its_factor_keeps_the_bits_of_its_logprob(one_
 
 
 @ONE_PASS
-def test_dweight_of_many_chunks_is_rounded_once(one_pass):
-    """6 chunks: summed in bf16 its error would be several times that of one chunk."""
-    problem = random_problem(1536, 300, torch.bfloat16)
+def test_dweight_of_many_chunks_is_summed_in_fp32(one_pass):
+    """24 chunks. On a CPU the product of each leaves rounded to bf16, as dW of one chunk does: the errors of two roundings, one
+    of them of parts, add up to about 1.2 of one. Summed in bf16 it would be more."""
+    problem = random_problem(6144, 300, torch.bfloat16)
     want, _ = oracle(problem, reference.cispo(5.0))
     one, many = (relative_error(one_pass(problem, CISPO(), workspace=w).dweight, want.dweight) for w in (None, 2_100_000))
-    assert many <= 1.1 * one
+    assert many <= 1.25 * one
 
 
 @SCHEDULES

@@ -8,17 +8,24 @@ from problems import Problem, check_result, oracle
 from test_parity import TORCH_SCHEDULES
 
 from fastpg import CISPO, LMHead, reference
-from fastpg.demo_tasks import load_smollm2
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
 PROMPTS = ["What is 17 + 25?", "Name three colors.", "Write a short poem about the sea.", "Count from one to ten."]
 
 
+def test_the_model_can_count(smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer("One, two, three, four,", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " five"
+    assert model.get_output_embeddings().weight.shape == (49152, 576)
+
+
 @pytest.fixture(scope="module")
-def completions():
+def completions(smollm2):
     """(hidden (N, H), head, tokens (N,)) of about 150 sampled tokens, fp32, from certain to surprising."""
-    model, tokenizer = load_smollm2()
+    model, tokenizer = smollm2
     torch.manual_seed(0)
     hidden, tokens = [], []
     for prompt in PROMPTS:

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 
 import fastpg
 from fastpg import CISPO, GSPO, LMHead
-from fastpg.demo_tasks import load_smollm2
 from fastpg.integrations.transformers import causal_lm_policy_loss, patched, token_logprobs
 
 peft = pytest.importorskip("peft")
@@ -455,8 +454,8 @@ def test_ddp_and_fsdp():
 
 
 @pytest.mark.xdist_group("smollm2")
-def test_smollm2():
-    model, tokenizer = load_smollm2()
+def test_smollm2(smollm2):
+    model, tokenizer = smollm2
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     texts = ["Paris is in France.", "One, two, three, four, five, six, seven"]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
