@@ -57,8 +57,8 @@ def main() -> None:
         save(results, options.out)  # what is measured is kept, whatever comes
         tqdm.write("", end="")
         console.print(table(cell, rows))
-    if options.device == "cpu" and not options.tiny:
-        results["goals"] = goals.goals(results["rows"])
+    if not options.tiny:
+        results["goals"] = goals.goals(results["rows"], options.device)
         console.print(goals.table(results["goals"]))
     save(results, options.out)
     plots.draw(results, options.out)

@@ -120,11 +120,9 @@ def test_batches_are_what_they_say():
 
 def test_goals_are_met_or_missed_by_what_was_measured():
     def row(section, method, seconds, **changes):
-        usual = {"dtype": "float32", "rows": 2048, "vocab": 49152, "hidden": 576, "workspace": None}
-        return usual | {
-            "section": section, "method": method, "seconds": seconds, "over_products": seconds, "peak_bytes": 5,
-            "gradient_bytes": 5,
-        } | changes  # fmt: skip
+        sizes = {"dtype": "float32", "rows": 2048, "vocab": 49152, "hidden": 576, "workspace": None}
+        measured = {"seconds": seconds, "over_products": seconds, "peak_bytes": 5, "gradient_bytes": 5}
+        return {"section": section, "name": "SmolLM2's head", "method": method} | sizes | measured | changes
 
     rows = [
         row("step", "fastpg one pass", 1.0),
@@ -136,3 +134,6 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     assert not found["full logits over one pass, fp32"]["met"]
     assert found["frozen weight over trainable, fp32"]["measured"] == 0.6
     assert "TRL over one pass, bf16" not in found
+    assert all(goal["what"].startswith(("time per", "memory")) for goal in goals(rows, "cuda"))  # not its step
+    on_gpu = goals([r | {"name": "qwen3-8b, bfloat16"} for r in rows], "cuda")
+    assert on_gpu[0]["what"] == "one pass over products, fp32, default workspace"
