@@ -130,17 +130,10 @@ class Projection(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
 
-    @property
-    def hidden_size(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.lora_weight is None else self.lora_weight.shape[1]
+def lora_rank(head: Projection) -> int:
+    """r, or 0. A function, as sizes are read from the weight: Dynamo of torch 2.9 cannot trace properties of a NamedTuple."""
+    return 0 if head.lora_weight is None else head.lora_weight.shape[1]
 
 
 def projection_of(head: LMHead) -> Projection:

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from . import buffers, distributed, ops
-from .lm_head import Projection
+from .lm_head import Projection, lora_rank
 from .losses import TokenTerms
 from .products import accumulation_dtype, widened_bytes
 from .row_statistics import LARGEST_SUM, entropy_of
@@ -140,7 +140,7 @@ class _Sweep:
         self.scores = None
         if any(self.wanted):
             scores = buffers.empty((longest, _row_stride(head)), _score_dtype(weight.dtype), weight.device)
-            self.scores = scores[:, : head.vocab_size]
+            self.scores = scores[:, : head.weight.shape[0]]
         self.dhidden = self.dlora_hidden = None
         if self.wanted.hidden:  # summed over ranks before it is rounded
             self.dhidden = hidden.new_zeros(hidden.shape, dtype=hidden.dtype if options.group is None else self.dtype)
@@ -192,7 +192,7 @@ class _Sweep:
         target, slope = ops.target_logits(*chunk, *head, options.backend)
         group = options.group
         if group is not None:
-            of_owner = distributed.on_the_owner(torch.stack([target, slope], 1), chunk.tokens, head.vocab_size, group)
+            of_owner = distributed.on_the_owner(torch.stack([target, slope], 1), chunk.tokens, head.weight.shape[0], group)
             target, slope = of_owner.T.contiguous()  # the kernels read vectors without a stride
         total, weighted, residual = ops.anchored_scores(
             *chunk, log_anchor, *head, options.entropy, options.backend, scores, target, slope
@@ -207,7 +207,7 @@ class _Sweep:
             columns = torch.where(in_range, tokens, -1)
             taken = store_target(scores, columns, torch.where(in_range, -after * slope[:size], 0))
             if len(residual):
-                once = torch.where(columns == tokens.clamp(0, head.vocab_size - 1), -before * slope[:size], 0)
+                once = torch.where(columns == tokens.clamp(0, head.weight.shape[0] - 1), -before * slope[:size], 0)
                 residual = residual - (once - once.to(scores.dtype).to(once.dtype)) + taken
         return sums[0], sums[1] if options.entropy else weighted, residual
 
@@ -278,7 +278,7 @@ class _Sweep:
         if self.wanted.lora_weight:
             self.dlora_weight = torch.empty(head.lora_weight.shape, dtype=self.dtype, device=device)
         if self.wanted.bias:
-            self.dbias = torch.empty(head.vocab_size, dtype=self.dtype, device=device)
+            self.dbias = torch.empty(head.weight.shape[0], dtype=self.dtype, device=device)
 
     def rescore(
         self,
@@ -366,7 +366,7 @@ def chunk_length(head: Projection, count: int, options: Options) -> int:
     fitting = max(0, workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
-            f"workspace={workspace} bytes is too small: {rows} rows of a ({head.vocab_size}, {head.hidden_size}) "
+            f"workspace={workspace} bytes is too small: {rows} rows of a ({head.weight.shape[0]}, {head.weight.shape[1]}) "
             f"{head.weight.dtype} head on {head.weight.device.type} need {fixed + rows * per_row}"
         )
     padded = -(-count // rows)
@@ -386,8 +386,8 @@ def chunk_bytes(head: Projection, options: Options) -> tuple[int, int]:
     wide = accumulation_dtype(weight.dtype).itemsize
     fixed, per_row = tiles.one_pass_bytes(head, options.entropy)
     # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
-    per_row += 4 * (head.hidden_size + head.rank) * wide + 20 * wide
-    fixed += 3 * head.vocab_size * head.rank * wide  # dB of a chunk, in two parts and summed
+    per_row += 4 * (head.weight.shape[1] + lora_rank(head)) * wide + 20 * wide
+    fixed += 3 * head.weight.shape[0] * lora_rank(head) * wide  # dB of a chunk, in two parts and summed
     if any(options.wanted):
         per_row += _row_stride(head) * _score_dtype(weight.dtype).itemsize
         fixed += widened_bytes(head)
@@ -411,7 +411,7 @@ def _score_dtype(dtype: torch.dtype) -> torch.dtype:
 def _row_stride(head: Projection) -> int:
     # Rows of E aligned to 64 elements, and never a power of two apart: at V = 49152 rows that share their place in the cache
     # cost products 2 and 3 15 % on a CPU.
-    return (head.vocab_size + 63) // 64 * 64 + 32
+    return (head.weight.shape[0] + 63) // 64 * 64 + 32
 
 
 def _factor_in_range(factor: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

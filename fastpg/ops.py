@@ -66,7 +66,7 @@ def row_statistics(
     """The two-pass forward over the columns of all ranks of the group, or of the one process there is."""
     partials = Partials(*two_pass_forward(*rows, *head, entropy, workspace, backend))
     if group is not None:
-        partials = distributed.combine(partials, rows.tokens, head.vocab_size, group)
+        partials = distributed.combine(partials, rows.tokens, head.weight.shape[0], group)
     return finish_rows(partials, entropy)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .lm_head import Projection
+from .lm_head import Projection, lora_rank
 
 _WIDENED_ROWS = 512
 
@@ -230,6 +230,7 @@ def widened_bytes(head: Projection) -> int:
     dtype = accumulation_dtype(head.weight.dtype)
     if head.weight.dtype == dtype or head.weight.device.type != "cpu":
         return 0
-    columns = min(tile_columns(head.hidden_size), head.vocab_size)
-    widened = _WIDENED_ROWS * columns + (_widened_entries(head.vocab_size) if head.rank or head.bias is not None else 0)
-    return max(widened * dtype.itemsize, columns * head.hidden_size * head.weight.dtype.itemsize)
+    vocab, hidden_size = head.weight.shape
+    columns = min(tile_columns(hidden_size), vocab)
+    of_vectors = _widened_entries(vocab) if lora_rank(head) or head.bias is not None else 0
+    return max((_WIDENED_ROWS * columns + of_vectors) * dtype.itemsize, columns * hidden_size * head.weight.dtype.itemsize)

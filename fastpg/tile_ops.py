@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lm_head import Projection
+from .lm_head import Projection, lora_rank
 from .products import accumulation_dtype, inner_size, product, tile_columns, to_inner_size
 from .row_statistics import LARGEST_SUM, Partials, RowStatistics
 from .rows import Chunk
@@ -35,7 +35,7 @@ def tile_shape(head: Projection) -> TileShape:
     if head.weight.device.type != "cpu":
         return TileShape(512, 8192, 512, 16384)
     # beyond 8 tiles the products are at full speed, and the chunk has left the cache
-    return TileShape(256, tile_columns(head.hidden_size), 256, 8 * 256)
+    return TileShape(256, tile_columns(head.weight.shape[1]), 256, 8 * 256)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -51,22 +51,22 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     """Transient bytes of `anchored_exp`, E and the chunk's hidden states left out: (of the call, of each row)."""
     rows, columns, *_ = tile_shape(head)
-    columns = min(columns, head.vocab_size)
+    columns = min(columns, head.weight.shape[0])
     weight = head.weight
     wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
     # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
     tiles = 1 + entropy + (4 if head.softcap is not None else 0)
-    return columns * head.hidden_size * narrow + tiles * rows * columns * wide, 0
+    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
 
 
 def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     """Transient bytes of `online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
     rows, columns, *_ = tile_shape(head)
-    columns = min(columns, head.vocab_size)
+    columns = min(columns, head.weight.shape[0])
     weight = head.weight
     wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
     tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
-    return columns * head.hidden_size * narrow + tiles * rows * columns * wide, 0
+    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
 
 
 def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
@@ -78,17 +78,17 @@ def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | 
     if buffer is None:
         return rows
     tile = buffer[: stop - start]
-    tile[:, : head.hidden_size] = rows
+    tile[:, : head.weight.shape[1]] = rows
     return tile
 
 
 def weight_buffer(head: Projection) -> torch.Tensor | None:
     weight = head.weight
-    dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.hidden_size, weight.device)
+    dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.weight.shape[1], weight.device)
     # a transposed view is multiplied in another order of sums, which on a CPU depends on a row's place
-    if dtype == weight.dtype and inner == head.hidden_size and (weight.stride(1) == 1 or weight.device.type != "cpu"):
+    if dtype == weight.dtype and inner == head.weight.shape[1] and (weight.stride(1) == 1 or weight.device.type != "cpu"):
         return None
-    columns = min(tile_shape(head).columns, head.vocab_size)
+    columns = min(tile_shape(head).columns, head.weight.shape[0])
     return torch.zeros(columns, inner, dtype=dtype, device=weight.device)
 
 
@@ -104,14 +104,14 @@ def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
     weight = head.weight
     dtype = accumulation_dtype(weight.dtype)
     buffer = weight_buffer(head)
-    logits = torch.empty(rows * min(columns, head.vocab_size), dtype=dtype, device=weight.device)
+    logits = torch.empty(rows * min(columns, head.weight.shape[0]), dtype=dtype, device=weight.device)
 
     size = len(chunk.tokens)
     maximum = torch.full((size,), -torch.inf, dtype=dtype, device=weight.device)
     total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
     target = torch.full_like(maximum, torch.nan)  # stays NaN for a token outside the vocabulary
-    for start in range(0, head.vocab_size, columns):
-        stop = min(start + columns, head.vocab_size)
+    for start in range(0, head.weight.shape[0], columns):
+        stop = min(start + columns, head.weight.shape[0])
         w = weight_tile(head, start, stop, buffer)
         z = logits[: rows * (stop - start)].view(rows, stop - start)
         for r in range(0, size, rows):
@@ -239,7 +239,7 @@ def anchored_exp(
     the common part of real embeddings would turn that into errors of several per cent.
     """
     rows, columns, *_ = tile_shape(head)
-    weight, size, vocab = head.weight, len(chunk.tokens), head.vocab_size
+    weight, size, vocab = head.weight, len(chunk.tokens), head.weight.shape[0]
     dtype = accumulation_dtype(weight.dtype)
     z_target, target_slope = target
     anchor = (z_target - log_anchor)[:, None]
@@ -298,7 +298,7 @@ def target_logits(chunk: Chunk, head: Projection) -> tuple[torch.Tensor, torch.T
     """z_y and the softcap's slope there (1 without one), (C,) each, by one dot product per row; z_y is NaN for a token that is
     not among the columns."""
     dtype = accumulation_dtype(head.weight.dtype)
-    inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
+    inside = (chunk.tokens >= 0) & (chunk.tokens < head.weight.shape[0])
     tokens = torch.where(inside, chunk.tokens, 0)
     z = (chunk.hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(1, keepdim=True)
     if head.lora_weight is not None:
@@ -326,7 +326,7 @@ def _logits(
     x = to_inner_size(chunk.hidden[block], w.shape[1])
     product(out, x, w.T, False, head.weight.dtype == torch.bfloat16)
     if head.lora_weight is not None:
-        inner = inner_size(head.rank, out.device)
+        inner = inner_size(lora_rank(head), out.device)
         z, b = chunk.lora_hidden[block], head.lora_weight[start : start + len(w)].to(out.dtype).contiguous()
         product(out, to_inner_size(z, inner), to_inner_size(b, inner).T, True, False)
     if head.bias is not None:

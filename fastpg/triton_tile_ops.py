@@ -21,7 +21,7 @@ from .kernels.given import given_logsumexp as given_logsumexp_tiles
 from .kernels.logits import INTERPRETED
 from .kernels.logsumexp import logsumexp, split_count
 from .kernels.target import target_logits as target_kernel_logits
-from .lm_head import Projection
+from .lm_head import Projection, lora_rank
 from .products import accumulation_dtype
 from .row_statistics import Partials, RowStatistics
 from .rows import Chunk
@@ -65,20 +65,20 @@ def weight_tile(head: Projection, start: int, stop: int, buffer: None) -> torch.
 def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     # one partial sum of each kind per row and column tile
     partials = 1 + entropy + (head.weight.dtype != torch.float32)
-    return _lora_bytes(head), 4 * partials * -(-head.vocab_size // fewest_columns(head.weight.dtype))
+    return _lora_bytes(head), 4 * partials * -(-head.weight.shape[0] // fewest_columns(head.weight.dtype))
 
 
 def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     columns = fewest_columns(head.weight.dtype)
-    slice_tiles = -(-min(tile_shape(head).columns, head.vocab_size) // columns)
-    return _lora_bytes(head), 4 * max((3 + entropy) * split_count(head.vocab_size, columns), slice_tiles)
+    slice_tiles = -(-min(tile_shape(head).columns, head.weight.shape[0]) // columns)
+    return _lora_bytes(head), 4 * max((3 + entropy) * split_count(head.weight.shape[0], columns), slice_tiles)
 
 
 def _lora_bytes(head: Projection) -> int:
     # B as bf16 operands of the same product (`kernels.logits.operands`), with the parts they are put together from
     if head.weight.dtype == torch.float32:
-        return 0 if head.rank == 0 else 4 * head.vocab_size * head.rank
-    return 2 * 12 * head.vocab_size * head.rank
+        return 0 if lora_rank(head) == 0 else 4 * head.weight.shape[0] * lora_rank(head)
+    return 2 * 12 * head.weight.shape[0] * lora_rank(head)
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
@@ -98,7 +98,7 @@ def _on_its_device(tile_op: Callable) -> Callable:
 @_on_its_device
 def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
     maximum, total, weighted, target = logsumexp(*_operands(chunk, head), entropy, _blocks(head))
-    inside = (chunk.tokens >= 0) & (chunk.tokens < head.vocab_size)
+    inside = (chunk.tokens >= 0) & (chunk.tokens < head.weight.shape[0])
     weighted = total.new_empty(0) if weighted is None else weighted
     return Partials(maximum, total, weighted, torch.where(inside, target, torch.nan))
 

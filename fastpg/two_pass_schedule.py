@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from . import buffers
-from .lm_head import Projection
+from .lm_head import Projection, lora_rank
 from .products import accumulation_dtype, product, skinny_product, weight_product
 from .row_statistics import Partials, RowStatistics
 from .rows import Gradients, Rows, Wanted
@@ -41,21 +41,21 @@ def chunk_rows(tiles: ModuleType, head: Projection, workspace: int, entropy: boo
     Raises ValueError where not even one tile fits.
     """
     rows, columns, _, longest = tiles.tile_shape(head)
-    columns = min(columns, head.vocab_size)
+    columns = min(columns, head.weight.shape[0])
     dtype, device = head.weight.dtype, head.weight.device
     wide, narrow = accumulation_dtype(dtype).itemsize, tiles.operand_dtype(dtype, device).itemsize
     fixed, per_row = tiles.two_pass_bytes(head, entropy)
-    fixed += columns * head.hidden_size * wide  # a tile of dW
+    fixed += columns * head.weight.shape[1] * wide  # a tile of dW
     # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
-    per_row += 2 * (head.hidden_size + 3 * head.rank) * wide + columns * narrow + 20 * wide
-    fixed += 4 * columns * head.rank * wide
+    per_row += 2 * (head.weight.shape[1] + 3 * lora_rank(head)) * wide + columns * narrow + 20 * wide
+    fixed += 4 * columns * lora_rank(head) * wide
     if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
-        per_row += 2 * (columns + head.hidden_size)
-        fixed += 2 * columns * head.hidden_size
+        per_row += 2 * (columns + head.weight.shape[1])
+        fixed += 2 * columns * head.weight.shape[1]
     fitting = (workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
-            f"workspace={workspace} bytes is too small: one tile of a ({head.vocab_size}, {head.hidden_size}) {dtype} head "
+            f"workspace={workspace} bytes is too small: one tile of a {tuple(head.weight.shape)} {dtype} head "
             f"on {device.type} needs {fixed + rows * per_row}"
         )
     return min(fitting * rows, longest)
@@ -110,9 +110,9 @@ def two_pass_backward(
         if wanted.weight and count:
             dweight = buffers.empty(weight.shape, weight.dtype, weight.device)
     sums = _Sums(
-        zeros(wanted.hidden, count, head.hidden_size), zeros(wanted.lora_hidden, count, head.rank),
-        zeros(narrow != wide, count), dweight, zeros(wanted.lora_weight, head.vocab_size, head.rank),
-        zeros(wanted.bias, head.vocab_size),
+        zeros(wanted.hidden, count, head.weight.shape[1]), zeros(wanted.lora_hidden, count, lora_rank(head)),
+        zeros(narrow != wide, count), dweight, zeros(wanted.lora_weight, head.weight.shape[0], lora_rank(head)),
+        zeros(wanted.bias, head.weight.shape[0]),
     )  # fmt: skip
     if count:
         adds = weight_grad is not None
@@ -147,13 +147,13 @@ def _add_slices(
     """The loops: slice after slice of the vocabulary, chunk after chunk of the rows. adds: dW to what is there."""
     weight, as_bf16 = head.weight, head.weight.dtype == torch.bfloat16
     wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
-    columns = min(tiles.tile_shape(head).columns, head.vocab_size)
+    columns = min(tiles.tile_shape(head).columns, head.weight.shape[0])
     buffer = tiles.weight_buffer(head)
     dlogits = torch.empty(parts[0].stop * columns, dtype=narrow, device=weight.device)
     by_tile = wanted.weight and (adds or weight.dtype != wide)
-    dw_buffer = torch.empty(columns if by_tile else 0, head.hidden_size, dtype=wide, device=weight.device)
-    for v in range(0, head.vocab_size, columns):
-        width = min(columns, head.vocab_size - v)
+    dw_buffer = torch.empty(columns if by_tile else 0, head.weight.shape[1], dtype=wide, device=weight.device)
+    for v in range(0, head.weight.shape[0], columns):
+        width = min(columns, head.weight.shape[0] - v)
         w = tiles.weight_tile(head, v, v + width, buffer)
         dw = dw_buffer[:width] if by_tile else sums.dweight[v : v + width]
         for part in parts:
@@ -166,7 +166,7 @@ def _add_slices(
             if len(taken):
                 sums.residual[part] += taken
             if wanted.hidden:
-                product(sums.dhidden[part], d, w[:, : head.hidden_size], v > 0, as_bf16)
+                product(sums.dhidden[part], d, w[:, : head.weight.shape[1]], v > 0, as_bf16)
             if wanted.weight:
                 x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
                 weight_product(dw, d, x, part.start > 0, as_bf16)
