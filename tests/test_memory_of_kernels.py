@@ -155,4 +155,4 @@ def test_two_passes(shape, dtype, gather, entropy):
     used = beyond_results(backward, rows, head, inputs)
     copy = rows.hidden.numel() * 4
     assert used <= GIB + copy
-    assert used < len(rows.tokens) * head.vocab_size * 2  # below the logits in bf16, also where these are few
+    assert used < len(rows.tokens) * head.weight.shape[0] * 2  # below the logits in bf16, also where these are few
