@@ -105,6 +105,19 @@ def test_a_peer_that_is_absent_or_fails_is_reported(monkeypatch):
     assert rows[2]["why_not"] == "failed: no such kernel"
 
 
+def test_a_peer_without_enough_memory_is_reported(monkeypatch):
+    def step(b):
+        if len(b.tokens) == TINY.rows:
+            raise torch.OutOfMemoryError
+        return peers.one_pass(b)
+
+    monkeypatch.setattr(measure, "_GATE_ROWS", 16)
+    monkeypatch.setitem(peers.METHODS, "large", peers.Method(step, lambda b: None))
+    rows = measure.measure(batch(TINY), ("large", "fastpg one pass"), 2, "cpu", 10)
+    assert rows[1]["why_not"] == "out of memory"
+    assert "seconds" in rows[2]
+
+
 def test_cells_ask_for_methods_that_exist():
     for cell in (*cpu_cells(), *gpu_cells()):
         assert set(cell.methods) <= set(peers.METHODS), cell
