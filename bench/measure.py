@@ -151,7 +151,7 @@ def _gated(method: Method, b: Batch) -> dict:
         return {"why_not": why_not}
     try:
         errors = errors_of(method, b)
-    except (RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, ImportError, AssertionError) as error:
         return {"why_not": f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"}
     found = {"logp_error": errors.logprobs, "dx_error": errors.dhidden, "dw_error": errors.dweight}
     wrong = is_wrong(method, errors, b)

@@ -76,21 +76,17 @@ def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
     return x if x.shape[1] == size else F.pad(x, (0, size - x.shape[1]))
 
 
-def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
+def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool, is_all: bool) -> None:
     """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
 
-    as_bf16, on a CPU: d and x enter as bf16 and each chunk's product leaves as bf16, at the speed of such a product; chunks are
-    added in fp32. What rounding costs is 2^-9 of a chunk's share, once, as where dW is written from one chunk. (Not for D @ W:
-    there what the rows of W have in common cancels between slices.)
+    is_all: nothing else is added to it before it is rounded to bf16. Then, on a CPU and as_bf16, d and x enter as bf16 and the
+    product leaves as bf16, at the speed of such a product and with the one rounding that there is. (Not for D @ W: there what
+    the rows of W have in common cancels between slices.)
     """
-    if not (as_bf16 and out.device.type == "cpu"):
-        product(out, d.T, x, accumulate, as_bf16)
-        return
-    sums = torch.mm(d.to(torch.bfloat16).T, x.to(torch.bfloat16))
-    if accumulate:
-        out.add_(sums)
+    if is_all and as_bf16 and out.device.type == "cpu":
+        out.copy_(torch.mm(d.to(torch.bfloat16).T, x.to(torch.bfloat16)))
     else:
-        out.copy_(sums)
+        product(out, d.T, x, accumulate, as_bf16)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -174,29 +170,27 @@ def gradient_products(
             sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
         dhidden.copy_(sums.mul_(factor[:, None]))
     weighted = (hidden * factor[:, None]).to(scores.dtype)
-    rounds = scores.device.type == "cpu" and scores.dtype != factor.dtype  # no CPU product of bf16 operands returns fp32
-    if dweight is not None and rounds and dweight.dtype != scores.dtype:
-        columns = tile_columns(hidden_size)
-        for v in range(0, vocab, columns):
-            weight_product(dweight[v : v + columns], scores[:, v : v + columns], weighted, accumulate, True)
+    # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
+    widens = scores.device.type == "cpu" and scores.dtype != factor.dtype
+    if dweight is not None and widens and dweight.dtype != scores.dtype:
+        _widened_products(dweight, scores, weighted.to(dweight.dtype), accumulate, True)
     elif dweight is not None:
         product(dweight, scores.T, weighted, accumulate, False)
-    if dbias is not None:
-        _bias_product(scores, factor, dbias, accumulate, rounds)
-
-
-def _bias_product(scores: torch.Tensor, factor: torch.Tensor, dbias: torch.Tensor, accumulate: bool, rounds: bool) -> None:
-    """dbias (V,) = or += E^T u. rounds: E is widened for it, tile by tile."""
-    if not rounds:
+    if dbias is not None and widens:
+        _widened_products(dbias[:, None], scores, factor[:, None], accumulate, False)
+    elif dbias is not None:
         sums = skinny_product(scores.T, factor[:, None])[:, 0]
         dbias.copy_(dbias + sums if accumulate else sums)
-        return
-    columns = _widened_entries(scores.shape[1]) // _WIDENED_ROWS
+
+
+def _widened_products(out: torch.Tensor, scores: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
+    """out (V, K) = or += E^T @ x, x (C, K) in the dtype of out."""
+    columns = tile_columns(x.shape[1])
     for v in range(0, scores.shape[1], columns):
         for r in range(0, len(scores), _WIDENED_ROWS):
             rows = slice(r, r + _WIDENED_ROWS)
-            e = scores[rows, v : v + columns].to(factor.dtype).T
-            product(dbias[v : v + columns, None], e, factor[rows, None], accumulate or r > 0, False)
+            e = scores[rows, v : v + columns].to(out.dtype).T
+            product(out[v : v + columns], e, x[rows], accumulate or r > 0, as_bf16)
 
 
 def lora_products(
@@ -226,11 +220,10 @@ def lora_products(
 
 
 def widened_bytes(head: Projection) -> int:
-    """What products 2 and 3 need on a CPU where E is not in the accumulation dtype: widened tiles of E, a slice of dW."""
+    """What products 2 and 3 need on a CPU where E is not in the accumulation dtype: its widened tiles."""
     dtype = accumulation_dtype(head.weight.dtype)
     if head.weight.dtype == dtype or head.weight.device.type != "cpu":
         return 0
     vocab, hidden_size = head.weight.shape
-    columns = min(tile_columns(hidden_size), vocab)
-    of_vectors = _widened_entries(vocab) if lora_rank(head) or head.bias is not None else 0
-    return max((_WIDENED_ROWS * columns + of_vectors) * dtype.itemsize, columns * hidden_size * head.weight.dtype.itemsize)
+    columns = min(tile_columns(hidden_size if head.bias is None else 1), vocab)
+    return (_WIDENED_ROWS * columns + (_widened_entries(vocab) if lora_rank(head) else 0)) * dtype.itemsize

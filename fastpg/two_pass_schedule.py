@@ -169,7 +169,7 @@ def _add_slices(
                 product(sums.dhidden[part], d, w[:, : head.weight.shape[1]], v > 0, as_bf16)
             if wanted.weight:
                 x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
-                weight_product(dw, d, x, part.start > 0, as_bf16)
+                weight_product(dw, d, x, part.start > 0, as_bf16, is_all=len(parts) == 1 and not adds)
             if wanted.bias and half is None:
                 sums.dbias[v : v + width] += d.sum(0, dtype=wide)
             elif wanted.bias:

@@ -232,7 +232,7 @@ MUTATIONS = [
         "weight.dtype if once and not self.options.wide_weight else self.dtype",
         "weight.dtype if not self.options.wide_weight else self.dtype",
         "one_pass",
-        "summed_in_fp32",
+        "rounded_once",
     ),
     Mutation(
         "two passes: fp16's unit not taken out",

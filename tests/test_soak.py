@@ -72,20 +72,18 @@ def test_two_runs_are_identical(run):
 
 @pytest.mark.parametrize("schedule", ["one-pass", "two-pass forward"])
 def test_a_large_head_stays_within_its_workspace(schedule):
-    """N = 1024, H = 2048, V = 262144 in bf16: logits would take 512 MiB, and as much again in fp32, twice. Every
-    second token is a prompt's."""
+    """N = 1024, H = 2048, V = 262144 in bf16: logits would take 512 MiB, and as much again in fp32, twice."""
     rows, size, vocab, workspace = 1024, 2048, 262_144, 2**28
     weight = torch.empty(4096, size).uniform_(-0.05, 0.05).bfloat16().repeat(64, 1)  # frozen: its gradient would take 1 GiB
     hidden = torch.randn(rows, size).bfloat16().requires_grad_()
-    tokens, mask = torch.randint(0, vocab, (rows,)), torch.arange(rows) % 2 == 1
+    tokens = torch.randint(0, vocab, (rows,))
 
     def step():
         if schedule == "one-pass":
             old = torch.full((rows,), -12.5)
-            loss = linear_cispo_loss(hidden, weight, tokens, old, torch.ones(rows), mask=mask, workspace=workspace).loss
-            loss.backward()
+            linear_cispo_loss(hidden, weight, tokens, old, torch.ones(rows), workspace=workspace).loss.backward()
         else:
-            linear_logprobs(hidden.detach(), weight, tokens, mask=mask, workspace=workspace)
+            linear_logprobs(hidden.detach(), weight, tokens, workspace=workspace)
 
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -96,4 +94,4 @@ def test_a_large_head_stays_within_its_workspace(schedule):
     assert used <= workspace + 4 * rows * size + 2 * hidden.nbytes
     if schedule == "one-pass":
         assert hidden.grad.isfinite().all()
-        assert torch.equal(hidden.grad.abs().amax(1) > 0, mask)
+        assert hidden.grad.abs().amax(1).min() > 0
