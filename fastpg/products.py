@@ -161,7 +161,7 @@ def gradient_products(
 
     dweight in the weight's dtype is written once, with one rounding; in the accumulation dtype it may be added to.
     """
-    vocab, hidden_size = weight.shape
+    vocab = len(weight)
     if dhidden is not None:
         # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
         sums = _unrounded_product(scores, weight) if dhidden.dtype != scores.dtype else multiply(scores, weight)
