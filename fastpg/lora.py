@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from .lm_head import LoRA
-from .products import accumulation_dtype, inner_size, product, to_inner_size
+from .products import accumulation_dtype, dense, inner_size, product, to_inner_size
 
 # Every product has this many rows: BLAS libraries choose their order of summation by the shape, and a token's bits are not to
 # depend on how many others there are.
@@ -55,7 +55,7 @@ class _LoraHidden(torch.autograd.Function):
             raise RuntimeError("a head with LoRA has no second derivative; use full logits (fastpg.reference)")
         hidden, a, keep = ctx.saved_tensors
         grad = grad * ctx.scale
-        wide_a = a.to(grad.dtype)
+        wide_a = dense(a.to(grad.dtype))
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         da = torch.zeros_like(wide_a) if ctx.needs_input_grad[1] else None
         tile = torch.empty(_ROWS, hidden.shape[1], dtype=grad.dtype, device=grad.device)

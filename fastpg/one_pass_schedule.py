@@ -140,7 +140,9 @@ class _Sweep:
         self.scores = None
         if any(self.wanted):
             scores = buffers.empty((longest, _row_stride(head)), _score_dtype(weight.dtype), weight.device)
-            self.scores = scores[:, : head.weight.shape[0]]
+            vocab = head.weight.shape[0]
+            scores[:, vocab:] = 0  # products may read past the end of a row (see `products`)
+            self.scores = scores[:, :vocab]
         self.dhidden = self.dlora_hidden = None
         if self.wanted.hidden:  # summed over ranks before it is rounded
             self.dhidden = hidden.new_zeros(hidden.shape, dtype=hidden.dtype if options.group is None else self.dtype)

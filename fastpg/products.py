@@ -4,13 +4,17 @@ Logits rounded to bf16 are wrong by 1e-2 in the log-probability, and gradients s
 here returns or accumulates in fp32 (float64 for float64 operands):
 
     CUDA, ROCm   bf16 operands go to the tensor cores as they are, with `out_dtype=torch.float32`
-    CPU          operands are fp32 copies of tiles; where they hold bf16 values, oneDNN is asked to multiply them as bf16
-                 with fp32 accumulation, which is exact for the operands and faster than an fp32 product where the CPU has
-                 matrix instructions
+    CPU          operands are fp32 copies of tiles; where both hold bf16 values, oneDNN is asked to multiply them as bf16
+                 with fp32 accumulation
 
-The CPU request is a process-wide switch of torch, held for the product alone and restored on every path. Another thread that
-multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as for any
-product.
+That request is exact for operands that hold bf16 values, and for no others. A CPU with matrix instructions (AMX) obeys it and
+is faster for it; one without them runs its fp32 kernel. What an operand holds decides whether it is made, never what one CPU
+does with it. The request is a process-wide switch of torch, held for the product alone and restored on every path. Another
+thread that multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as
+for any product.
+
+Operands keep no foreign memory between their rows (`dense`): oneDNN's AMX kernels read past the end of a row and multiply what
+is there by 0, which is NaN where that is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -28,38 +32,55 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
+def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
     """out = a @ b, or out += a @ b. a (M, K), b (K, N) of one dtype; out (M, N) in it or in its accumulation dtype.
 
-    as_bf16: on a CPU, multiply the fp32 operands rounded to bf16 (exact if they hold bf16 values).
+    holds_bf16: every entry of a and of b is a bf16 value, so that a CPU may multiply the fp32 operands as bf16.
     """
-    if a.dtype != out.dtype and out.device.type != "cpu":
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        return
-    if a.dtype != out.dtype:  # no CPU product takes 16-bit operands and returns fp32
-        as_bf16 = a.dtype == torch.bfloat16
+    if a.dtype != out.dtype and out.device.type == "cpu":  # no CPU product takes 16-bit operands and returns fp32
+        holds_bf16 = a.dtype == torch.bfloat16
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if not (as_bf16 and out.device.type == "cpu"):
-        _multiply(out, a, b, accumulate)
+    if not (holds_bf16 and out.device.type == "cpu"):
+        _multiply(a, b, out, accumulate)
         return
     # torch.set_float32_matmul_precision must not be used here: it raises once the user has touched this newer switch.
     switch = torch.backends.mkldnn.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:
-        _multiply(out, a, b, accumulate)
+        _multiply(a, b, out, accumulate)
     finally:
         switch.fp32_precision = before
 
 
-def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool) -> None:
+def _multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """a @ b in `dtype` or in that of `out`, into it or added to it. Nothing else in the library calls a matrix product: tests
+    put one here that behaves like the worst hardware."""
+    dtype = (a.dtype if dtype is None else dtype) if out is None else out.dtype
+    wider = {} if dtype == a.dtype else {"out_dtype": dtype}
     if accumulate:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+        return torch.addmm(out, a, b, **wider, out=out)
+    return torch.mm(a, b, **wider) if out is None else torch.mm(a, b, **wider, out=out)
+
+
+def has_gaps(x: torch.Tensor) -> bool:
+    """Whether there is memory between the first and the last entry of x (rows, columns) that is not part of it."""
+    last, entries = 0, 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        if stride != 0:
+            last, entries = last + (size - 1) * stride, entries * size
+    return x.numel() > 0 and last >= entries
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, columns) as an operand: on a CPU a copy where it has gaps."""
+    return x.contiguous() if x.device.type == "cpu" and has_gaps(x) else x
 
 
 def inner_size(size: int, device: torch.device) -> int:
@@ -76,38 +97,39 @@ def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
     return x if x.shape[1] == size else F.pad(x, (0, size - x.shape[1]))
 
 
-def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool, is_all: bool) -> None:
+def weight_product(
+    out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool, single: bool
+) -> None:
     """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
 
-    is_all: nothing else is added to it before it is rounded to bf16. Then, on a CPU and as_bf16, d and x enter as bf16 and the
-    product leaves as bf16, at the speed of such a product and with the one rounding that there is. (Not for D @ W: there what
-    the rows of W have in common cancels between slices.)
+    single: this product is the whole of dW, so it may be rounded to bf16 at once. Then, on a CPU, operands that hold bf16
+    values enter as bf16 and the product leaves as bf16, at the speed of such a product and with the one rounding that there
+    is. (Not for D @ W: there what the rows of W have in common cancels between slices.)
     """
-    if is_all and as_bf16 and out.device.type == "cpu":
-        out.copy_(torch.mm(d.to(torch.bfloat16).T, x.to(torch.bfloat16)))
+    if single and holds_bf16 and out.device.type == "cpu":
+        out.copy_(_multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16)))
     else:
-        product(out, d.T, x, accumulate, as_bf16)
+        product(out, d.T, x, accumulate, holds_bf16)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in the accumulation dtype. On a CPU a bf16 product is computed as oneDNN does, summed in fp32 and rounded once."""
     dtype = accumulation_dtype(a.dtype)
-    if a.dtype == dtype or a.device.type == "cpu":
-        return torch.mm(a, b).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
+    return _multiply(a, b).to(dtype) if a.device.type == "cpu" else _multiply(a, b, dtype=dtype)
 
 
-def _unrounded_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """scores (C, V) @ weight (V, H) in the accumulation dtype: what the rows of W have in common may cancel elsewhere."""
+def _tiled_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """scores (C, V) @ weight (V, H) on a CPU, in the accumulation dtype and not rounded before, from tiles of both.
+
+    For sums in which what the rows of W have in common may cancel elsewhere, and for a weight with gaps between its rows.
+    """
     dtype = accumulation_dtype(scores.dtype)
-    if scores.dtype == dtype or scores.device.type != "cpu":
-        return multiply(scores, weight)
     columns, sums = tile_columns(weight.shape[1]), torch.empty(len(scores), weight.shape[1], dtype=dtype)
     for v in range(0, len(weight), columns):
-        w = weight[v : v + columns].to(dtype)
+        w = dense(weight[v : v + columns].to(dtype))
         for r in range(0, len(scores), _WIDENED_ROWS):
             e = scores[r : r + _WIDENED_ROWS, v : v + columns].to(dtype)
-            product(sums[r : r + _WIDENED_ROWS], e, w, v > 0, True)
+            product(sums[r : r + _WIDENED_ROWS], e, w, v > 0, holds_bf16=scores.dtype == torch.bfloat16)
     return sums
 
 
@@ -118,13 +140,13 @@ def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     dtype = accumulation_dtype(a.dtype)
     if a.dtype == dtype:
-        return torch.mm(a, b.to(dtype))
+        return _multiply(a, dense(b.to(dtype)))
     if a.device.type == "cpu":  # where a 16-bit product is rounded: widened a few rows at a time
-        out, b = torch.empty(len(a), b.shape[1], dtype=dtype), b.to(dtype)
+        out, b = torch.empty(len(a), b.shape[1], dtype=dtype), dense(b.to(dtype))
         rows = max(1, _widened_entries(min(a.shape)) // a.shape[1])
         for start in range(0, len(a), rows):
             part = slice(start, start + rows)
-            torch.mm(a[part].to(dtype), b, out=out[part])
+            _multiply(a[part].to(dtype), b, out[part])
         return out
     if b.dtype == a.dtype:
         return multiply(a, b)
@@ -164,7 +186,9 @@ def gradient_products(
     vocab = len(weight)
     if dhidden is not None:
         # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
-        sums = _unrounded_product(scores, weight) if dhidden.dtype != scores.dtype else multiply(scores, weight)
+        adds_ranks = dhidden.dtype != scores.dtype
+        tiled = scores.device.type == "cpu" and (adds_ranks or has_gaps(weight))
+        sums = _tiled_product(scores, weight) if tiled else multiply(scores, weight)
         if len(residual):
             inside = tokens.clamp(0, vocab - 1)
             sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
@@ -173,24 +197,24 @@ def gradient_products(
     # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
     widens = scores.device.type == "cpu" and scores.dtype != factor.dtype
     if dweight is not None and widens and dweight.dtype != scores.dtype:
-        _widened_products(dweight, scores, weighted.to(dweight.dtype), accumulate, True)
+        _widened_products(dweight, scores, weighted.to(dweight.dtype), accumulate, holds_bf16=True)
     elif dweight is not None:
-        product(dweight, scores.T, weighted, accumulate, False)
+        product(dweight, scores.T, weighted, accumulate, holds_bf16=False)
     if dbias is not None and widens:
-        _widened_products(dbias[:, None], scores, factor[:, None], accumulate, False)
+        _widened_products(dbias[:, None], scores, factor[:, None], accumulate, holds_bf16=False)
     elif dbias is not None:
         sums = skinny_product(scores.T, factor[:, None])[:, 0]
         dbias.copy_(dbias + sums if accumulate else sums)
 
 
-def _widened_products(out: torch.Tensor, scores: torch.Tensor, x: torch.Tensor, accumulate: bool, as_bf16: bool) -> None:
+def _widened_products(out: torch.Tensor, scores: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
     """out (V, K) = or += E^T @ x, x (C, K) in the dtype of out."""
     columns = tile_columns(x.shape[1])
     for v in range(0, scores.shape[1], columns):
         for r in range(0, len(scores), _WIDENED_ROWS):
             rows = slice(r, r + _WIDENED_ROWS)
             e = scores[rows, v : v + columns].to(out.dtype).T
-            product(out[v : v + columns], e, x[rows], accumulate or r > 0, as_bf16)
+            product(out[v : v + columns], e, x[rows], accumulate or r > 0, holds_bf16)
 
 
 def lora_products(

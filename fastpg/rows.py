@@ -8,7 +8,7 @@ import torch
 
 from .lm_head import LMHead
 from .lora import lora_hidden
-from .products import accumulation_dtype
+from .products import accumulation_dtype, dense
 
 _ROUNDED_ROWS = 512
 
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype, multiple: int = 1) -> Chunk:
         """Rows [start, stop) in the operand dtype `dtype`, padded to a multiple of `multiple` rows."""
-        hidden = self._gather(self.hidden, start, stop).to(dtype)
+        hidden = dense(self._gather(self.hidden, start, stop).to(dtype))
         lora_hidden = None if self.lora_hidden is None else self._gather(self.lora_hidden, start, stop)
         tokens = self.tokens[start:stop]
         temperature = None if self.temperature is None else self.temperature[start:stop]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .lm_head import Projection, lora_rank
-from .products import accumulation_dtype, inner_size, product, tile_columns, to_inner_size
+from .products import accumulation_dtype, has_gaps, inner_size, product, tile_columns, to_inner_size
 from .row_statistics import LARGEST_SUM, Partials, RowStatistics
 from .rows import Chunk
 
@@ -85,8 +85,9 @@ def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | 
 def weight_buffer(head: Projection) -> torch.Tensor | None:
     weight = head.weight
     dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.weight.shape[1], weight.device)
-    # a transposed view is multiplied in another order of sums, which on a CPU depends on a row's place
-    if dtype == weight.dtype and inner == head.weight.shape[1] and (weight.stride(1) == 1 or weight.device.type != "cpu"):
+    # A transposed view is multiplied in another order of sums, which on a CPU depends on a row's place.
+    is_operand = weight.device.type != "cpu" or (weight.stride(1) == 1 and not has_gaps(weight))
+    if dtype == weight.dtype and inner == head.weight.shape[1] and is_operand:
         return None
     columns = min(tile_shape(head).columns, head.weight.shape[0])
     return torch.zeros(columns, inner, dtype=dtype, device=weight.device)
@@ -155,8 +156,8 @@ def dlogits(
 ) -> torch.Tensor:
     """The gradient of the columns [start, start + len(w)), into out (C, len(w)) in the operand dtype.
 
-    Returns what rounding took from the sum of each row, (C,), or (0,) where `out` is not rounded. `unit` is None here: only
-    fp16 slices have one, and these are widened.
+    For a bf16 head the entries are rounded to bf16, whatever dtype `out` has. Returns the rounding error of the sum of each
+    row, (C,), or (0,) where nothing is rounded. `unit` is None here: only fp16 slices have one, and these are widened.
 
     For incoming g (logp) and h (entropy), each (C,), with log p_v = z_v - logsumexp:
 
@@ -170,18 +171,20 @@ def dlogits(
     g = grad_logprobs * scale
     h = None if grad_entropy is None else grad_entropy * scale
     at_target = _target_gradient(statistics, g, h)
-    needs_rounding = out.dtype != statistics.t.dtype
-    residual = torch.zeros(len(out) if needs_rounding else 0, dtype=statistics.t.dtype, device=out.device)
+    wide = statistics.t.dtype
+    stored = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else out.dtype
+    residual = torch.zeros(len(out) if stored != wide else 0, dtype=wide, device=out.device)
     for r in range(0, len(chunk.tokens), rows):
         block = slice(r, r + rows)
-        z = torch.empty_like(out[block], dtype=statistics.t.dtype) if needs_rounding else out[block]
+        z = out[block] if out.dtype == wide else torch.empty_like(out[block], dtype=wide)
         slope = _logits(chunk, block, w, head, start, z, want_slope=True)
         _to_gradient_(z, chunk.tokens, block, start, statistics, g, h, at_target)
         if slope is not None:
             z.mul_(slope)
-        if needs_rounding:
-            out[block].copy_(z)
-            residual[block] = z.sum(1) - out[block].sum(1, dtype=z.dtype)
+        if stored != wide:
+            sums = z.sum(1)
+            out[block].copy_(z.to(stored))  # which may be z itself
+            residual[block] = sums - out[block].sum(1, dtype=wide)
     return residual
 
 

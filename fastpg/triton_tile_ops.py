@@ -22,7 +22,7 @@ from .kernels.logits import INTERPRETED
 from .kernels.logsumexp import logsumexp, split_count
 from .kernels.target import target_logits as target_kernel_logits
 from .lm_head import Projection, lora_rank
-from .products import accumulation_dtype
+from .products import accumulation_dtype, dense
 from .row_statistics import Partials, RowStatistics
 from .rows import Chunk
 from .tile_ops import TileShape
@@ -59,7 +59,7 @@ def weight_buffer(head: Projection) -> None:
 
 
 def weight_tile(head: Projection, start: int, stop: int, buffer: None) -> torch.Tensor:
-    return head.weight[start:stop]
+    return dense(head.weight[start:stop])
 
 
 def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:

@@ -9,10 +9,17 @@
 The vocabulary is the outer loop of the backward, so that dW is summed in one fp32 tile and rounded once, with no [V, H] copy;
 dX is summed in fp32 [K, H] and rounded once. Every sum has a fixed order.
 
-Rows of D sum to 0, so that what the rows of W have in common cancels in D @ W. Where D is stored in 16 bits, what rounding took
-from a row is given back at its token's row of W, in fp32. Where these bits are fp16's, whose range is short, row n is stored
-times unit_n = 2^14 / m_n with m_n a power of two that bounds its entries; dX is divided by it in fp32, and dW multiplies D with
-fp16(s x_n / unit_n), s one power of two for the call that brings the largest of these to fp16's range.
+Rows of D sum to 0, so that what the rows of W have in common cancels in D @ W. Rounding an entry of D breaks that, so the
+rounding error of each row's sum is added back at its token's row of W, in fp32.
+
+    head    D holds                  in a buffer of
+    fp32    fp32 values              fp32
+    bf16    bf16 values              bf16; fp32 on a CPU, whose products return fp32 for fp32 buffers alone
+    fp16    fp16 values times unit   fp16; on a CPU fp32 values in fp32, without a unit
+
+fp16 has a short range. Row n is stored times unit_n = 2^14 / m_n, with m_n a power of two that bounds the row's entries, and
+dX is divided by unit_n in fp32. dW multiplies D with fp16(s x_n / unit_n), and is divided by s: one power of two for the call,
+which brings the largest of these factors into fp16's range.
 
 `tiles` is the module of tile ops to run on: `tile_ops` or `triton_tile_ops`.
 """
@@ -109,11 +116,15 @@ def two_pass_backward(
         dweight = weight.new_zeros(weight.shape if wanted.weight and not count else 0)
         if wanted.weight and count:
             dweight = buffers.empty(weight.shape, weight.dtype, weight.device)
+    rounds = narrow != wide or weight.dtype == torch.bfloat16
     sums = _Sums(
-        zeros(wanted.hidden, count, head.weight.shape[1]), zeros(wanted.lora_hidden, count, lora_rank(head)),
-        zeros(narrow != wide, count), dweight, zeros(wanted.lora_weight, head.weight.shape[0], lora_rank(head)),
+        zeros(wanted.hidden, count, head.weight.shape[1]),
+        zeros(wanted.lora_hidden, count, lora_rank(head)),
+        zeros(rounds, count),
+        dweight,
+        zeros(wanted.lora_weight, head.weight.shape[0], lora_rank(head)),
         zeros(wanted.bias, head.weight.shape[0]),
-    )  # fmt: skip
+    )
     if count:
         adds = weight_grad is not None
         _add_slices(tiles, rows, head, statistics, grad_logprobs, grad_entropy, wanted, parts, half, sums, adds)
@@ -125,7 +136,7 @@ class _Sums(NamedTuple):
 
     dhidden: torch.Tensor  # (K, H)
     dlora_hidden: torch.Tensor  # (K, r)
-    residual: torch.Tensor  # (K,): what rounding took from the rows of D
+    residual: torch.Tensor  # (K,): the rounding error of the sum of each row of D
     dweight: torch.Tensor  # (V, H) in its own dtype: every tile is written once; or the caller's buffer
     dlora_weight: torch.Tensor  # (V, r)
     dbias: torch.Tensor  # (V,)
@@ -145,7 +156,7 @@ def _add_slices(
     adds: bool,
 ) -> None:
     """The loops: slice after slice of the vocabulary, chunk after chunk of the rows. adds: dW to what is there."""
-    weight, as_bf16 = head.weight, head.weight.dtype == torch.bfloat16
+    weight, holds_bf16 = head.weight, head.weight.dtype == torch.bfloat16
     wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
     columns = min(tiles.tile_shape(head).columns, head.weight.shape[0])
     buffer = tiles.weight_buffer(head)
@@ -166,10 +177,10 @@ def _add_slices(
             if len(taken):
                 sums.residual[part] += taken
             if wanted.hidden:
-                product(sums.dhidden[part], d, w[:, : head.weight.shape[1]], v > 0, as_bf16)
+                product(sums.dhidden[part], d, w[:, : head.weight.shape[1]], v > 0, holds_bf16)
             if wanted.weight:
                 x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
-                weight_product(dw, d, x, part.start > 0, as_bf16, is_all=len(parts) == 1 and not adds)
+                weight_product(dw, d, x, part.start > 0, holds_bf16, single=len(parts) == 1 and not adds)
             if wanted.bias and half is None:
                 sums.dbias[v : v + width] += d.sum(0, dtype=wide)
             elif wanted.bias:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worst_hardware
 
 # Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -27,6 +28,25 @@ def _nan_in_uninitialised_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc):
+    suite = metafunc.module.__name__.rpartition(".")[2]
+    if suite in worst_hardware.SUITES and not metafunc.definition.get_closest_marker("this_cpu"):
+        metafunc.parametrize("hardware", [worst_hardware.HERE, worst_hardware.WORST], indirect=True, scope="module")
+
+
+def pytest_collection_modifyitems(config, items):
+    dropped = worst_hardware.unneeded(items)
+    config.hook.pytest_deselected(items=dropped)
+    kept = set(items) - set(dropped)
+    items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hardware(request):
+    """Which matrix product a module's tests run on."""
+    yield from worst_hardware.product_of(getattr(request, "param", worst_hardware.HERE))
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(values, (problem.hidden, problem.head.weight, a, b))
 
 
+@pytest.mark.this_cpu
 @pytest.mark.parametrize("trained", ["a", "b", "both", "hidden"])
 @pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
 def test_a_frozen_weight_costs_no_gradient_of_its_size(trained, schedule):
@@ -140,6 +141,7 @@ def test_a_frozen_weight_costs_no_gradient_of_its_size(trained, schedule):
     assert [x.grad is not None for x in (a, b, hidden)] == [x.requires_grad for x in (a, b, hidden)]
 
 
+@pytest.mark.this_cpu
 def test_memory_at_the_size_of_a_real_head():
     """V = 152k, H = 1024 in bf16, N = 256: beyond the workspace come gradients of hidden, A and B and nothing with V H entries
     (297 MiB, or 594 in fp32)."""

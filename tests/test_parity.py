@@ -18,7 +18,17 @@ from problems import (
     row_errors,
 )
 
-from fastpg import CISPO, ImportanceWeighted, KLPenalty, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, reference
+from fastpg import (
+    CISPO,
+    ImportanceWeighted,
+    KLPenalty,
+    LMHead,
+    Reinforce,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_loss,
+    reference,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 OBJECTIVES = {
@@ -177,6 +187,19 @@ def test_several_chunks_and_a_small_workspace_give_the_same(schedule, dtype):
     got = schedule(problem, CISPO(), workspace=3 * 2**20)
     check_result(problem, got, want, scale)
     assert torch.equal(got.logprobs, schedule(problem, CISPO()).logprobs)
+
+
+@SCHEDULES
+def test_weights_with_a_common_component(schedule):
+    """Real embeddings have one. It cancels in dX, unless a row of bf16 dlogits does not sum to 0."""
+    for common in (3, 10, 30):
+        tokens = torch.randint(0, 500, (64,))
+        weight = (0.2 * torch.randn(500, 64) + 0.2 * common * torch.randn(64)).bfloat16()
+        hidden = torch.randn(64, 64).bfloat16()
+        problem = Problem(hidden, LMHead(weight), tokens, torch.zeros(64), torch.ones(64))
+        want, scale = oracle(problem, reference.reinforce)
+        problem = replace(problem, old_logprobs=want.logprobs.float())
+        check_result(problem, schedule(problem, Reinforce()), want, scale)
 
 
 @SCHEDULES
