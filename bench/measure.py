@@ -15,6 +15,7 @@ from cases import Batch
 from peers import METHODS, Method, bare_products
 
 import fastpg
+from fastpg.accuracy import logprob_tolerance
 from fastpg.profiling import transient_bytes
 
 _GATE_ROWS = 64
@@ -59,9 +60,10 @@ def is_wrong(method: Method, errors: Errors, b: Batch) -> str | None:
     """What is wrong beyond rounding. fastpg is held to its promise, the others to logits rounded to the dtype of the model."""
     eps = torch.finfo(b.hidden.dtype).eps
     size = 12.0 if b.softcap is None else b.softcap  # logits of these batches
-    limit = 1e-6 * size if method.is_ours else 4 * eps * size
-    if errors.logprobs is not None and not errors.logprobs <= max(limit, 1e-6 * size):
-        return f"log-probabilities are off by {errors.logprobs:.1e}"
+    promised = logprob_tolerance(size, b.hidden.dtype, b.hidden.shape[1], b.hidden.device)
+    limit = promised if method.is_ours else max(promised, 4 * eps * size)
+    if errors.logprobs is not None and not errors.logprobs <= limit:
+        return f"log-probabilities are off by {errors.logprobs:.1e}, limit {limit:.1e}"
     for name, error in (("dX", errors.dhidden), ("dW", errors.dweight)):
         # rounded logits move every probability by eps times their size
         if error is not None and not error <= (2 * eps if method.is_ours else 4 * eps * size) + 1e-5:

@@ -34,7 +34,7 @@ _TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 # kernel -> the dtypes that reach it, and what it may be asked for
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "target": (("bfloat16", "float32"), ("bias", "softcap", "lora")),
+    "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora")),
     "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy", "lora")),
     "finalize": (("bfloat16", "float32"), ("scores", "entropy", "cispo")),
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),

@@ -23,6 +23,7 @@ import torch
 
 from . import crosscheck_cases as cases
 from . import lm_head, ops, reference
+from .accuracy import LOSS_TOLERANCE, ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
 from .crosscheck_cases import Case, Inputs, Outcome, Settings
 from .lm_head import LMHead, as_head
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
@@ -30,17 +31,6 @@ from .reductions import Reduction
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}
 
-# The promises. A log-probability is a difference of logits, whose rounding errors in fp32 are proportional to the largest
-# logit of its row, or to 10 where all are small: |error| <= unit max(10, |z|max), relative for confident tokens. A row of dX
-# is a coefficient, exp of such a difference, times a product: the same accuracy, relative. Losses and entropies likewise.
-UNIT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-SMALLEST_RANGE = 10
-# In 16 bits a row of dX costs one rounding of the stored tile of gradients and one or two of the result.
-ROW_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
-# dW, db, dA and dB as a whole: roundings average out over rows in bf16; in fp32, sums over all tokens.
-WEIGHT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
-# Without hidden states: elementwise fp32 on log-probabilities of order 10.
-LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 # Rows below are compared absolutely, on this scale; and fp16 rounds to multiples of 2^-24, half of which is an error.
 SMALLEST_ROW, FP16_ROUNDING = 2.0**-100, 2.0**-25
 
@@ -95,29 +85,31 @@ def assert_matches_oracle(
     if not getattr(settings.objective, "needs_sequences", False):
         schedules["one pass (linear_policy_loss)"] = cases.one_pass
     missed = []
-    found = {name: schedule(x, settings, backend) for name, schedule in schedules.items()}  # raises before the oracle works
+    outcomes = {name: schedule(x, settings, backend) for name, schedule in schedules.items()}  # raises before the oracle works
     want = cases.oracle(x, settings)
-    for name, got in found.items():
-        missed += [f"{name}: {d}" for d in deviations(x, settings, got, want) if d.multiple > 1]
+    for name, got in outcomes.items():
+        found = deviations(x, settings, got, want, x.hidden.device)
+        missed += [f"{name}: {d}" for d in found if d.multiple > 1]
     if missed:
         raise AssertionError("fastpg does not match the float64 oracle\n" + "\n".join(missed))
 
 
-def deviations(x: Inputs, settings: Settings, got: Outcome, want: Outcome) -> list[Deviation]:
-    """Of each quantity of `got` from the oracle's, where it is worst in units of its tolerance."""
+def deviations(
+    x: Inputs, settings: Settings, got: Outcome, want: Outcome, device: torch.device | str = "cpu"
+) -> list[Deviation]:
+    """Of each quantity of `got` from the oracle's, where it is worst in units of its tolerance. device: where `got` is from."""
     if got.keys() != want.keys() - {"scale"}:
         raise AssertionError(f"expected {sorted(want.keys() - {'scale'})}; got {sorted(got)}")
     dtype, keep = x.hidden.dtype, x.keep().flatten()
-    size = _logit_range(x, keep)
     logprobs = want["logp"].flatten()
-    tolerance = UNIT[dtype] * size
+    tolerance = logprob_tolerance(_largest_logits(x, keep), dtype, x.head.hidden_size, device)
     # relative to a small |logp|, down to where it is no number of the dtype that it is reported in
     smallest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).tiny
-    logprob_tolerance = tolerance * logprobs.abs().clamp(max=1) + smallest
+    of_logprobs = tolerance * logprobs.abs().clamp(max=1) + smallest
     row_limit = 2 * tolerance if "entropy" in want else tolerance  # of two terms
     row_limit = torch.full_like(tolerance, ROW_TOLERANCE[dtype]) if dtype in ROW_TOLERANCE else row_limit
     if settings.objective is not None:
-        coefficient, slope = _coefficient(want["logp"], x, settings, logprob_tolerance)
+        coefficient, slope = _coefficient(want["logp"], x, settings, of_logprobs)
         # an error of the log-probability is amplified where the coefficient is steep
         row_limit = row_limit + slope / coefficient.clamp(min=SMALLEST_ROW)
     found = []
@@ -125,12 +117,12 @@ def deviations(x: Inputs, settings: Settings, got: Outcome, want: Outcome) -> li
         value, exact = value.to(logprobs), want[name].to(logprobs)
         if name == "logp":
             value = torch.where(_skipped(x, settings), exact, value)  # reported as NaN: not computed
-            found.append(_worst(name, (value - exact).abs().flatten(), logprob_tolerance))
+            found.append(_worst(name, (value - exact).abs().flatten(), of_logprobs))
         elif name == "entropy":
             found.append(_worst(name, (value - exact).abs().flatten(), tolerance))
         elif name == "loss":
             terms = _absolute_loss(want["logp"], x, settings)
-            limit = tolerance.amax() * terms + (coefficient * logprob_tolerance).sum() if len(tolerance) else terms
+            limit = tolerance.amax() * terms + (coefficient * of_logprobs).sum() if len(tolerance) else terms
             limit = limit + smallest
             found.append(_worst(name, (value - exact).abs()[None], limit[None]))
         elif name in ("dX", "dlogits"):
@@ -155,14 +147,14 @@ def _worst(name: str, errors: torch.Tensor, tolerances: torch.Tensor) -> Deviati
     return Deviation(name, float(errors[place]), float(tolerances[place]))
 
 
-def _logit_range(x: Inputs, keep: torch.Tensor) -> torch.Tensor:
-    """max(10, largest finite |logit| of the row), (N,) float64: what errors of logits are proportional to."""
+def _largest_logits(x: Inputs, keep: torch.Tensor) -> torch.Tensor:
+    """The largest finite |logit| of each row, (N,) float64: what errors of logits are proportional to."""
     with torch.no_grad():
         wide = x.leaves(torch.float64)
         hidden = torch.where(keep[:, None], wide.hidden.flatten(0, -2), 0)
         T = wide.temperature.expand(x.tokens.shape).flatten() if isinstance(wide.temperature, torch.Tensor) else x.temperature
         z = reference.logits(hidden, wide.head, T).abs()
-        return torch.where(z.isfinite(), z, 0).amax(1).clamp(min=SMALLEST_RANGE)
+        return torch.where(z.isfinite(), z, 0).amax(1)
 
 
 def _skipped(x: Inputs, settings: Settings) -> torch.Tensor:
@@ -276,7 +268,8 @@ def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
         else:
             got = cases.selective(logits.to(device), there, backend, entropy)
         got = {quantity: value.cpu() for quantity, value in got.items()}
-        yield Checked(case, name, deviations(judged, settings, got, want), beside)
+        of_products = "cpu" if case.operation == "selective_logprobs" else device  # which has none
+        yield Checked(case, name, deviations(judged, settings, got, want, of_products), beside)
 
 
 def _check_policy_loss(case: Case, x: Inputs, settings: Settings) -> Checked:

@@ -66,7 +66,8 @@ def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     weight = head.weight
     wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
     tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
-    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
+    of_targets = 3 * rows * weight.shape[1] * wide  # before the tiles: rows of the weight, widened, and their products
+    return max(of_targets, columns * weight.shape[1] * narrow + tiles * rows * columns * wide), 0
 
 
 def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
@@ -98,19 +99,18 @@ def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
 
         m = max z_v      s = sum exp(z_v - m)      q = sum exp(z_v - m) (z_v - m)
 
-    kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y, NaN for a token that is not among the columns. Nothing
-    larger than a tile of logits exists. q only if `entropy`.
+    kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y from `target_logits`, as in the one-pass schedule: NaN for
+    a token that is not among the columns. Nothing larger than a tile of logits exists. q only if `entropy`.
     """
     rows, columns, *_ = tile_shape(head)
     weight = head.weight
     dtype = accumulation_dtype(weight.dtype)
+    size = len(chunk.tokens)
+    target = torch.cat([target_logits(_block_of(chunk, slice(r, r + rows)), head)[0] for r in range(0, size, rows)])
     buffer = weight_buffer(head)
     logits = torch.empty(rows * min(columns, head.weight.shape[0]), dtype=dtype, device=weight.device)
-
-    size = len(chunk.tokens)
     maximum = torch.full((size,), -torch.inf, dtype=dtype, device=weight.device)
     total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    target = torch.full_like(maximum, torch.nan)  # stays NaN for a token outside the vocabulary
     for start in range(0, head.weight.shape[0], columns):
         stop = min(start + columns, head.weight.shape[0])
         w = weight_tile(head, start, stop, buffer)
@@ -119,11 +119,13 @@ def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
             block = slice(r, r + rows)
             _logits(chunk, block, w, head, start, z, want_slope=False)
             column, inside = _target_column(chunk.tokens[block], start, stop)
-            z_target = z.gather(1, column)
-            target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
-            z.scatter_(1, column, torch.where(inside, -torch.inf, z_target))
+            z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
             _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
     return Partials(maximum, total, weighted if entropy else total.new_empty(0), target)
+
+
+def _block_of(chunk: Chunk, block: slice) -> Chunk:
+    return Chunk(*(None if x is None else x[block] for x in chunk))
 
 
 def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor | None) -> None:

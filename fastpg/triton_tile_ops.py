@@ -71,7 +71,7 @@ def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
 def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
     columns = fewest_columns(head.weight.dtype)
     slice_tiles = -(-min(tile_shape(head).columns, head.weight.shape[0]) // columns)
-    return _lora_bytes(head), 4 * max((3 + entropy) * split_count(head.weight.shape[0], columns), slice_tiles)
+    return _lora_bytes(head), 4 * max((2 + entropy) * split_count(head.weight.shape[0], columns), slice_tiles)
 
 
 def _lora_bytes(head: Projection) -> int:
@@ -97,10 +97,10 @@ def _on_its_device(tile_op: Callable) -> Callable:
 
 @_on_its_device
 def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
-    maximum, total, weighted, target = logsumexp(*_operands(chunk, head), entropy, _blocks(head))
-    inside = (chunk.tokens >= 0) & (chunk.tokens < head.weight.shape[0])
-    weighted = total.new_empty(0) if weighted is None else weighted
-    return Partials(maximum, total, weighted, torch.where(inside, target, torch.nan))
+    operands = _operands(chunk, head)
+    maximum, total, weighted = logsumexp(*operands, entropy, _blocks(head))
+    target, _ = target_kernel_logits(*operands)
+    return Partials(maximum, total, total.new_empty(0) if weighted is None else weighted, target)
 
 
 @_on_its_device
@@ -141,9 +141,7 @@ def given_logsumexp(
         maximum, total, weighted, target = given_logsumexp_tiles(
             _in_rows(logits), keep, tokens, _given_scale(logits, temperature), entropy
         )
-    inside = (tokens >= 0) & (tokens < logits.shape[1])
-    weighted = total.new_empty(0) if weighted is None else weighted
-    return Partials(maximum, total, weighted, torch.where(inside, target, torch.nan))
+    return Partials(maximum, total, total.new_empty(0) if weighted is None else weighted, target)
 
 
 def given_dlogits(

@@ -38,7 +38,7 @@ def given_logsumexp_kernel(
     M,  # (C, splits) out
     S,  # (C, splits) out
     Q,  # (C, splits) out, or None
-    TARGET,  # (C, splits) out
+    TARGET,  # (C,) out: z_y, NaN for a token outside the vocabulary
     C,
     V,
     stride_z,
@@ -55,12 +55,16 @@ def given_logsumexp_kernel(
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
-    target = tl.zeros((ROWS,), tl.float32)
+    if split == 0:
+        inside = (token >= 0) & (token < V)
+        keep = tl.load(KEEP + rows, mask=in_chunk, other=0) != 0
+        z_y = tl.load(LOGITS + rows * stride_z + token, mask=in_chunk & keep & inside, other=0.0).to(tl.float32) * scale
+        tl.store(TARGET + rows, tl.where(inside, z_y, float("nan")), mask=in_chunk)
     for tile in range(0, tl.minimum(TILES, tl.cdiv(V, COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * COLUMNS
         z = _load(LOGITS, KEEP, rows, start, C, V, stride_z, ROWS, COLUMNS)
-        m, s, q, target = fold(z, start, m, s, q, target, V, token, scale, None, 1.0, Q is not None, False, 1, COLUMNS, 1)
-    store_partials(M, S, Q, TARGET, rows * splits + split, in_chunk, m, s, q, target)
+        m, s, q = fold(z, start, m, s, q, V, token, scale, None, 1.0, Q is not None, False, 1, COLUMNS, 1)
+    store_partials(M, S, Q, rows * splits + split, in_chunk, m, s, q)
 
 
 @triton.jit
@@ -107,16 +111,16 @@ def given_logsumexp(
     scale: torch.Tensor,  # (C,) fp32
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """m, s, q (None unless `entropy`) of the other columns, and z_y, as `logsumexp` returns them."""
+    """m, s, q (None unless `entropy`) of the other columns, as `logsumexp` returns them, and z_y, NaN for a token outside."""
     (count, vocab), splits = logits.shape, triton.cdiv(logits.shape[1], _COLUMNS * _TILES_PER_SPLIT)
-    names = ("m", "s", "q", "z") if entropy else ("m", "s", "z")
-    partials = {name: scale.new_empty(count, splits) for name in names}
+    partials = {name: scale.new_empty(count, splits) for name in (("m", "s", "q") if entropy else ("m", "s"))}
+    target = torch.empty_like(scale)
     if count:
         given_logsumexp_kernel[(triton.cdiv(count, _ROWS) * splits,)](
-            logits, keep.view(torch.uint8), tokens, scale, *(partials.get(name) for name in ("m", "s", "q", "z")),
+            logits, keep.view(torch.uint8), tokens, scale, *(partials.get(name) for name in ("m", "s", "q")), target,
             count, vocab, logits.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=_TILES_PER_SPLIT,
         )  # fmt: skip
-    return combine(partials, entropy)
+    return *combine(partials), target
 
 
 def given_dlogits(

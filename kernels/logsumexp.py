@@ -2,9 +2,10 @@
 
 For each row, over the columns v != y, split by split:
 
-    m = max z_v        s = sum exp(z_v - m)        q = sum exp(z_v - m) (z_v - m)          and z_y on the way
+    m = max z_v        s = sum exp(z_v - m)        q = sum exp(z_v - m) (z_v - m)
 
-A split is a fixed number of column tiles, so what a row's numbers are does not depend on how many rows there are; a program
+z_y comes from kernel 1: the accumulators of tensor cores lose bits that its dot product keeps, and z_y enters a
+log-probability alone. A split is a fixed number of column tiles, so a row's bits do not depend on the batch size; a program
 keeps m, s, q of its rows in registers (Milakov and Gimelshein, arXiv 1805.02867). Moving the pivot from m to m' by
 d = m - m' turns s into s e^d and q into e^d (q + s d). `combine` does the same across splits, in their order.
 
@@ -40,10 +41,9 @@ _BLOCK = 128
 def fold(
     score,  # (ROWS, COLUMNS)
     start,  # its first column
-    m,  # (ROWS,), as the next three: the running statistics
+    m,  # (ROWS,), as the next two: the running statistics
     s,
     q,
-    target,
     V,
     token,
     scale,
@@ -58,18 +58,14 @@ def fold(
     """The running statistics of the rows after a tile, or after each of its parts in turn."""
     if PARTS > 1:
         left, right = halves(score, GROUPS)
-        m, s, q, target = fold(
-            left, start, m, s, q, target, V, token, scale, BIAS, inner, ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS
-        )
+        m, s, q = fold(left, start, m, s, q, V, token, scale, BIAS, inner, ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS)
         return fold(
-            right, start + right.shape[1] // GROUPS, m, s, q, target, V, token, scale, BIAS, inner,
+            right, start + right.shape[1] // GROUPS, m, s, q, V, token, scale, BIAS, inner,
             ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS,
         )  # fmt: skip
     columns = part_columns(start, score.shape[1], RUN, GROUPS)
     z, _ = logits(add_bias(score, BIAS, columns, V), scale[:, None], inner, SOFTCAP)
-    is_target = columns[None, :] == token[:, None]
-    target += tl.sum(tl.where(is_target & (columns < V)[None, :], z, 0.0), 1)
-    z = tl.where(is_target | (columns >= V)[None, :], float("-inf"), z)
+    z = tl.where((columns[None, :] == token[:, None]) | (columns >= V)[None, :], float("-inf"), z)
 
     larger = tl.maximum(m, tl.max(z, 1), propagate_nan=tl.PropagateNan.ALL)
     pivot = tl.where(larger == float("-inf"), 0.0, larger)
@@ -80,16 +76,15 @@ def fold(
     if ENTROPY:
         finite = tl.maximum(z, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         q = decay * (q + s * shift) + tl.sum(e * finite, 1)
-    return larger, s * decay + tl.sum(e, 1), q, target
+    return larger, s * decay + tl.sum(e, 1), q
 
 
 @triton.jit
-def store_partials(M, S, Q, Z, place, in_chunk, m, s, q, target):
+def store_partials(M, S, Q, place, in_chunk, m, s, q):
     tl.store(M + place, m, mask=in_chunk)
     tl.store(S + place, s, mask=in_chunk)
     if Q is not None:
         tl.store(Q + place, q, mask=in_chunk)
-    tl.store(Z + place, target, mask=in_chunk)
 
 
 @triton.jit
@@ -104,7 +99,6 @@ def logsumexp_kernel(
     M,  # (C, splits) out
     S,  # (C, splits) out
     Q,  # (C, splits) out, or None
-    Z,  # (C, splits) out: z_y in the split that has it, 0 in the others
     inner,
     C,
     V,
@@ -137,7 +131,6 @@ def logsumexp_kernel(
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
-    target = tl.zeros((ROWS,), tl.float32)
     for tile in range(0, tl.minimum(TILES, tl.cdiv(V, COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * COLUMNS
         score = product_tile(
@@ -145,24 +138,22 @@ def logsumexp_kernel(
             ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
         )  # fmt: skip
         score = add_lora(score, L, B, row_tile * ROWS, start, C, V, rank, stride_l, stride_b, RANK, WIDEN)
-        m, s, q, target = fold(
-            score, start, m, s, q, target, V, token, scale, BIAS, inner,
+        m, s, q = fold(
+            score, start, m, s, q, V, token, scale, BIAS, inner,
             Q is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS,
         )  # fmt: skip
 
-    store_partials(M, S, Q, Z, rows.to(tl.int64) * splits + split, in_chunk, m, s, q, target)
+    store_partials(M, S, Q, rows.to(tl.int64) * splits + split, in_chunk, m, s, q)
 
 
 @triton.jit
 def combine_kernel(
-    M,  # (C, splits), as the next three
+    M,  # (C, splits), as the next two
     S,
     Q,  # or None
-    Z,
-    MAXIMUM,  # (C,) out, as the next three
+    MAXIMUM,  # (C,) out, as the next two
     TOTAL,
     WEIGHTED,  # or None
-    TARGET,
     C,
     splits,
     ROWS: tl.constexpr,
@@ -182,7 +173,6 @@ def combine_kernel(
 
     s = tl.zeros((ROWS, BLOCK), tl.float32)
     q = tl.zeros((ROWS, BLOCK), tl.float32)
-    target = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, splits, BLOCK):
         inside = in_chunk[:, None] & (start + offsets < splits)
         places = first + start + offsets
@@ -193,12 +183,10 @@ def combine_kernel(
         if Q is not None:
             q += decay * (tl.load(Q + places, mask=inside, other=0.0) + part * shift)
         s += decay * part
-        target += tl.load(Z + places, mask=inside, other=0.0)
     tl.store(MAXIMUM + rows, maximum, mask=in_chunk)
     tl.store(TOTAL + rows, tl.sum(s, 1), mask=in_chunk)
     if Q is not None:
         tl.store(WEIGHTED + rows, tl.sum(q, 1), mask=in_chunk)
-    tl.store(TARGET + rows, tl.sum(target, 1), mask=in_chunk)
 
 
 def split_count(vocab: int, columns: int) -> int:
@@ -215,30 +203,28 @@ def logsumexp(
     inner: float | None,
     entropy: bool,
     blocks: Blocks,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """m, s, q (None unless `entropy`) of the other columns, and z_y; each (C,) fp32. z_y is 0 for a token outside [0, V)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """m, s, q (None unless `entropy`) of the other columns; each (C,) fp32."""
     count, splits = len(tokens), split_count(len(weight), blocks.columns)
-    names = ("m", "s", "q", "z") if entropy else ("m", "s", "z")
+    names = ("m", "s", "q") if entropy else ("m", "s")
     partials = {name: scale.new_empty(count, splits) for name in names}
     if count:
         logsumexp_kernel[(triton.cdiv(count, blocks.rows) * splits,)](
-            BIAS=bias, TOKENS=tokens, SCALE=scale, M=partials["m"], S=partials["s"], Q=partials.get("q"), Z=partials["z"],
+            BIAS=bias, TOKENS=tokens, SCALE=scale, M=partials["m"], S=partials["s"], Q=partials.get("q"),
             inner=inner or 1.0, SOFTCAP=inner is not None, TILES=_TILES_PER_SPLIT,
             **operands(hidden, weight, lora, blocks), **blocks.options(),
         )  # fmt: skip
-    return combine(partials, entropy)
+    return combine(partials)
 
 
-def combine(
-    partials: dict[str, torch.Tensor], entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """m, s, q (None unless `entropy`) and z_y, (C,) each, from those of the splits, (C, splits) each."""
+def combine(partials: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """m, s, q (None where there is none), (C,) each, from those of the splits, (C, splits) each."""
     count, splits = partials["m"].shape
     results = {name: partials["m"].new_empty(count) for name in partials}
-    order = ("m", "s", "q", "z")
+    order = ("m", "s", "q")
     if count:
         combine_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
             *(partials.get(name) for name in order), *(results.get(name) for name in order), count, splits,
             ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
         )  # fmt: skip
-    return results["m"], results["s"], results.get("q"), results["z"]
+    return results["m"], results["s"], results.get("q")

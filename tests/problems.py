@@ -7,12 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from fastpg import LMHead, reference
-
-# Relative error of a row of dX, and of dW as a whole: what one rounding of the stored gradient tile and one of the result
-# cost in each dtype. fp32 and float64 rows are judged by `logprob_tolerance` instead.
-ROW_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
-WEIGHT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+from fastpg import LMHead, accuracy, reference
+from fastpg.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -162,17 +158,12 @@ def oracle(problem: Problem, objective: Callable, reduction: str = "sum", kl: tu
     return Result.of(wide, logprobs, loss), terms.sum().item() / count
 
 
-def logit_range(problem: Problem) -> torch.Tensor:
-    """max(10, largest |logit| of the row), (N,) float64: what errors of logits are proportional to."""
+def logprob_tolerance(problem: Problem, device: str = "cpu") -> torch.Tensor:
+    """What is promised of each row, (N,) float64, for results from this device."""
     wide = problem.leaves(torch.float64)
     with torch.no_grad():
-        z = reference.logits(wide.hidden, wide.head, wide.temperature)
-    return z.abs().amax(1).clamp(min=10)
-
-
-def logprob_tolerance(problem: Problem) -> torch.Tensor:
-    unit = 1e-14 if problem.hidden.dtype == torch.float64 else 1e-6
-    return unit * logit_range(problem)
+        largest = reference.logits(wide.hidden, wide.head, wide.temperature).abs().amax(1)
+    return accuracy.logprob_tolerance(largest, problem.hidden.dtype, problem.head.hidden_size, device)
 
 
 def row_errors(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -238,12 +238,11 @@ def test_what_the_library_refuses_stays_its_error():
 def test_the_tolerances_are_those_of_the_tests():
     import problems
 
-    assert crosscheck.ROW_TOLERANCE == problems.ROW_TOLERANCE
-    assert crosscheck.WEIGHT_TOLERANCE == problems.WEIGHT_TOLERANCE
-    problem = random_problem(10, 30, torch.float32)
+    problem = random_problem(10, 30, torch.bfloat16, hidden_size=4096)
     want, _ = problems.oracle(problem, fastpg.reference.reinforce)
     x = crosscheck_cases.Inputs(*arguments_of(problem))
     outcome = {"logp": want.logprobs + 1.0}
-    (found,) = crosscheck.deviations(x, crosscheck_cases.Settings(), outcome, {"logp": want.logprobs})
-    promised = problems.logprob_tolerance(problem) * want.logprobs.abs().clamp(max=1)
-    assert min(abs(found.tolerance / promised - 1)) < 1e-9
+    for device in ("cpu", "cuda"):
+        (found,) = crosscheck.deviations(x, crosscheck_cases.Settings(), outcome, {"logp": want.logprobs}, device)
+        promised = problems.logprob_tolerance(problem, device) * want.logprobs.abs().clamp(max=1)
+        assert min(abs(found.tolerance / promised - 1)) < 1e-9

@@ -72,9 +72,11 @@ def _without_kernels_and_products(monkeypatch):
         if hasattr(module, "operands"):
             monkeypatch.setattr(module, "operands", lambda *arguments: {})
     monkeypatch.setattr(triton_tile_ops, "target_of", lambda device: "cuda:90")
-    for module in (products, two_pass_schedule):
-        monkeypatch.setattr(module, "product", lambda *arguments: None)
-    monkeypatch.setattr(products, "multiply", lambda a, b: a.new_empty(len(a), b.shape[1], dtype=torch.float32))
+
+    def no_product(a, b, out=None, accumulate=False, dtype=None):
+        return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
+
+    monkeypatch.setattr(products, "_multiply", no_product)
 
     def anchored(function):
         def scores(hidden, low_rank, tokens, temperature, log_anchor, weight, b, bias, softcap, logit_scale, *rest):
