@@ -12,12 +12,12 @@ from .lm_head import LMHead, Projection, projection_of
 from .losses import PolicyLossOutput, TokenTerms, id_limit, token_losses, token_terms
 from .metrics import token_metrics
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
-from .one_pass_schedule import OnePass, Options, TokenLosses, chunk_length, loss_gradient, one_pass, smallest_workspace
+from .one_pass_schedule import Options, TokenLosses, chunk_length, loss_gradient, one_pass, smallest_workspace
 from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction
 from .rows import Gradients, Rows, Wanted, rows_of
 from .sequences import check_id_values, check_sequence_ids, sequences_of
-from .two_pass import gradients_of, needs_gradient, prepare
+from .two_pass import needs_gradient, prepare, row_logprobs
 from .two_pass_schedule import chunk_rows
 
 
@@ -74,8 +74,13 @@ def linear_policy_loss(
 
     Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
 
-    Gradients exist before backward, which scales them by the incoming gradient; double backward raises. float16 inputs take
-    the two-pass schedule, whose probabilities do not underflow. Under non-reentrant checkpointing the products run again.
+    Gradients exist before backward, which scales them by the incoming gradient in fp32; double backward raises. Under
+    non-reentrant checkpointing the products run again.
+
+    float16 inputs, also those that autocast makes, take the two-pass schedule, whose probabilities do not underflow: four
+    products. Their gradients are computed in backward with the incoming factor inside, so that a gradient scaler's factor
+    keeps them in float16's range. Kept till then are the inputs and six numbers per row. retain_graph, several backwards,
+    weight_grad and checkpointing behave as those of `linear_logprobs`.
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
@@ -118,10 +123,13 @@ def linear_policy_loss(
         flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
         row_terms = flat if rows.indices is None else flat.select(rows.indices)
         losses = partial(token_losses, objective=objective, kl=kl)
-        loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
-            *rows[:2], *projection[:3], *rows[2:], *row_terms, losses, head.weight_grad, *projection[3:],
-            *options._replace(length=facts.chunk),
-        )  # fmt: skip
+        if hidden.dtype == torch.float16:
+            loss, logprobs, entropies, recomputed = _two_passes(rows, head, row_terms, losses, options)
+        else:
+            loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
+                *rows[:2], *projection[:3], *rows[2:], *row_terms, losses, head.weight_grad, *projection[3:],
+                *options._replace(length=facts.chunk),
+            )  # fmt: skip
     logprobs = rows.scatter(logprobs).reshape(tokens.shape)
     bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
     metrics = token_metrics(logprobs, terms.old(logprobs), computed, bounds)
@@ -266,30 +274,60 @@ def _check_workspace(head: Projection, count: int, options: Options) -> int:
     return rows if head.weight.dtype == torch.float16 else chunk_length(head, count, options)
 
 
-def _two_passes(rows: Rows, head: Projection, terms: TokenTerms, losses: TokenLosses, options: Options) -> OnePass:
-    """`one_pass` by the two-pass schedule: for float16, whose E would underflow."""
-    entropy, workspace, backend, wanted = options.entropy, options.workspace, options.backend, options.wanted
-    statistics = ops.row_statistics(rows, head, entropy, workspace, backend, options.group)
-    logprobs = torch.where(terms.mask, statistics[0], 0)
-    entropies = torch.where(terms.mask, statistics[1], 0) if entropy else statistics[1]
-    gradients = Gradients(*(logprobs.new_empty(0) for _ in wanted))
-    if any(wanted):
-        g, buffer = loss_gradient(losses, logprobs, terms), None
-        if options.wide_weight:
-            buffer = head.weight.new_zeros(head.weight.shape, dtype=logprobs.dtype)
-        gradients = gradients_of(rows, head, statistics, g, None, wanted, workspace, backend, options.group, buffer)
-        gradients = gradients if buffer is None else gradients._replace(weight=buffer)
-    return OnePass(logprobs, losses(logprobs, terms), entropies, rows.tokens.new_zeros(()), gradients)
+def _two_passes(
+    rows: Rows, head: LMHead, terms: TokenTerms, losses: TokenLosses, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `_LinearPolicyLoss` returns, for float16: its E would underflow, and so would gradients that are rounded before the
+    incoming factor of a gradient scaler is known. They are computed in backward, with that factor inside."""
+    logprobs, entropies = row_logprobs(rows, head, options.entropy, options.workspace, options.backend)
+    logprobs = torch.where(terms.mask, logprobs, 0)
+    loss = _TokenLoss.apply(logprobs, losses, *terms)
+    if options.entropy:
+        entropies = torch.where(terms.mask, entropies.detach(), 0)
+    return loss, logprobs.detach(), entropies, rows.tokens.new_zeros(())
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The loss () of log-probabilities (K,). Gradients reach them alone, and not what an objective closes over."""
+
+    @staticmethod
+    def forward(ctx, logprobs, losses, *terms):
+        terms = TokenTerms(*terms)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(loss_gradient(losses, logprobs, terms))
+        return losses(logprobs.detach(), terms).sum()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        _refuse_double_backward()
+        (g,) = ctx.saved_tensors
+        return g * grad_loss, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
+            "and policy_loss without create_graph, or full logits (fastpg.reference)"
+        )
 
 
 def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
-    """gradient * grad_loss: in place where this backward is the last, as without retain_graph; a copy otherwise."""
-    factor = grad_loss.to(gradient.dtype)
+    """gradient * grad_loss: in place where this backward is the last, as without retain_graph; a copy otherwise.
+
+    The factor stays in fp32: rounded to bf16 it would be an error of up to 2^-9 that all of dX and dW have in common.
+    """
+    factor = grad_loss.to(accumulation_dtype(gradient.dtype))
     if torch.compiler.is_compiling():
-        return gradient * factor
-    if not _graph_is_kept():
-        return gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=buffers.empty(gradient.shape, gradient.dtype, gradient.device))
+        return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    out = gradient
+    if _graph_is_kept():
+        out = buffers.empty(gradient.shape, gradient.dtype, gradient.device)
+    if gradient.device.type != "cpu":
+        # A GPU casts a 0-d factor to the gradient's dtype first; with a dimension it counts in type promotion. A CPU takes a
+        # 0-d factor as it is, and would widen the whole gradient for one with a dimension.
+        factor = factor.reshape((1,) * gradient.dim())
+    return torch.mul(gradient, factor, out=out)
 
 
 def _graph_is_kept() -> bool:
@@ -311,8 +349,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         rows, terms = Rows(hidden, lora_hidden, *arguments[:first]), TokenTerms(*arguments[first:second])
         losses, weight_grad, softcap, logit_scale, *options = arguments[second:]
         head, options = Projection(weight, lora_weight, bias, softcap, logit_scale), Options(*options)
-        schedule = _two_passes if weight.dtype == torch.float16 else one_pass
-        result = schedule(rows, head, terms, losses, options)
+        result = one_pass(rows, head, terms, losses, options)
         loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)
         ctx.wanted, ctx.weight_grad = options.wanted, weight_grad
@@ -321,11 +358,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
-                "and policy_loss without create_graph, or full logits (fastpg.reference)"
-            )
+        _refuse_double_backward()
         found, wanted = Gradients(*ctx.saved_tensors), ctx.wanted
         if wanted.weight and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))

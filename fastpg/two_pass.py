@@ -77,14 +77,18 @@ def linear_logprobs(
         facts.describe(hidden, head, tokens, keep, temperature, backend=backend, entropy=entropy, check=check)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = rows_of(hidden, tokens, keep, temperature, check, head)
-        options = entropy, workspace, backend, head.group, head.weight_grad
-        arguments = (*rows[:2], *projection[:3], *rows[2:], *projection[3:], *options)
-        if needs_gradient(hidden, head):
-            values = _LinearLogprobs.apply(*arguments)
-        else:
-            values = ops.row_statistics(rows, projection, *options[:-1])[:2]
+        values = row_logprobs(rows, head, entropy, workspace, backend)
     logprobs, entropies = (rows.scatter(v).reshape(tokens.shape) if len(v) == len(rows.tokens) else None for v in values)
     return TokenLogprobs(logprobs, entropies if entropy else None)
+
+
+def row_logprobs(rows: Rows, head: LMHead, entropy: bool, workspace: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (K,) and entropies (K,), or (0,), of the rows: differentiable where something wants a gradient."""
+    projection = projection_of(head)
+    if not needs_gradient(rows.hidden, head):
+        return ops.row_statistics(rows, projection, entropy, workspace, backend, head.group)[:2]
+    options = entropy, workspace, backend, head.group, head.weight_grad
+    return _LinearLogprobs.apply(*rows[:2], *projection[:3], *rows[2:], *projection[3:], *options)
 
 
 def prepare(
@@ -167,7 +171,9 @@ class _LinearLogprobs(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
         tensors, statistics = saved[:-count], saved[-count:]
         rows, head, options = _put_together((*tensors, *ctx.numbers, *ctx.options))
-        _, workspace, backend, group, weight_grad = options
+        entropy, workspace, backend, group, weight_grad = options
+        if not entropy:  # compiled, an empty result that is marked as not differentiable has an empty gradient, and not None
+            grad_entropy = None
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics[0])
         wanted = Wanted(*ctx.needs_input_grad[:5])

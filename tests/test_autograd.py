@@ -212,13 +212,14 @@ def test_leading_shapes_and_int32_tokens():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function
-def test_compiles_without_graph_breaks_when_nothing_reads_the_host():
+@pytest.mark.parametrize("entropy", [True, False])
+def test_compiles_without_graph_breaks_when_nothing_reads_the_host(entropy):
     hidden, weight, bias, tokens = small_inputs(torch.float32)
     mask = torch.tensor([True, True, False, True, True, True, True])
 
     def loss(hidden, weight, bias):
-        out = linear_logprobs(hidden, LMHead(weight, bias), tokens, mask=mask, entropy=True, check=False)
-        return (out.logprobs.exp() + out.entropy).sum()
+        out = linear_logprobs(hidden, LMHead(weight, bias), tokens, mask=mask, entropy=entropy, check=False)
+        return (out.logprobs.exp() + (out.entropy if entropy else 0)).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     want = torch.autograd.grad(loss(hidden, weight, bias), (hidden, weight, bias))
