@@ -30,7 +30,7 @@ from ..lm_head import LMHead
 from ..losses import PolicyLossOutput
 from ..objectives import KLPenalty, Objective, ObjectiveFunction
 from ..one_pass import linear_policy_loss
-from ..reductions import Reduction
+from ..reductions import Reduction, mean_of_kept
 from ..two_pass import linear_logprobs
 
 # What is made of the hidden states (B, T, H), the head and `labels`: fields of a HeadlessOutput.
@@ -155,7 +155,8 @@ def causal_lm_policy_loss(
             the sequences, of per-sequence advantages and the "seq-" reductions.
         add_aux_loss: add router_aux_loss_coef * aux_loss to the loss, as transformers does when it is given labels; not
             divided by `denominator`: under gradient accumulation each micro-batch adds its own. metrics["aux_loss"] has the
-            aux_loss.
+            aux_loss. It is the model's own, 0 / 0 for an attention_mask without a single 1: where no token is to count, leave
+            the attention_mask and pass a completion_mask of False.
         The others: as in `linear_policy_loss`. Ratios of whole sequences take `token_logprobs` and `policy_loss`.
 
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
@@ -210,8 +211,9 @@ def patched(
 
     For trainers that call the model themselves. labels (B, T) are transformers': not shifted, -100 ignored. log_probs and
     entropy stand at their label. The loss is transformers' too: the mean of -log_probs over labels, or their sum divided by
-    num_items_in_batch, plus router_aux_loss_coef * aux_loss where router logits are asked for; 0 where there is no label.
-    Other losses are written on log_probs. Without labels there are hidden states only, so `generate` does not work.
+    num_items_in_batch; 0 where there is no label, whatever num_items_in_batch is. router_aux_loss_coef * aux_loss is added
+    where router logits are asked for; it is transformers' own, 0 / 0 for an attention_mask without a single 1. Other losses
+    are written on log_probs. Without labels there are hidden states only, so `generate` does not work.
 
     Only this instance is patched, in its `forward`: hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
     when the context ends, in whatever way. Raises as `token_logprobs` does, and RuntimeError where the model is patched.
@@ -224,10 +226,10 @@ def patched(
         out = linear_logprobs(
             hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
         )
-        count = arguments["num_items_in_batch"]
-        if count is None:
-            count = (tokens != validation.IGNORED_TOKEN).sum().clamp(min=1)
-        return {"loss": -out.logprobs.sum() / count, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
+        count = arguments["num_items_in_batch"]  # 0 on a rank without labels
+        count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
+        loss = -mean_of_kept(out.logprobs, tokens != validation.IGNORED_TOKEN, count)
+        return {"loss": loss, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
     with _intercepted(model, compute, check):
         yield model
