@@ -83,6 +83,7 @@ def token_logprobs(
     position_ids: torch.Tensor | None = None,  # (B, T) or (1, T)
     temperature: float | torch.Tensor = 1.0,  # number or (B, T)
     entropy: bool = False,
+    fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -102,11 +103,13 @@ def token_logprobs(
             attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are handed on and end no sequence.
         temperature, entropy, workspace, backend, check: as in `linear_logprobs`. temperature (B, T) stands at the token that
             was sampled with it. check=False also leaves out the comparison of the model's softcap and scale.
+        fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as `LMHead` says. A head that casts
+            in its own forward asks for it itself.
         model_inputs: further arguments of the model, such as pixel_values or output_router_logits.
 
     Raises TypeError or ValueError for models and arguments that do not fit, those of `LMHead.from_model` included.
     """
-    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check)
+    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     mask, tokens = _targets(batch)
     temperature = _ahead(input_ids, "temperature", temperature)
 
@@ -140,6 +143,7 @@ def causal_lm_policy_loss(
     entropy: bool = False,
     add_aux_loss: bool = False,
     skip_zero_weight: bool = True,
+    fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -148,7 +152,8 @@ def causal_lm_policy_loss(
     """`linear_policy_loss` of a model and token ids: one forward of the model, one sweep over the vocabulary.
 
     Args:
-        model, input_ids, attention_mask, completion_mask, position_ids, temperature, model_inputs: as in `token_logprobs`.
+        model, input_ids, attention_mask, completion_mask, position_ids, temperature, fp32_head, model_inputs: as in
+            `token_logprobs`.
         old_logprobs, ref_logprobs, rollout_weights: (B, T), as `token_logprobs` returns them; read where tokens are kept.
         advantages: (B, T), or one per sequence: (B,), or (S,) with sequence_ids.
         sequence_ids: (B, T) int, for packed rows: which sequence, numbered from 0, each token belongs to. None: the rows are
@@ -161,7 +166,7 @@ def causal_lm_policy_loss(
 
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
     """
-    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check)
+    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     tokens = _targets(batch)[1]
     packed = sequence_ids is not None
 
@@ -200,6 +205,7 @@ def patched(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -222,7 +228,7 @@ def patched(
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         if arguments["labels"] is None:
             return {}
-        tokens = _targets(_Batch(arguments["labels"], None, None, None, check))[1]
+        tokens = _targets(_Batch(arguments["labels"], None, None, None, check, fp32_head))[1]
         out = linear_logprobs(
             hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
         )
@@ -231,23 +237,24 @@ def patched(
         loss = -mean_of_kept(out.logprobs, tokens != validation.IGNORED_TOKEN, count)
         return {"loss": loss, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
-    with _intercepted(model, compute, check):
+    with _intercepted(model, compute, check, fp32_head):
         yield model
 
 
 @contextmanager
-def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool) -> Iterator[None]:
+def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_head: bool) -> Iterator[None]:
     """The causal language model's forward replaced, on the instance."""
     lm = _causal_lm(model)
     replaced = vars(lm).get("forward")
     original = lm.forward
     if hasattr(original, _OURS):
         raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
-    LMHead.from_model(lm)  # raises before any work; built anew in forward, where FSDP's weights are whole
+    LMHead.from_model(lm, fp32_head=fp32_head)  # raises before any work; built anew in forward, where FSDP's weights are whole
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> HeadlessOutput:
-        return _headless_forward(lm, original, compute, check, args, kwargs)
+        head = LMHead.from_model(lm, fp32_head=fp32_head)
+        return _headless_forward(lm, head, original, compute, check, args, kwargs)
 
     setattr(forward, _OURS, True)
     lm.forward = forward
@@ -260,11 +267,17 @@ def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool) -> Iter
 
 
 def _headless_forward(
-    lm: PreTrainedModel, original: Callable, compute: _Compute, check: bool, args: tuple, kwargs: dict[str, Any]
+    lm: PreTrainedModel,
+    head: LMHead,
+    original: Callable,
+    compute: _Compute,
+    check: bool,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> HeadlessOutput:
     """The model's own forward, with `compute` in the place of its lm_head."""
     arguments, inputs = _loss_arguments(original, args, kwargs)
-    head, layer = LMHead.from_model(lm), lm.get_output_embeddings()
+    layer = lm.get_output_embeddings()
     probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
     calls: list[tuple[torch.Tensor, dict[str, Any]]] = []  # hidden states, and what was computed of them
 
@@ -324,6 +337,7 @@ class _Batch(NamedTuple):
     completion_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     check: bool
+    fp32_head: bool
 
 
 def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs: dict[str, Any]) -> HeadlessOutput:
@@ -340,13 +354,13 @@ def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs:
     inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     inputs |= {"use_cache": False} if "use_cache" in accepted else {}
     inputs = {name: value for name, value in inputs.items() if value is not None} | model_inputs
-    with _intercepted(model, compute, batch.check):
+    with _intercepted(model, compute, batch.check, batch.fp32_head):
         return model(**inputs)
 
 
 def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens have a prediction and are asked for, (B, T) bool; and they, where they are predicted, -100 elsewhere."""
-    ids, attention_mask, completion_mask, position_ids, check = batch
+    ids, attention_mask, completion_mask, position_ids, check, _ = batch
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
         shape = tuple(getattr(ids, "shape", ()))
         raise TypeError(f"input_ids and labels must be integer tensors (B, T); got {validation.kind(ids)} {shape}")
