@@ -200,12 +200,13 @@ def gradients_of(
     weight_grad: torch.Tensor | None = None,
 ) -> Gradients:
     """The two-pass backward; dX complete on every rank of the group."""
-    gradients = Gradients(
-        *ops.two_pass_backward(
-            *rows, *head, list(statistics), grad_logprobs, grad_entropy, list(wanted), workspace, backend, weight_grad,
-            group is not None,
-        )
-    )  # fmt: skip
+    with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under it
+        gradients = Gradients(
+            *ops.two_pass_backward(
+                *rows, *head, list(statistics), grad_logprobs, grad_entropy, list(wanted), workspace, backend, weight_grad,
+                group is not None,
+            )
+        )  # fmt: skip
     if group is None:
         return gradients
     dhidden, dlora_hidden = (distributed.all_reduced(x, group) for x in gradients[:2])

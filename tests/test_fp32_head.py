@@ -31,7 +31,9 @@ def problem_in(hidden: torch.dtype, weight: torch.dtype, beside: torch.dtype | N
     return replace(problem, old_logprobs=logprobs + torch.randn(24))
 
 
-def result_of(schedule: str, problem: Problem, autocast: torch.dtype | None = None, **options) -> Result:
+def result_of(
+    schedule: str, problem: Problem, autocast: torch.dtype | None = None, backward_too: bool = False, **options
+) -> Result:
     leaves = problem.leaves()
     inputs = leaves.hidden, leaves.head, leaves.tokens
     old, advantages = leaves.old_logprobs, leaves.advantages
@@ -42,7 +44,8 @@ def result_of(schedule: str, problem: Problem, autocast: torch.dtype | None = No
         else:
             logprobs = linear_logprobs(*inputs, mask=leaves.mask, **options).logprobs
             loss = policy_loss(logprobs, old, advantages, objective=CISPO(), mask=leaves.mask, reduction="sum").loss
-    return Result.of(leaves, logprobs, loss)
+    with under(autocast if backward_too else None):
+        return Result.of(leaves, logprobs, loss)
 
 
 def tensors(result: Result) -> list[torch.Tensor]:
@@ -79,6 +82,16 @@ def test_values_and_all_gradients(schedule, autocast, hidden, weight, backend):
     for name in ("dweight", "dbias", "da", "db"):
         assert relative_error(getattr(wide, name), getattr(want, name)) < 1e-5
     assert (got.dhidden.dtype, got.dweight.dtype, got.dbias.dtype, got.da.dtype) == (hidden, weight, weight, weight)
+
+
+@pytest.mark.parametrize("fp32_head", [False, True])
+@SCHEDULES
+def test_backward_may_be_called_under_autocast(schedule, fp32_head):
+    """It decides nothing there: the products are in the dtype of the forward's, and sums in float32."""
+    problem = problem_in(f32, f32, fp32_head=fp32_head)
+    inside, outside = (result_of(schedule, problem, bf16, backward_too=b) for b in (True, False))
+    for mine, other in zip(tensors(inside), tensors(outside), strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize(("weight", "beside"), [(bf16, f32), (f32, bf16), (f16, bf16)], ids=str)
