@@ -6,6 +6,7 @@ import gc
 import types
 import warnings
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ NOT_CASTING = {
     "scaled": lambda layer, x, z: 1.0001 * z,
     "softcap": lambda layer, x, z: 30 * torch.tanh(z / 30),
     "a banned column": lambda layer, x, z: z.index_fill(-1, torch.tensor([V - 2]), -torch.inf),
+    "columns of padding": lambda layer, x, z: z.masked_fill(torch.arange(z.shape[-1]) >= V - 3, -torch.inf),
     "one column scaled": lambda layer, x, z: torch.cat([z[..., :5], 1.01 * z[..., 5:6], z[..., 6:]], -1),
     "normalised": lambda layer, x, z: F.linear(F.normalize(x.float(), dim=-1), layer.weight.float()),
     "dropout": lambda layer, x, z: F.dropout(z, 0.5, training=True),
@@ -370,9 +372,9 @@ def on_ranks(rank: int, ranks: int) -> dict[str, float]:
     from torch.distributed.fsdp import fully_shard
 
     mesh, errors = init_device_mesh("cpu", (ranks,)), {}
-    for name, units in {"the root's": ("",), "its own": ("lm_head", "")}.items():
-        model = llama(Casted(H, V, bias=False))
-        whole = llama(Casted(H, V, bias=False))
+    for dtype, units in product((f32, bf16), (("",), ("lm_head", ""))):
+        model, whole = (llama(Casted(H, V, bias=False), dtype) for _ in range(2))
+        name = f"{dtype} {units}"
         for unit in units:
             fully_shard(model.get_submodule(unit), mesh=mesh)
         head = LMHead.from_model(model)  # sharded: asked without a collective
@@ -382,7 +384,7 @@ def on_ranks(rank: int, ranks: int) -> dict[str, float]:
         logprobs.sum().backward()
         want, gradient = wanted(whole, states_of(whole, True))
         errors[f"{name}, logprobs"] = (logprobs[:, 1:] - want).abs().max().item()
-        found = model.lm_head.weight.grad.full_tensor()
+        found = model.lm_head.weight.grad.full_tensor().double()
         errors[f"{name}, dW"] = ((found + gradient).norm() / gradient.norm()).item()
     few = nn.Linear(H, 1, bias=False)
     few.__class__ = Casted
@@ -395,8 +397,9 @@ def on_ranks(rank: int, ranks: int) -> dict[str, float]:
 @pytest.mark.xdist_group("data-parallel ranks")
 def test_fsdp():
     for errors in run_on_ranks(on_ranks, 2, 2):
-        assert len(errors) == 4
-        assert all(error < 5e-5 for error in errors.values()), errors
+        assert len(errors) == 8
+        for name, error in errors.items():  # a gradient of a 16-bit weight is rounded to it
+            assert error < (4e-3 if "bfloat16" in name and "dW" in name else 5e-5), errors
 
 
 def test_objectives_take_it_too():
