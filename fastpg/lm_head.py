@@ -116,8 +116,8 @@ class LMHead:
         fp32_head: as in `LMHead`. A layer whose own forward casts to float32, and is linear otherwise, asks for it itself:
         `F.linear(x.float(), self.weight.float())`, in a class or on the instance. It is run once to know (`casting_heads`).
 
-        Raises ValueError where the model has no output embeddings, and where these are not a plain linear layer: quantised,
-        with code of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
+        Raises ValueError where the model has no output embeddings, and where these are no such layer: quantised, with other
+        code of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
         """
         output = model.get_output_embeddings()
         if output is None:
