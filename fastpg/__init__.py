@@ -7,6 +7,7 @@ from .lm_head import LMHead
 from .losses import PolicyLossOutput, policy_loss
 from .objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
 from .one_pass import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
+from .reductions import masked_mean
 from .selective import selective_logprobs
 from .two_pass import TokenLogprobs, linear_logprobs
 
@@ -29,6 +30,7 @@ __all__ = [
     "linear_cispo_loss",
     "linear_logprobs",
     "linear_policy_loss",
+    "masked_mean",
     "policy_loss",
     "selective_logprobs",
 ]

@@ -18,8 +18,8 @@ from .lm_head import LMHead
 
 # what must be equal on all ranks
 _EQUAL = (
-    "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora", "lora's scale",
-    "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
+    "fp32_head", "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora",
+    "lora's scale", "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
     "whether there is a gradient to compute", "the backend", "check", "old_logprobs",
 )  # fmt: skip
 _OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "rows of a chunk")
@@ -56,7 +56,8 @@ class Facts:
         of_lora = head.lora is not None and head.lora.a.requires_grad
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         values = (
-            dtypes.index(hidden.dtype), hidden.shape[-1], len(kept), ((kept + 2) * (place * 2654435761 + 1)).sum(),
+            int(head.fp32_head), dtypes.index(hidden.dtype), hidden.shape[-1], len(kept),
+            ((kept + 2) * (place * 2654435761 + 1)).sum(),
             0 if head.lora is None else len(head.lora.a), _bits(0 if head.lora is None else head.lora.scale),
             _bits(head.softcap or 0), _bits(head.logit_scale),
             _checksum(temperature, computed, place), int(entropy), grad * (2 * hidden.requires_grad + of_lora),

@@ -102,7 +102,8 @@ def deviations(
         raise AssertionError(f"expected {sorted(want.keys() - {'scale'})}; got {sorted(got)}")
     dtype, keep = x.hidden.dtype, x.keep().flatten()
     logprobs = want["logp"].flatten()
-    tolerance = logprob_tolerance(_largest_logits(x, keep), dtype, x.head.hidden_size, device)
+    multiplied = torch.float32 if x.head.fp32_head and dtype != torch.float64 else dtype
+    tolerance = logprob_tolerance(_largest_logits(x, keep), multiplied, x.head.hidden_size, device)
     # relative to a small |logp|, down to where it is no number of the dtype that it is reported in
     smallest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).tiny
     of_logprobs = tolerance * logprobs.abs().clamp(max=1) + smallest

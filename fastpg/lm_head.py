@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .casting_heads import casts_to_fp32
 from .validation import FLOATING_DTYPES, is_positive_number, kind
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class LMHead:
     vocab_start: with a group, which entry of the vocabulary row 0 of the weight is.
     weight_grad: (V, H) buffer in float32 (float64 for float64 weights). The weight's gradient is added to it in backward,
         and `weight.grad` stays as it is: micro-batches summed in 16 bits are biased.
+    fp32_head: True: hidden, weight, bias and LoRA's factors are used in float32, under autocast too. Each may then be in any
+        of float16, bfloat16 and float32; float64 stays and is not mixed with others. Gradients come back in the inputs' dtypes.
+        A 16-bit weight is copied to float32 for the call, (V, H), in two passes until backward. False: under autocast its
+        dtype is used. A float32 weight alone is no request, as master weights are float32 too.
 
     A weight that is a DTensor is used in place where its rows are sharded on `group` (then vocab_start is known), and
     gathered for the call otherwise; see `fastpg.distributed`.
@@ -58,6 +63,7 @@ class LMHead:
     group: ProcessGroup | None = None
     vocab_start: int | None = None
     weight_grad: torch.Tensor | None = None
+    fp32_head: bool = False
 
     def __post_init__(self) -> None:
         weight, bias = self.weight, self.bias
@@ -65,8 +71,11 @@ class LMHead:
             raise TypeError(f"head.weight must be a floating-point tensor (V, H); got {kind(weight)}")
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"head.weight must be (V, H) with V >= 1 and H >= 1; got shape {tuple(weight.shape)}")
+        if not isinstance(self.fp32_head, bool):
+            raise TypeError(f"head.fp32_head must be True or False; got {kind(self.fp32_head)}")
         if bias is not None:
-            if not isinstance(bias, torch.Tensor) or bias.dtype != weight.dtype or bias.device != weight.device:
+            allowed = _mixed_dtypes(weight, self.fp32_head)
+            if not isinstance(bias, torch.Tensor) or bias.dtype not in allowed or bias.device != weight.device:
                 raise TypeError(
                     f"head.bias must be a tensor with the weight's dtype and device ({weight.dtype}, {weight.device}); "
                     f"got {kind(bias)}{f' on {bias.device}' if isinstance(bias, torch.Tensor) else ''}"
@@ -78,7 +87,7 @@ class LMHead:
         if not is_positive_number(self.logit_scale):
             raise ValueError(f"head.logit_scale must be a positive number; got {self.logit_scale!r}")
         if self.lora is not None:
-            _check_lora(self.lora, weight)
+            _check_lora(self.lora, weight, _mixed_dtypes(weight, self.fp32_head) | {torch.float32})
             object.__setattr__(self, "lora", LoRA(*self.lora))
         if self.weight_grad is not None:
             _check_weight_grad(self.weight_grad, weight)
@@ -97,15 +106,18 @@ class LMHead:
         return self.weight.shape[1]
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel) -> LMHead:
+    def from_model(cls, model: PreTrainedModel, *, fp32_head: bool = False) -> LMHead:
         """The head of a transformers causal language model, read from its output embeddings and its configuration.
 
         Understands final logit soft-capping (Gemma 2 and 3, RecurrentGemma, xLSTM) and logit scales (Cohere, Granite,
         Falcon-H1, HyperCLOVA X). Of PEFT's layers: LoRA with one active adapter (none where adapters are disabled or merged:
         then the base weight), and modules_to_save (the active copy). Read it anew after adapters are switched.
 
-        Raises ValueError where the model has no output embeddings, and where these are not a plain linear layer: quantised,
-        with code of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
+        fp32_head: as in `LMHead`. A layer whose own forward casts to float32, and is linear otherwise, asks for it itself:
+        `F.linear(x.float(), self.weight.float())`, in a class or on the instance. It is run once to know (`casting_heads`).
+
+        Raises ValueError where the model has no output embeddings, and where these are no such layer: quantised, with other
+        code of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
         """
         output = model.get_output_embeddings()
         if output is None:
@@ -113,9 +125,11 @@ class LMHead:
                 f"{type(model).__name__} has no output embeddings; pass LMHead(weight, ...) instead of LMHead.from_model(model)"
             )
         layer, lora = _layer_and_lora(output)
+        fp32_head = fp32_head or not _has_forward_of(layer, torch.nn.Linear)  # then it is one that casts
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         softcap = next((cap for name in _SOFTCAP_NAMES if (cap := getattr(config, name, None))), None)
-        return cls(layer.weight, layer.bias, softcap, _config_scale(config), lora)
+        bias = getattr(layer, "bias", None)
+        return cls(layer.weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
 
 
 class Projection(NamedTuple):
@@ -146,12 +160,16 @@ def as_head(head: torch.Tensor | LMHead) -> LMHead:
     return head if isinstance(head, LMHead) else LMHead(head)
 
 
-def _check_lora(lora: object, weight: torch.Tensor) -> None:
+def _mixed_dtypes(weight: torch.Tensor, fp32_head: bool) -> set[torch.dtype]:
+    """What may stand beside the weight."""
+    return set(FLOATING_DTYPES) - {torch.float64} if fp32_head and weight.dtype != torch.float64 else {weight.dtype}
+
+
+def _check_lora(lora: object, weight: torch.Tensor, allowed: set[torch.dtype]) -> None:
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"head.lora must be (A, B, scale) or None; got {kind(lora)}")
     a, b, scale = lora
     vocab, hidden_size = weight.shape
-    allowed = {weight.dtype, torch.float32}
     for name, factor in (("A", a), ("B", b)):
         if not isinstance(factor, torch.Tensor) or factor.dtype not in allowed or factor.device != weight.device:
             where = f" on {factor.device}" if isinstance(factor, torch.Tensor) else ""
@@ -196,22 +214,23 @@ def _config_scale(config) -> float:
     return float(scale)
 
 
-def _layer_and_lora(layer: torch.nn.Module) -> tuple[torch.nn.Linear, LoRA | None]:
-    """The plain linear layer inside output embeddings, and what PEFT adds to it."""
+def _layer_and_lora(layer: torch.nn.Module) -> tuple[torch.nn.Module, LoRA | None]:
+    """The linear layer inside output embeddings, plain or casting to float32, and what PEFT adds to it."""
     if "peft" in sys.modules:  # imported by whoever wrapped the layer
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
         if isinstance(layer, BaseTunerLayer):
-            return _plain_linear(layer.base_layer), _active_lora(layer)
+            return _linear(layer.base_layer), _active_lora(layer)
         if isinstance(layer, ModulesToSaveWrapper):
             active = [] if layer.disable_adapters else layer.active_adapters
             layer = layer.modules_to_save[active[0]] if active else layer.original_module
-    return _plain_linear(layer), None
+    return _linear(layer), None
 
 
-def _plain_linear(layer: torch.nn.Module) -> torch.nn.Linear:
-    if not isinstance(layer, torch.nn.Linear) or not _has_forward_of(layer, torch.nn.Linear):
+def _linear(layer: torch.nn.Module) -> torch.nn.Module:
+    plain = isinstance(layer, torch.nn.Linear) and _has_forward_of(layer, torch.nn.Linear)
+    if not plain and not casts_to_fp32(layer):
         raise ValueError(
             f"the output embeddings are {_type_name(layer)}, whose forward is not that of torch.nn.Linear; compute the logits "
             "in full, or pass LMHead(weight, ...) if they are hidden @ weight.T + bias"

@@ -50,7 +50,8 @@ def linear_logprobs(
         hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
             (already shifted). A hidden that cannot be viewed as (N, H), such as `states[:, :-1]`, is copied once; to avoid
             that, pass all states and end `tokens` with -100.
-        head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale.
+        head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale. Under torch.autocast both
+            are used in its dtype, those in float32 too, unless LMHead(weight, fp32_head=True) asks for float32.
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.
         mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic.
         temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
@@ -100,9 +101,9 @@ def prepare(
     backend: str | None,
     check: bool,
 ) -> tuple[torch.Tensor, LMHead, torch.Tensor, str]:
-    """What both schedules do first: checks, autocast, which tokens count, (...) bool, and the backend."""
+    """What both schedules do first: checks, casts, which tokens count, (...) bool, and the backend."""
     head = distributed.localized(as_head(head))
-    hidden, head = _autocast(hidden, head)
+    hidden, head = _cast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
     backend = ops.choose_backend(backend, hidden)
     keep = tokens != validation.IGNORED_TOKEN
@@ -120,22 +121,30 @@ def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def _autocast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
-    """Under autocast, hidden and head in its dtype (float64 stays, as in torch's own products); otherwise unchanged."""
-    if not isinstance(hidden, torch.Tensor):
+def _cast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
+    """hidden and head in the dtype that is asked for; unchanged where none is."""
+    dtype = _asked_dtype(hidden, head)
+    if dtype is None:
         return hidden, head
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(hidden.device.type):
-        return hidden, head  # (Dynamo of torch 2.9 cannot ask)
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, head
-    if torch.float64 in (hidden.dtype, head.weight.dtype) or not hidden.is_floating_point():
-        return hidden, head
-    dtype = torch.get_autocast_dtype(hidden.device.type)
     bias, weight = None if head.bias is None else head.bias.to(dtype), head.weight.to(dtype)
     # under no_grad the cast weight requires no gradient, and nothing will be added
     weight_grad = head.weight_grad if weight.requires_grad else None
     lora = _in_dtype(head.lora, dtype)
     return hidden.to(dtype), replace(head, weight=weight, bias=bias, lora=lora, weight_grad=weight_grad)
+
+
+def _asked_dtype(hidden: torch.Tensor, head: LMHead) -> torch.dtype | None:
+    """float32 with head.fp32_head, else that of autocast where it is on. float64 stays, as in torch's own products."""
+    if not isinstance(hidden, torch.Tensor) or hidden.dtype not in validation.FLOATING_DTYPES:
+        return None
+    if torch.float64 in (hidden.dtype, head.weight.dtype):
+        return None
+    if head.fp32_head:
+        return torch.float32
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(hidden.device.type):
+        return None  # (Dynamo of torch 2.9 cannot ask)
+    on = torch.is_autocast_enabled(hidden.device.type)
+    return torch.get_autocast_dtype(hidden.device.type) if on else None
 
 
 def _in_dtype(lora: LoRA | None, dtype: torch.dtype) -> LoRA | None:
@@ -197,12 +206,13 @@ def gradients_of(
     weight_grad: torch.Tensor | None = None,
 ) -> Gradients:
     """The two-pass backward; dX complete on every rank of the group."""
-    gradients = Gradients(
-        *ops.two_pass_backward(
-            *rows, *head, list(statistics), grad_logprobs, grad_entropy, list(wanted), workspace, backend, weight_grad,
-            group is not None,
-        )
-    )  # fmt: skip
+    with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under it
+        gradients = Gradients(
+            *ops.two_pass_backward(
+                *rows, *head, list(statistics), grad_logprobs, grad_entropy, list(wanted), workspace, backend, weight_grad,
+                group is not None,
+            )
+        )  # fmt: skip
     if group is None:
         return gradients
     dhidden, dlora_hidden = (distributed.all_reduced(x, group) for x in gradients[:2])

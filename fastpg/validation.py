@@ -45,8 +45,8 @@ def check_linear_inputs(
         raise TypeError(f"hidden must be float16, bfloat16, float32 or float64; got {hidden.dtype}")
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"hidden is {hidden.dtype} but head.weight is {weight.dtype}; cast one of them (for an fp32 head on bf16 hidden "
-            "states pass both in fp32), or call under torch.autocast"
+            f"hidden is {hidden.dtype} but head.weight is {weight.dtype}; cast one of them, or pass LMHead(weight, "
+            "fp32_head=True) for float32 products of both (not of float64), or call under torch.autocast"
         )
     if hidden.dim() == 0 or hidden.shape[-1] != head.hidden_size:
         raise ValueError(

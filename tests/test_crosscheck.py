@@ -235,6 +235,12 @@ def test_what_the_library_refuses_stays_its_error():
         assert_matches_oracle(problem.hidden, LMHead(torch.randn(30, 63)), *arguments_of(problem)[2:])
 
 
+def test_an_fp32_head_on_16_bit_states():
+    problem = random_problem(30, 50, torch.bfloat16)
+    head = LMHead(problem.head.weight.float(), fp32_head=True)
+    assert_matches_oracle(problem.hidden, head, problem.tokens, problem.old_logprobs, problem.advantages)
+
+
 def test_the_tolerances_are_those_of_the_tests():
     import problems
 

@@ -81,7 +81,7 @@ def imports(path: Path) -> set[str]:
 
 # Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
 LAYERS = [
-    {"accuracy", "validation", "metrics", "profiling", "compile_report", "buffers"},
+    {"accuracy", "validation", "metrics", "profiling", "compile_report", "buffers", "casting_heads"},
     {"lm_head", "sequences", "advantages"},
     {"objectives", "reductions"},
     {"products"},

@@ -345,6 +345,42 @@ def test_bf16(cast, autocast):
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=0, atol=tolerance)
 
 
+class Casting(nn.Linear):
+    def forward(self, hidden):
+        return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("asks", ["nobody", "the trainer", "the head", "both"])
+def test_who_asks_for_a_float32_head(asks, autocast):
+    """TRL's setting, which gives the layer a forward of its own, or a head that casts by itself: float32 under autocast too."""
+    model = tiny_model()
+    if asks in ("the head", "both"):
+        head = Casting(32, VOCAB, bias=False)
+        head.load_state_dict(model.lm_head.state_dict())
+        model.lm_head = head
+    model = model if autocast else model.bfloat16()
+    fused(model, cast_lm_head_to_fp32=asks in ("the trainer", "both"), outputs=("log_probs", "entropy"))
+    if asks == "the trainer":
+        model.lm_head.float()
+        model.lm_head.forward = lambda x, layer=model.lm_head: nn.functional.linear(x.float(), layer.weight.float())
+    states, ids = [], torch.randint(2, VOCAB, (2, 9))
+    model.base_model.register_forward_hook(lambda module, args, result: states.append(result[0].detach()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), use_fastpg(stub(model)):
+        out = model(ids, labels=ids, fused_lm_head=True)
+    logits = states[-1][:, :-1].double() @ model.lm_head.weight.double().T
+    want = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    error = float((out.log_probs - want).detach().abs().max())
+    assert (error < 2e-5) == (asks != "nobody" or not autocast)  # without autocast the products of bf16 operands are exact
+    (-out.log_probs.sum()).backward()
+    logits = logits.detach().requires_grad_()
+    logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum().neg().backward()
+    gradient = logits.grad.flatten(0, 1).T @ states[-1][:, :-1].flatten(0, 1).double()
+    found = model.lm_head.weight.grad
+    rounded = asks == "nobody" or found.dtype == torch.bfloat16
+    assert float((found - gradient).norm() / gradient.norm()) < (1e-2 if rounded else 1e-5)
+
+
 def test_calls_go_through_the_models_own_call(make, calls):
     """Where the hooks of DDP and FSDP are."""
     trainer = make()

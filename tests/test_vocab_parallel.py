@@ -38,6 +38,7 @@ class Case:
     options: dict = field(default_factory=dict)
     workspaces: tuple[int, ...] | None = None  # by rank
     frozen: tuple[str, ...] = ()
+    autocast: bool = False
 
     @cached_property
     def problem(self) -> Problem:
@@ -86,7 +87,8 @@ def run_cases(rank: int, ranks: int) -> dict:
     for name, case in CASES[ranks].items():
         options = case.options | ({} if case.workspaces is None else {"workspace": case.workspaces[rank]})
         try:
-            results[name] = outcome(case, case.on_rank(rank, dist.group.WORLD), **options)
+            with torch.autocast("cpu", bf16, enabled=case.autocast):
+                results[name] = outcome(case, case.on_rank(rank, dist.group.WORLD), **options)
         except Exception:
             results[name] = traceback.format_exc()
     return results
@@ -104,6 +106,10 @@ def everything(dtype: torch.dtype, rows: int = 90, vocab: int = 701, hidden_size
         masked=True, lora=5, lora_dtype=None if dtype == torch.float64 else f32,
     )  # fmt: skip
     return moderate(problem) if dtype == f16 else problem
+
+
+def with_fp32_head(problem: Problem) -> Problem:
+    return replace(problem, head=replace(problem.head, fp32_head=True))
 
 
 def moderate(problem: Problem) -> Problem:
@@ -165,6 +171,8 @@ def parity_cases() -> dict[int, dict[str, Case]]:
             two[f"{schedule} frozen {' '.join(frozen)}"] = Case(some, edges, schedule, frozen=frozen)
         two[f"{schedule} all masked"] = Case(partial(all_masked, some), edges, schedule)
         two[f"{schedule} no tokens"] = Case(partial(random_problem, 0, 333, f32, bias=True, lora=3), edges, schedule)
+        asked = Case(lambda: with_fp32_head(everything(f32)), (0, 250, 701), schedule, autocast=True)
+        two[f"{schedule} fp32_head under autocast"] = asked
         two[f"{schedule} PPO"] = Case(some, edges, schedule, PPOClip(0.2))
     long = partial(wild, 600, 701, bf16, lora=4)
     four["one-pass wild"] = Case(long, uneven, "one-pass", workspaces=(4 * 2**20,) * 4)
@@ -306,6 +314,8 @@ on_rank_1("other scale of LoRA", "lora's scale", lora_scale=lambda a: 0.25)
 on_rank_1("no LoRA", "rank of lora", a=lambda a: None)
 on_rank_1("other softcap", "softcap", softcap=lambda a: 30.0)
 on_rank_1("other scale", "logit_scale", logit_scale=lambda a: 0.5)
+on_rank_1("other fp32_head", "agree on fp32_head", fp32_head=lambda a: True)
+on_rank_1("other weight, for fp32_head alone", (OTHER_FAILED, "fp32_head=True"), weight=lambda a: a["weight"].bfloat16())
 on_rank_1("frozen hidden", "need a gradient", hidden=lambda a: a["hidden"].detach())
 on_rank_1("other dtype", "dtype of hidden", **{n: lambda a, n=n: a[n].double() for n in ("hidden", "weight", "a", "b")})
 on_rank_1("mask of a wrong dtype", (OTHER_FAILED, "mask must be a bool tensor"), mask=lambda a: torch.ones(12))
@@ -369,7 +379,7 @@ def right_arguments(rank: int, group) -> dict:
         "hidden": hidden.requires_grad_(), "weight": weight[rows].requires_grad_(), "a": a, "b": b[rows], "softcap": None,
         "lora_scale": 0.5, "logit_scale": 1.0, "group": group, "vocab_start": rows.start, "old": random(12) - 3,
         "advantages": random(12), "tokens": torch.arange(12) * 4, "mask": None, "temperature": 1.0, "workspace": None,
-        "check": True,
+        "check": True, "fp32_head": False,
     }  # fmt: skip
 
 
@@ -377,7 +387,7 @@ def call(schedule: str, given: dict) -> torch.Tensor:
     lora = None if given["a"] is None else (given["a"], given["b"], given["lora_scale"])
     head = LMHead(
         given["weight"], softcap=given["softcap"], logit_scale=given["logit_scale"], lora=lora, group=given["group"],
-        vocab_start=given["vocab_start"],
+        vocab_start=given["vocab_start"], fp32_head=given["fp32_head"],
     )  # fmt: skip
     options = {name: given[name] for name in ("mask", "temperature", "workspace", "check")}
     if schedule == "two-pass":

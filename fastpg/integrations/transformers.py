@@ -30,7 +30,7 @@ from ..lm_head import LMHead
 from ..losses import PolicyLossOutput
 from ..objectives import KLPenalty, Objective, ObjectiveFunction
 from ..one_pass import linear_policy_loss
-from ..reductions import Reduction
+from ..reductions import Reduction, mean_of_kept
 from ..two_pass import linear_logprobs
 
 # What is made of the hidden states (B, T, H), the head and `labels`: fields of a HeadlessOutput.
@@ -83,6 +83,7 @@ def token_logprobs(
     position_ids: torch.Tensor | None = None,  # (B, T) or (1, T)
     temperature: float | torch.Tensor = 1.0,  # number or (B, T)
     entropy: bool = False,
+    fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -102,11 +103,13 @@ def token_logprobs(
             attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are handed on and end no sequence.
         temperature, entropy, workspace, backend, check: as in `linear_logprobs`. temperature (B, T) stands at the token that
             was sampled with it. check=False also leaves out the comparison of the model's softcap and scale.
+        fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as `LMHead` says. A head that casts
+            in its own forward asks for it itself.
         model_inputs: further arguments of the model, such as pixel_values or output_router_logits.
 
     Raises TypeError or ValueError for models and arguments that do not fit, those of `LMHead.from_model` included.
     """
-    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check)
+    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     mask, tokens = _targets(batch)
     temperature = _ahead(input_ids, "temperature", temperature)
 
@@ -140,6 +143,7 @@ def causal_lm_policy_loss(
     entropy: bool = False,
     add_aux_loss: bool = False,
     skip_zero_weight: bool = True,
+    fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -148,19 +152,21 @@ def causal_lm_policy_loss(
     """`linear_policy_loss` of a model and token ids: one forward of the model, one sweep over the vocabulary.
 
     Args:
-        model, input_ids, attention_mask, completion_mask, position_ids, temperature, model_inputs: as in `token_logprobs`.
+        model, input_ids, attention_mask, completion_mask, position_ids, temperature, fp32_head, model_inputs: as in
+            `token_logprobs`.
         old_logprobs, ref_logprobs, rollout_weights: (B, T), as `token_logprobs` returns them; read where tokens are kept.
         advantages: (B, T), or one per sequence: (B,), or (S,) with sequence_ids.
         sequence_ids: (B, T) int, for packed rows: which sequence, numbered from 0, each token belongs to. None: the rows are
             the sequences, of per-sequence advantages and the "seq-" reductions.
         add_aux_loss: add router_aux_loss_coef * aux_loss to the loss, as transformers does when it is given labels; not
             divided by `denominator`: under gradient accumulation each micro-batch adds its own. metrics["aux_loss"] has the
-            aux_loss.
+            aux_loss. It is the model's own, 0 / 0 for an attention_mask without a single 1: where no token is to count, leave
+            the attention_mask and pass a completion_mask of False.
         The others: as in `linear_policy_loss`. Ratios of whole sequences take `token_logprobs` and `policy_loss`.
 
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
     """
-    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check)
+    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     tokens = _targets(batch)[1]
     packed = sequence_ids is not None
 
@@ -199,6 +205,7 @@ def patched(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -210,8 +217,9 @@ def patched(
 
     For trainers that call the model themselves. labels (B, T) are transformers': not shifted, -100 ignored. log_probs and
     entropy stand at their label. The loss is transformers' too: the mean of -log_probs over labels, or their sum divided by
-    num_items_in_batch, plus router_aux_loss_coef * aux_loss where router logits are asked for; 0 where there is no label.
-    Other losses are written on log_probs. Without labels there are hidden states only, so `generate` does not work.
+    num_items_in_batch; 0 where there is no label, whatever num_items_in_batch is. router_aux_loss_coef * aux_loss is added
+    where router logits are asked for; it is transformers' own, 0 / 0 for an attention_mask without a single 1. Other losses
+    are written on log_probs. Without labels there are hidden states only, so `generate` does not work.
 
     Only this instance is patched, in its `forward`: hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
     when the context ends, in whatever way. Raises as `token_logprobs` does, and RuntimeError where the model is patched.
@@ -220,32 +228,33 @@ def patched(
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         if arguments["labels"] is None:
             return {}
-        tokens = _targets(_Batch(arguments["labels"], None, None, None, check))[1]
+        tokens = _targets(_Batch(arguments["labels"], None, None, None, check, fp32_head))[1]
         out = linear_logprobs(
             hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
         )
-        count = arguments["num_items_in_batch"]
-        if count is None:
-            count = (tokens != validation.IGNORED_TOKEN).sum().clamp(min=1)
-        return {"loss": -out.logprobs.sum() / count, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
+        count = arguments["num_items_in_batch"]  # 0 on a rank without labels
+        count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
+        loss = -mean_of_kept(out.logprobs, tokens != validation.IGNORED_TOKEN, count)
+        return {"loss": loss, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
-    with _intercepted(model, compute, check):
+    with _intercepted(model, compute, check, fp32_head):
         yield model
 
 
 @contextmanager
-def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool) -> Iterator[None]:
+def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_head: bool) -> Iterator[None]:
     """The causal language model's forward replaced, on the instance."""
     lm = _causal_lm(model)
     replaced = vars(lm).get("forward")
     original = lm.forward
     if hasattr(original, _OURS):
         raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
-    LMHead.from_model(lm)  # raises before any work; built anew in forward, where FSDP's weights are whole
+    LMHead.from_model(lm, fp32_head=fp32_head)  # raises before any work; built anew in forward, where FSDP's weights are whole
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> HeadlessOutput:
-        return _headless_forward(lm, original, compute, check, args, kwargs)
+        head = LMHead.from_model(lm, fp32_head=fp32_head)
+        return _headless_forward(lm, head, original, compute, check, args, kwargs)
 
     setattr(forward, _OURS, True)
     lm.forward = forward
@@ -258,11 +267,17 @@ def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool) -> Iter
 
 
 def _headless_forward(
-    lm: PreTrainedModel, original: Callable, compute: _Compute, check: bool, args: tuple, kwargs: dict[str, Any]
+    lm: PreTrainedModel,
+    head: LMHead,
+    original: Callable,
+    compute: _Compute,
+    check: bool,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> HeadlessOutput:
     """The model's own forward, with `compute` in the place of its lm_head."""
     arguments, inputs = _loss_arguments(original, args, kwargs)
-    head, layer = LMHead.from_model(lm), lm.get_output_embeddings()
+    layer = lm.get_output_embeddings()
     probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
     calls: list[tuple[torch.Tensor, dict[str, Any]]] = []  # hidden states, and what was computed of them
 
@@ -322,6 +337,7 @@ class _Batch(NamedTuple):
     completion_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     check: bool
+    fp32_head: bool
 
 
 def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs: dict[str, Any]) -> HeadlessOutput:
@@ -338,13 +354,13 @@ def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs:
     inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     inputs |= {"use_cache": False} if "use_cache" in accepted else {}
     inputs = {name: value for name, value in inputs.items() if value is not None} | model_inputs
-    with _intercepted(model, compute, batch.check):
+    with _intercepted(model, compute, batch.check, batch.fp32_head):
         return model(**inputs)
 
 
 def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens have a prediction and are asked for, (B, T) bool; and they, where they are predicted, -100 elsewhere."""
-    ids, attention_mask, completion_mask, position_ids, check = batch
+    ids, attention_mask, completion_mask, position_ids, check, _ = batch
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
         shape = tuple(getattr(ids, "shape", ()))
         raise TypeError(f"input_ids and labels must be integer tensors (B, T); got {validation.kind(ids)} {shape}")

@@ -12,19 +12,17 @@ where they found TRL's, inside the model's forward, so that hooks of DDP and FSD
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..lm_head import LMHead
+from ..reductions import mean_of_kept
 from ..two_pass import TokenLogprobs, linear_logprobs
 from ..validation import IGNORED_TOKEN
 
@@ -71,7 +69,8 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
 
     The trainer is a GRPOTrainer or RLOOTrainer, or another one built on TRL's fused head, after its construction. Losses,
     masks, metrics and reference models remain the trainer's own. Logits are fp32 whatever the dtype of the model; TRL's
-    own head rounds them to it. Nothing global is changed: only `forward` of the trainer's own models.
+    own head rounds them to it. cast_lm_head_to_fp32=True of the trainer's args, like a head that casts by itself, is fp32_head
+    of `LMHead`. Nothing global is changed: only `forward` of the trainer's own models.
 
     Args:
         workspace: bytes of transient memory, as in `linear_logprobs`.
@@ -161,22 +160,16 @@ class _Scorer(NamedTuple):
 
     def __call__(self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> TokenLogprobs:
         """Of tokens (B, T) under hidden (B, T, H). The head is read at each call: PEFT and FSDP exchange what it is made of."""
-        head = _head_of(model)
-        hidden, tokens = hidden.to(head.weight.device), tokens.to(head.weight.device)
-        fp32 = self.settings.cast_lm_head_to_fp32
-        if fp32:
-            hidden, bias = hidden.float(), None if head.bias is None else head.bias.float()
-            head = replace(head, weight=head.weight.float(), bias=bias)
-        with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
-            return linear_logprobs(
-                hidden,
-                head,
-                tokens,
-                temperature=self.settings.temperature,
-                entropy="entropy" in self.settings.outputs,
-                workspace=self.workspace,
-                backend=self.backend,
-            )
+        head = LMHead.from_model(model, fp32_head=self.settings.cast_lm_head_to_fp32)
+        return linear_logprobs(
+            hidden.to(head.weight.device),
+            head,
+            tokens.to(head.weight.device),
+            temperature=self.settings.temperature,
+            entropy="entropy" in self.settings.outputs,
+            workspace=self.workspace,
+            backend=self.backend,
+        )
 
 
 class _Placed(NamedTuple):
@@ -217,7 +210,8 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
     if shift_labels is None:
         log_probs, mask = log_probs[:, :-1], mask[:, :-1]
         entropy = None if entropy is None else entropy[:, :-1]
-    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
+    count = count.to(log_probs.device) if isinstance(count, torch.Tensor) else count
+    loss = -mean_of_kept(log_probs, mask, count)  # 0 without a label, where TRL's is 0 / 0 for a count of 0
     aux_loss = None
     if kwargs.get("output_router_logits"):
         aux_loss = _load_balancing_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
@@ -298,16 +292,6 @@ def _has_adapter(model: nn.Module) -> bool:
     return hasattr(model.get_output_embeddings(), "base_layer")
 
 
-def _head_of(model: nn.Module) -> LMHead:
-    layer = model.get_output_embeddings()
-    forward = vars(layer).get("forward") if isinstance(layer, nn.Linear) else None
-    if getattr(forward, "__name__", None) != "cast_forward_to_fp32" or not forward.__module__.startswith("trl."):
-        return LMHead.from_model(model)
-    layer = copy.copy(layer)  # of the same parameters, without the forward that TRL gave it: a linear layer's, in fp32
-    del layer.forward
-    return LMHead.from_model(types.SimpleNamespace(config=model.config, get_output_embeddings=lambda: layer))
-
-
 def _check_head(model: nn.Module) -> None:
     """That it can be read, and also in training mode: dropout of an adapter would be ignored."""
     if model.base_model is model:
@@ -316,7 +300,7 @@ def _check_head(model: nn.Module) -> None:
     training = layer.training
     try:
         layer.train()
-        _head_of(model)
+        LMHead.from_model(model)
     finally:
         layer.train(training)
 

@@ -26,7 +26,7 @@ def linear_cross_entropy(
 
     hidden (..., H) is flattened to N tokens as there; returns logprobs (N,) (log-probabilities, not losses), or their sum or
     mean over all N with reduction "sum" or "mean", and the entropies (N,), float32; both differentiable in hidden and weight.
-    A label of -100 has log-probability and entropy 0 (verl has no such label); it counts in the mean.
+    A label of -100 has log-probability and entropy 0 (verl has no such label); it counts in the mean. The mean of none is 0.
 
     dist_process_group: ranks that hold V rows each of the whole vocabulary, in rank order, as Megatron shards it. The gradient
     of hidden is the rank's share, as verl's is: Megatron's regions around the call sum it over the group. (fastpg's own
@@ -49,7 +49,8 @@ def linear_cross_entropy(
     logprobs, entropy = linear_logprobs(hidden, head, labels, temperature=temperature, entropy=True)
     if reduction == "none":
         return logprobs, entropy
-    return logprobs.sum() if reduction == "sum" else logprobs.mean(), entropy
+    total = logprobs.sum()
+    return total if reduction == "sum" else total / max(len(logprobs), 1), entropy
 
 
 class _ShareOfGradient(torch.autograd.Function):

@@ -1,0 +1,114 @@
+"""Whether an lm_head's own forward casts to float32 and is a linear layer otherwise: the layer itself is asked, not its name.
+
+Layers such as these, subclasses or instances with a forward of their own, ask for a float32 head:
+
+    F.linear(x.float(), self.weight.float())          with torch.autocast(device, enabled=False) around it, or without
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+_PROBES, _STAND_IN_ROWS, _ROWS = 3, 16, 8192
+
+# By layer, then by its forward and state. `LMHead.from_model` runs at every forward of a model.
+_answers: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
+
+
+def casts_to_fp32(layer: nn.Module) -> bool:
+    """Whether layer(x) is x.float() @ weight.float().T + bias in float32 whatever the dtype of x, to float32's rounding.
+
+    The layer's forward is run twice on three rows in 16 bits: on random weights in the place of its own, which shows that it
+    multiplies by `weight` and not by something it holds besides, and on its own, which shows all of the vocabulary. A weight
+    that is not here as a whole (FSDP's shards, ZeRO-3, meta tensors) is left out of that: no collective is run. The answer is
+    remembered. Hooks, random numbers, gradients and attributes of the layer are as before.
+    """
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not _is_torchs(weight) or not (bias is None or _is_torchs(bias)) or not weight.is_floating_point():
+        return False
+    answers, state = _answers.setdefault(layer, {}), _state(layer, weight)
+    if state not in answers:
+        answers[state] = _ask(layer, weight, bias)
+    return answers[state]
+
+
+def _is_torchs(x: object) -> bool:
+    """A plain tensor or a DTensor, not one of a quantisation library's."""
+    return isinstance(x, torch.Tensor) and type(x).__module__.partition(".")[0] == "torch"
+
+
+def _state(layer: nn.Module, weight: torch.Tensor) -> tuple:
+    """What another answer may depend on. References are weak, as a forward may hold its layer."""
+    forward = layer.forward
+    function, owner = getattr(forward, "__func__", forward), getattr(forward, "__self__", None)
+    try:
+        references = weakref.ref(function), None if owner is None else weakref.ref(owner)
+        hash(references)
+    except TypeError:  # of what has no weak references, or no hash: equal to nothing, so asked again
+        references = (object(),)
+    return *references, layer.training, weight.dtype, _is_whole(weight)
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > 0 and not weight.is_meta
+
+
+def _ask(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    whole = _is_whole(weight)
+    size = weight.shape[-1] if weight.dim() == 2 and weight.shape[-1] else getattr(layer, "in_features", 0)
+    if not size:
+        return False
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, weight.dtype)
+
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    # of unlike sizes, so that a softcap would show
+    rows = (random(1, _PROBES, size) * torch.tensor([1.0, 16.0, 256.0], device=device)[:, None]).to(dtype)
+    parts = [(random(_STAND_IN_ROWS, size), None if bias is None else random(_STAND_IN_ROWS))]
+    if whole:
+        parts.append((weight, bias))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return all(_is_fp32_product(_forward(layer, rows, *part), rows, *part) for part in parts)
+
+
+def _forward(layer: nn.Module, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The layer's forward with this weight and bias, its state restored; None where it fails."""
+    before = dict(vars(layer))
+    # attributes that torch.nn.Module reads parameters and buffers from
+    vars(layer)["_parameters"] = {**layer._parameters, "weight": weight, "bias": bias}
+    vars(layer)["_buffers"] = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
+    try:
+        with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
+            return layer.forward(rows)
+    except torch.OutOfMemoryError:  # says nothing about the layer
+        raise
+    except Exception:
+        return None
+    finally:
+        vars(layer).clear()
+        vars(layer).update(before)
+
+
+def _is_fp32_product(out: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """out against rows (1, P, H) @ weight (V, H) in float32, some rows of the weight at a time."""
+    if not isinstance(out, torch.Tensor) or out.dtype != torch.float32 or out.shape != (*rows.shape[:2], len(weight)):
+        return False
+    x = rows.float()
+    same = torch.ones((), dtype=torch.bool, device=rows.device)
+    for start in range(0, len(weight), _ROWS):
+        w = weight[start : start + _ROWS].float()
+        b = None if bias is None else bias[start : start + _ROWS].float()
+        want, got = F.linear(x, w, b), out[..., start : start + _ROWS]
+        # sums of H products in another order differ by less than this, and those rounded to 16 bits by many times as much
+        scale = x.norm(dim=-1, keepdim=True) * w.norm(dim=1) + (0 if b is None else b.abs())
+        close = (got - want).abs() <= 8 * torch.finfo(torch.float32).eps * scale
+        same &= (close | (got == want)).all()  # equal infinities: a bias of -inf bans a token
+    return bool(same)
