@@ -25,8 +25,9 @@ import goals
 import plots
 import torch
 from cases import Cell, batch, cpu_cells, gpu_cells, tiny_cells
-from measure import machine, measure
+from measure import attempt, machine, measure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from samples import sampled_cell
 from tqdm import tqdm
@@ -52,7 +53,7 @@ def main() -> None:
     console.print(about)
     results: dict = {"about": about, "rows": []}
     for cell, make in tqdm(chosen_cells(options), unit="cell"):
-        rows = measure(make(), cell.methods, options.rounds or cell.rounds, options.device, options.budget)
+        rows = rows_of(cell, make, options)
         results["rows"] += [describe(cell) | row for row in rows]
         save(results, options.out)  # what is measured is kept, whatever comes
         tqdm.write("", end="")
@@ -63,6 +64,14 @@ def main() -> None:
     save(results, options.out)
     plots.draw(results, options.out)
     console.print(f"wrote {options.out}/results.json, results.csv and plots")
+
+
+def rows_of(cell: Cell, make: Callable, options: argparse.Namespace) -> list[dict]:
+    """The cell's rows; a batch for which there is no memory is one row that says so."""
+    b, why_not = attempt(make, options.device)
+    if why_not is not None:
+        return [{"method": "bare products", "why_not": f"no batch: {why_not}"}]
+    return measure(b, cell.methods, options.rounds or cell.rounds, options.device, options.budget)
 
 
 def chosen_cells(options: argparse.Namespace) -> list[tuple[Cell, Callable]]:
@@ -93,7 +102,7 @@ def table(cell: Cell, rows: list[dict]) -> Table:
         shown.add_column(column, justify="right")
     for row in rows:
         if "why_not" in row:
-            shown.add_row(row["method"], *[""] * 6, row["why_not"])
+            shown.add_row(row["method"], *[""] * 6, escape(row["why_not"]))  # an error's text may look like markup
             continue
         memory = ("", "")
         if "gradient_bytes" in row:
