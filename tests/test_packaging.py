@@ -101,6 +101,21 @@ LAYERS = [
 ]
 
 
+def test_a_suite_in_parallel_survives_pytest_benchmark(tmp_path):
+    """Which says at its start that xdist disables it. A stand-in says it here: versions differ in when and how."""
+    pytest.importorskip("xdist")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    said = "Benchmarks are automatically disabled because xdist plugin is active.Benchmarks cannot be performed reliably"
+    plugin = f"import warnings, pytest\n@pytest.hookimpl(trylast=True)\ndef pytest_configure(config): warnings.warn({said!r})\n"
+    (tmp_path / "stand_in.py").write_text(plugin)
+    (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
+    code = "import sys, pytest; sys.path.insert(0, '.'); sys.exit(pytest.main(sys.argv[1:]))"
+    arguments = ["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "stand_in", "-n", "1", "test_one.py"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
 def test_modules_import_only_what_lies_below_them():
     below: set[str] = set()
     for layer in LAYERS:
