@@ -15,6 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +23,12 @@ from typing import NamedTuple
 import torch
 
 from . import crosscheck_cases as cases
-from . import lm_head, ops, reference
+from . import crosscheck_compile, lm_head, ops, reference
 from .crosscheck_cases import Case, Inputs, Outcome, Settings
 from .lm_head import LMHead, as_head
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
 from .reductions import Reduction
+from .threads import one_thread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}
 
@@ -244,9 +246,7 @@ def _finite(x: float) -> float | None:
 def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
     """The case on each backend and device of `places`; the oracle's part of the work is done once."""
     x, settings, entropy = cases.inputs_of(case), case.settings(), "entropy" in case.features
-    wanted = [(b, d) for b, d in places.items() if b.split()[0] in case.backends]
-    if case.dtype == torch.float64:
-        wanted = [(b, d) for b, d in wanted if b.startswith("torch")]
+    wanted = [(b, d) for b, d in places.items() if case.runs_on(b.split()[0])]
     if not wanted:
         return
     if case.operation == "policy_loss":
@@ -254,10 +254,7 @@ def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
         return
     logits = None
     if case.operation == "selective_logprobs":
-        with torch.no_grad():
-            wide = x.leaves(torch.float64)
-            hidden = torch.where(x.keep()[:, None], wide.hidden, 0)
-            logits = reference.logits(hidden, wide.head).to(case.dtype)
+        logits = cases.ready_logits(x)
         # ready logits, judged as logits: the head is the identity
         judged = replace(x, hidden=logits, head=LMHead(torch.eye(case.vocab, dtype=case.dtype)))
         want = cases.oracle_of_logits(logits, x, entropy)
@@ -266,15 +263,7 @@ def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
         judged, want, plain = x, cases.oracle(x, settings, entropy), cases.full_logits(x, settings, entropy)
     beside = deviations(judged, settings, plain, want)
     for name, device in wanted:
-        backend, there = name.split()[0], x.to(device)
-        if case.operation == "linear_cispo_loss":
-            got = cases.cispo(there, settings, backend)
-        elif case.operation == "linear_policy_loss":
-            got = cases.one_pass(there, settings, backend)
-        elif case.operation == "linear_logprobs":
-            got = cases.two_pass(there, settings, backend, entropy)
-        else:
-            got = cases.selective(logits.to(device), there, backend, entropy)
+        got = cases.outcome(case, x.to(device), name.split()[0], None if logits is None else logits.to(device))
         got = {quantity: value.cpu() for quantity, value in got.items()}
         yield Checked(case, name, deviations(judged, settings, got, want), beside)
 
@@ -328,9 +317,12 @@ def _size(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     places = _places(args)
     chosen = _cases(args, places)
-    checked = []
-    for case in _progress(chosen):
-        checked += check(case, places)
+    checked, small = [], args.hidden is None and args.model is None
+    with one_thread() if small else nullcontext():
+        if small and "triton gpu" in places:
+            crosscheck_compile.fill_cache(chosen)
+        for case in _progress(chosen):
+            checked += check(case, places)
     compiled, compile_failed = _compile_report(args.compile)
     misses = [line for c in checked for line in c.misses()] + compile_failed
     versions = _versions()

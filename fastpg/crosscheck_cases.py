@@ -116,6 +116,9 @@ class Case:
     logit_scale: float = 1.0
     backends: tuple[str, ...] = ("torch", "triton")
 
+    def runs_on(self, backend: str) -> bool:
+        return backend in self.backends and (backend == "torch" or self.dtype != torch.float64)
+
     def describe(self) -> str:
         numbers = [
             f"{name} {x:g}" for name, x in (("softcap", self.softcap), ("scale", self.logit_scale)) if x not in (None, 1)
@@ -238,6 +241,18 @@ def inputs_of(case: Case) -> Inputs:
 # The operations under test. A weight for the entropies makes of log-probabilities and entropies one number to differentiate.
 
 
+def outcome(case: Case, x: Inputs, backend: str, logits: torch.Tensor | None) -> Outcome:
+    """The case's operation on its inputs, where they are; logits are selective_logprobs'. policy_loss has no backend."""
+    settings, entropy = case.settings(), "entropy" in case.features
+    if case.operation == "linear_cispo_loss":
+        return cispo(x, settings, backend)
+    if case.operation == "linear_policy_loss":
+        return one_pass(x, settings, backend)
+    if case.operation == "linear_logprobs":
+        return two_pass(x, settings, backend, entropy)
+    return selective(logits, x, backend, entropy)
+
+
 def two_pass(x: Inputs, settings: Settings, backend: str | None, entropy: bool = False) -> Outcome:
     """linear_logprobs, with policy_loss on top where there is an objective."""
     x = x.leaves()
@@ -263,6 +278,14 @@ def cispo(x: Inputs, settings: Settings, backend: str | None) -> Outcome:
         mask=x.mask, temperature=x.temperature, reduction=settings.reduction, backend=backend,
     )  # fmt: skip
     return {"logp": out.logprobs.detach(), "loss": out.loss.detach(), **x.gradients(out.loss)}
+
+
+def ready_logits(x: Inputs) -> torch.Tensor:
+    """What selective_logprobs is given: the oracle's logits, in the dtype of the model."""
+    with torch.no_grad():
+        wide = x.leaves(torch.float64)
+        hidden = torch.where(x.keep()[:, None], wide.hidden, 0)
+        return reference.logits(hidden, wide.head).to(x.hidden.dtype)
 
 
 def selective(logits: torch.Tensor, x: Inputs, backend: str | None, entropy: bool) -> Outcome:

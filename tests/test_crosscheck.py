@@ -171,6 +171,26 @@ def test_a_wrong_kernel_is_found(mutation, tmp_path):
     assert any(f": {quantity} is off by " in line and "tolerance" in line for line in lines), done.stderr
 
 
+@pytest.mark.parametrize(("arguments", "threads"), [([], 1), (["--hidden", "16", "--vocab", "40"], 2)])
+def test_small_cases_run_on_one_thread_and_a_head_of_given_sizes_on_all(arguments, threads, monkeypatch, capsys):
+    """The caller's setting is there again afterwards, also where the check fails."""
+    seen = set()
+
+    def fails(case, places):
+        seen.add(torch.get_num_threads())
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(crosscheck, "check", fails)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            fastpg_main(["check", "--dtype", "fp32", *arguments])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {threads}
+
+
 def arguments_of(problem):
     return problem.hidden, problem.head, problem.tokens, problem.old_logprobs, problem.advantages
 

@@ -81,7 +81,7 @@ def imports(path: Path) -> set[str]:
 
 # Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
 LAYERS = [
-    {"validation", "metrics", "profiling", "compile_report", "buffers"},
+    {"validation", "metrics", "profiling", "threads", "compile_report", "buffers"},
     {"lm_head", "sequences", "advantages"},
     {"objectives", "reductions"},
     {"products"},
@@ -94,6 +94,7 @@ LAYERS = [
     {"two_pass", "one_pass_schedule"},
     {"one_pass", "selective"},
     {"crosscheck_cases"},
+    {"crosscheck_compile"},
     {"crosscheck"},
     {"demo_tasks", "demo_estimators"},
     {"demo_walk"},
