@@ -13,7 +13,7 @@ export PYTHONSAFEPATH := 1
 .PHONY: help demo test bench lint format wheel clean
 
 help:
-	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores)"
+	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores; on a GPU if there is one)"
 	@echo "make test    run the test suite (no GPU needed)"
 	@echo "make bench   time and memory against the bare products and against peers (9 minutes on two cores; on an idle machine)"
 	@echo "make lint    ruff: rules and formatting"

@@ -137,7 +137,7 @@ def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, bu
 def _visit(call: Callable[[], object], before: Runs | None, device: str, budget_s: float) -> Runs:
     """What runs_of does with a call in one round; `before`: what its earlier rounds found."""
     if before is None:
-        peak_bytes, seconds = transient_bytes(call), []
+        peak_bytes, seconds = transient_bytes(call, device), []
     else:
         peak_bytes, seconds = before.peak_bytes, list(before.seconds)
         call()

@@ -92,7 +92,7 @@ def gpu(monkeypatch):
 
 def test_events_are_used_on_a_gpu(gpu, monkeypatch):
     """The timing of --device cuda, with events that count calls in the place of the GPU's."""
-    monkeypatch.setattr(measure, "transient_bytes", lambda call: call() or 0)
+    monkeypatch.setattr(measure, "transient_bytes", lambda call, device: call() or 0)
     timings = measure.runs_of({"a": lambda: gpu.append("call")}, 2, "cuda", 100)
     assert timings.runs["a"].seconds == [1.5] * 4
     assert gpu == ["call", *["record", "call", "record", "synchronize"] * 2] * 2
