@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastpg
 
@@ -22,6 +23,11 @@ def test_import_is_light(tmp_path):
     heavy = ["triton", "transformers", "trl", "matplotlib", "rich", "hypothesis"]
     code = f"import sys, fastpg; print([name for name in {heavy!r} if name in sys.modules])"
     assert run_python(code, tmp_path).stdout.strip() == "[]"
+
+
+def test_this_suite_and_what_it_starts_have_one_thread(tmp_path):
+    code = "import torch; print(torch.get_num_threads())"
+    assert run_python(code, tmp_path).stdout.strip() == str(torch.get_num_threads()) == "1"
 
 
 def test_transformers_does_not_pick_up_our_kernels():
