@@ -160,10 +160,12 @@ def _worst(name: str, errors: torch.Tensor, tolerances: torch.Tensor) -> Deviati
 def _logit_range(x: Inputs, keep: torch.Tensor) -> torch.Tensor:
     """max(10, largest finite |logit| of the row), (N,) float64: what errors of logits are proportional to."""
     with torch.no_grad():
-        wide = x.leaves(torch.float64)
-        hidden = torch.where(keep[:, None], wide.hidden.flatten(0, -2), 0)
-        T = wide.temperature.expand(x.tokens.shape).flatten() if isinstance(wide.temperature, torch.Tensor) else x.temperature
-        z = reference.logits(hidden, wide.head, T).abs()
+        hidden = torch.where(keep[:, None], x.hidden.flatten(0, -2).double(), 0)
+        T = x.temperature
+        T = T.double().expand(x.tokens.shape).flatten() if isinstance(T, torch.Tensor) else torch.full_like(hidden[:, 0], T)
+        # ready logits have no head: a matrix that leaves them as they are would be (V, V)
+        z = hidden / T[:, None] if x.head is None else reference.logits(hidden, x.leaves(torch.float64).head, T)
+        z = z.abs()
         return torch.where(z.isfinite(), z, 0).amax(1).clamp(min=SMALLEST_RANGE)
 
 
@@ -244,19 +246,22 @@ def _finite(x: float) -> float | None:
 
 
 def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
-    """The case on each backend and device of `places`; the oracle's part of the work is done once."""
-    x, settings, entropy = cases.inputs_of(case), case.settings(), "entropy" in case.features
+    """The case on each backend and device of `places`; the oracle's part of the work is done once.
+
+    The oracle works on the CPU, and on a GPU where nothing else is checked: a large head would take it minutes on a CPU.
+    """
+    home = "cuda" if set(places.values()) == {"cuda"} else "cpu"
+    x, settings, entropy = cases.inputs_of(case, home), case.settings(), "entropy" in case.features
     wanted = [(b, d) for b, d in places.items() if case.runs_on(b.split()[0])]
     if not wanted:
         return
     if case.operation == "policy_loss":
         yield _check_policy_loss(case, x, settings)
         return
-    logits = None
+    x, logits = x.to(home), None
     if case.operation == "selective_logprobs":
         logits = cases.ready_logits(x)
-        # ready logits, judged as logits: the head is the identity
-        judged = replace(x, hidden=logits, head=LMHead(torch.eye(case.vocab, dtype=case.dtype)))
+        judged = replace(x, hidden=logits, head=None)
         want = cases.oracle_of_logits(logits, x, entropy)
         plain = cases.log_softmax_of_logits(logits, x, entropy)
     else:
@@ -264,7 +269,7 @@ def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
     beside = deviations(judged, settings, plain, want)
     for name, device in wanted:
         got = cases.outcome(case, x.to(device), name.split()[0], None if logits is None else logits.to(device))
-        got = {quantity: value.cpu() for quantity, value in got.items()}
+        got = {quantity: value.to(home) for quantity, value in got.items()}
         yield Checked(case, name, deviations(judged, settings, got, want), beside)
 
 
@@ -294,6 +299,7 @@ def add_command(commands) -> None:
 
     parser = commands.add_parser("check", help="every operation on every backend here against the float64 oracle, for CI")
     parser.add_argument("--interpret", action="store_true", help="the Triton kernels too, in Triton's interpreter on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the backends of this device alone; default: all")
     parser.add_argument("--operation", action="append", choices=cases.OPERATIONS, help="repeatable; default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="small inputs, all features at once only")
@@ -393,6 +399,8 @@ def _read_model(args: argparse.Namespace) -> tuple[int, int, float | None, float
 def _places(args: argparse.Namespace) -> dict[str, str]:
     """The backends that can run here, each with its device."""
     triton = importlib.util.find_spec("triton") is not None
+    if args.device == "cuda" and (args.interpret or not torch.cuda.is_available()):
+        args.parser.error("--device cuda: " + ("--interpret is of the CPU" if args.interpret else "torch finds no GPU"))
     places = {"torch cpu": "cpu"}
     if args.interpret:
         if not triton:
@@ -403,7 +411,8 @@ def _places(args: argparse.Namespace) -> dict[str, str]:
             args.parser.error("--interpret: the kernels were imported without the interpreter; start a new process")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # numpy's, of inf
         return places | {"triton interpreter": "cpu"}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.device != "cpu":
+        places = {} if args.device == "cuda" else places
         places["torch gpu"] = "cuda"
         if triton:
             places["triton gpu"] = "cuda"

@@ -47,7 +47,7 @@ _BOUNDS = (0.5, 0.8, 1.28, 2.0, 3.0, 5.0)
 @dataclass(frozen=True)
 class Inputs:
     hidden: torch.Tensor  # (..., H)
-    head: LMHead
+    head: LMHead | None  # None: hidden is ready logits
     tokens: torch.Tensor  # (...)
     old_logprobs: torch.Tensor | None  # (...)
     advantages: torch.Tensor  # (...), or (B,)
@@ -189,9 +189,10 @@ def head_cases(
         yield Case("selective_logprobs", **options)
 
 
-def inputs_of(case: Case) -> Inputs:
+def inputs_of(case: Case, device: str = "cpu") -> Inputs:
     """Rows from uncertain to 1 - p_y = 1e-12, planted by moving hidden states along the weight row of their token.
 
+    They are on the CPU. `device` is where the oracle computes the log-probabilities that the old ones are made from.
     fp16 ends at 6e-8, so that its confident rows are masked and its ratios are of order 1.
     """
     rows, dtype = case.rows, case.dtype
@@ -227,8 +228,8 @@ def inputs_of(case: Case) -> Inputs:
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = LMHead(weight, bias, case.softcap, case.logit_scale, lora)
     with torch.no_grad():
-        plain = Inputs(hidden, head, tokens, None, advantages, None, temperature).leaves(torch.float64)
-        logprobs = reference.linear_logprobs(plain.hidden, plain.head, tokens, temperature=plain.temperature)[0]
+        plain = Inputs(hidden, head, tokens, None, advantages, None, temperature).to(device).leaves(torch.float64)
+        logprobs = reference.linear_logprobs(plain.hidden, plain.head, plain.tokens, temperature=plain.temperature)[0].cpu()
     if dtype == torch.float16:
         mask = (logprobs < -0.01) if mask is None else mask & (logprobs < -0.01)
     if "mask" in case.features:
