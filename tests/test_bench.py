@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import measure
 import peers
@@ -268,6 +270,42 @@ def test_a_run_on_a_gpu_goes_on_after_bad_peers(gpu, monkeypatch, tmp_path, caps
     shown = capsys.readouterr().out
     assert "a [/bold] kernel" in shown
     assert "no batch: out of memory" in shown
+
+
+def test_cells_can_be_chosen(monkeypatch):
+    """By head and method; the model of the sampled cell is loaded only where that is among them."""
+    sampled = []
+    monkeypatch.setattr(
+        program, "sampled_cell", lambda device: sampled.append(device) or (replace(TINY, section="samples"), None)
+    )
+    every = {"device": "cuda", "tiny": False, "no_samples": False, "section": None, "dtype": None, "head": None, "method": None}
+
+    def chosen(**options):
+        return [cell for cell, _ in program.chosen_cells(SimpleNamespace(**every | options))]
+
+    assert len(chosen()) == len(gpu_cells()) + 1
+    assert sampled.pop() == "cuda"
+    heads, methods = ["qwen3-8b", "smollm2-135m"], ["full logits", "fastpg one pass"]
+    cells = chosen(section=["step"], head=heads, method=methods)
+    assert not sampled
+    assert [cell.name for cell in cells] == ["smollm2-135m, bfloat16", "qwen3-8b, bfloat16"]
+    assert all(cell.methods == ("fastpg one pass", "full logits") for cell in cells)
+    assert {cell.section for cell in chosen(head=["qwen3-8b"])} == {"step", "over N", "over V"}
+    assert [cell.section for cell in chosen(section=["samples"])] == ["samples"]
+
+
+def test_without_matplotlib_there_are_results(monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setattr(program, "tiny_cells", lambda: [replace(TINY, methods=("full logits",))])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tiny", "--rounds", "1", "--out", str(tmp_path)])
+    program.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.csv"}
+    assert "no plots: matplotlib is not installed" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tiny", "--section", "walk", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "no cell of these sections" in capsys.readouterr().err
 
 
 def test_cells_ask_for_methods_that_exist():
