@@ -183,7 +183,7 @@ def test_command_writes_curves_and_history(tmp_path, capsys):
     assert 0 <= float(rows[0]["reward"]) <= 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the demo trains on the CPU, where only the interpreter runs kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
 def test_runs_on_the_kernels_where_the_environment_says_so(tmp_path):
     code = "import sys; from fastpg.__main__ import main; main(sys.argv[1:]); print('fastpg.kernels' in sys.modules)"
     arguments = ["demo", "--model", "tiny", "--steps", "2", "--out", str(tmp_path)]
