@@ -10,12 +10,13 @@ PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test bench lint format wheel clean
+.PHONY: help demo test bench gpu lint format wheel clean
 
 help:
-	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores)"
+	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores; on a GPU if there is one)"
 	@echo "make test    run the test suite (no GPU needed)"
 	@echo "make bench   time and memory against the bare products and against peers (9 minutes on two cores; on an idle machine)"
+	@echo "make gpu     on a machine with a GPU: kernel tests, a check of a large head, the bench of three heads (4 minutes)"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make format  rewrite with ruff"
 	@echo "make wheel   build the wheel, install it into a fresh environment, import it from another directory"
@@ -40,6 +41,10 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	PYTHONSAFEPATH= $(BIN)/python bench/run.py $(ARGS)
 
+# Takes the Python that is there, with its torch; installs nothing.
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +61,4 @@ wheel: $(VENV)/.installed
 	cd .wheel-check && bin/python -c "import fastpg, fastpg.kernels; print('wheel', fastpg.__version__, fastpg.__file__)"
 
 clean:
-	rm -rf $(VENV) .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out
+	rm -rf $(VENV) .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out gpu-out

@@ -124,7 +124,7 @@ def cpu_cells() -> list[Cell]:
 
 
 def gpu_cells() -> list[Cell]:
-    """The same questions at the sizes of training runs; nothing here has been measured."""
+    """The same questions at the sizes of training runs. Of five heads, the step has been measured on an H100."""
     cells, one = [], ("fastpg one pass",)
     peers = ("full logits", "full logits, compiled", "TRL", "Liger", "torch linear_cross_entropy", "CCE", "verl")
     methods = (*OURS, *VARIANTS, "fastpg one pass, one chunk", *peers)

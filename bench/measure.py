@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -76,8 +79,40 @@ class Runs(NamedTuple):
     peak_bytes: int
 
 
-def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, budget_s: float) -> dict[str, Runs]:
-    """Seconds of each call, and the memory that it takes; a call for which there is not enough memory is left out.
+def attempt(call: Callable[[], object], device: str) -> tuple[object, str | None]:
+    """(what the call returns, None), or (None, what it raised, in one line).
+
+    Whatever a method raises is its own failure and not the end of the run: compilers, launchers and libraries raise errors of
+    every class. Only KeyboardInterrupt and its like end it.
+    """
+    try:
+        return call(), None
+    except Exception as error:
+        why_not = _in_one_line(error)
+    # The error is gone by now, and with its frames what they held; what stands in cycles goes here.
+    gc.collect()
+    if device == "cuda":
+        with contextlib.suppress(Exception):  # a broken context refuses this too, and every method after it says so
+            torch.cuda.empty_cache()
+    return None, why_not
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = "".join(traceback.format_exception_only(error)).splitlines()
+    line = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    # torch's class of it, Python's, and what the allocator of a CPU raises
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
+        return "out of memory"
+    return f"failed: {line[:120]}"
+
+
+class Timings(NamedTuple):
+    runs: dict[str, Runs]
+    failed: dict[str, str]  # calls that raised, and what
+
+
+def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, budget_s: float) -> Timings:
+    """Seconds of each call, and the memory that it takes; a call that raises, whenever it does, is not visited again.
 
     Every round visits the calls in turn, so that a drift of the machine's speed meets all alike, and runs each once untimed and
     twice timed (once where that took budget_s). A call whose timed runs have taken budget_s is not visited again. The first
@@ -87,21 +122,31 @@ def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, bu
     run after a pause then pays for every page (seen here: 0.3 s of 1.4). For the same reason medians are lower medians.
     """
     runs: dict[str, Runs] = {}
-    for round_ in range(rounds):
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
         for name, call in calls.items():
-            if round_ == 0:
-                try:
-                    runs[name] = Runs([], transient_bytes(call))
-                except torch.OutOfMemoryError:
-                    continue
-            elif name in runs and sum(runs[name].seconds) < budget_s:
-                call()
-            else:
+            if name in failed or (name in runs and sum(runs[name].seconds) >= budget_s):
                 continue
-            for _ in range(2):
-                if not runs[name].seconds or runs[name].seconds[-1] < budget_s:
-                    runs[name].seconds.append(_event_seconds(call) if device == "cuda" else _wall_seconds(call))
-    return runs
+            visited, why_not = attempt(lambda name=name, call=call: _visit(call, runs.get(name), device, budget_s), device)
+            if why_not is None:
+                runs[name] = visited
+            else:
+                failed[name] = why_not
+                runs.pop(name, None)
+    return Timings(runs, failed)
+
+
+def _visit(call: Callable[[], object], before: Runs | None, device: str, budget_s: float) -> Runs:
+    """What runs_of does with a call in one round; `before`: what its earlier rounds found."""
+    if before is None:
+        peak_bytes, seconds = transient_bytes(call, device), []
+    else:
+        peak_bytes, seconds = before.peak_bytes, list(before.seconds)
+        call()
+    for _ in range(2):
+        if not seconds or seconds[-1] < budget_s:
+            seconds.append(_event_seconds(call) if device == "cuda" else _wall_seconds(call))
+    return Runs(seconds, peak_bytes)
 
 
 def _wall_seconds(call: Callable[[], object]) -> float:
@@ -123,41 +168,47 @@ def _event_seconds(call: Callable[[], object]) -> float:
 
 
 def measure(b: Batch, names: tuple[str, ...], rounds: int, device: str, budget_s: float) -> list[dict]:
-    """One row per method: seconds, ratio to the bare products, peak bytes, errors; or why there are none."""
+    """One row per method: seconds, ratio to the bare products, peak bytes, errors; or why there are none.
+
+    Without the bare products there is nothing to compare with: theirs is then the only row, and says why.
+    """
+    _, why_not = attempt(lambda: bare_products(b), device)  # before the others spend their time on the gate
+    if why_not is not None:
+        return [{"method": "bare products", "why_not": why_not}]
     rows, calls = [], {"bare products": lambda: bare_products(b)}
     for name in names:
         method = METHODS[name]
-        row = _gated(method, b)
+        gated, why_not = attempt(lambda method=method: _gated(method, b), device)
+        row = {"method": name} | (gated or {"why_not": why_not})
         if "why_not" not in row:
-            own = method.variant(b)
+            own = row.pop("batch")
             row |= {"gradient_bytes": own.gradient_bytes(), "workspace": own.workspace}
             calls[name] = lambda step=method.step, own=own: step(own.leaves())
-        rows.append({"method": name} | row)
-    runs = runs_of(calls, rounds, device, budget_s)
-    floor = statistics.median_low(runs["bare products"].seconds)
+        rows.append(row)
+    runs, failed = runs_of(calls, rounds, device, budget_s)
     bare = {"method": "bare products"}
+    if "bare products" in failed:
+        return [bare | {"why_not": failed["bare products"]}]
+    floor = statistics.median_low(runs["bare products"].seconds)
     for row in (bare, *rows):
         if row["method"] in runs:
             seconds, peak_bytes = runs[row["method"]]
             taken = statistics.median_low(seconds)
             row |= {"runs": len(seconds), "seconds": taken, "over_products": taken / floor, "peak_bytes": peak_bytes}
-        elif row["method"] in calls:
-            row["why_not"] = "out of memory"
+        elif row["method"] in failed:
+            row["why_not"] = failed[row["method"]]
     return [bare, *rows]
 
 
 def _gated(method: Method, b: Batch) -> dict:
-    """The errors of a method that may be timed, or why_not."""
+    """The errors of a method that may be timed, and the batch it runs on; or why_not."""
     why_not = method.why_not(b)
     if why_not is not None:
         return {"why_not": why_not}
-    try:
-        errors = errors_of(method, b)
-    except (RuntimeError, ImportError, AssertionError) as error:
-        return {"why_not": f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"}
+    errors = errors_of(method, b)
     found = {"logp_error": errors.logprobs, "dx_error": errors.dhidden, "dw_error": errors.dweight}
     wrong = is_wrong(method, errors, b)
-    return found if wrong is None else found | {"why_not": f"wrong: {wrong}"}
+    return found | ({"batch": method.variant(b)} if wrong is None else {"why_not": f"wrong: {wrong}"})
 
 
 def machine(device: str) -> dict[str, object]:

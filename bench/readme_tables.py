@@ -1,14 +1,17 @@
-"""The tables of README.md and of results/README.md, from results/results.json: `python bench/readme_tables.py` prints both.
+"""The tables of README.md and of results/README.md, from the files in results/: `python bench/readme_tables.py` prints them.
 
-A test holds the two documents to what is printed here, so that no number in them is older than the results.
+A test holds the documents to what is printed here, so that no number in them is older than the results.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "results.json"
+# of one H100: what run.py wrote, and a longer series of interleaved runs
+H100_STEP, H100_SERIES = (RESULTS.parent / f"h100-{name}.json" for name in ("bench-step", "measurements"))
 
 _NAMES = {
     "full logits": "full logits",
@@ -44,10 +47,62 @@ def goals_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+# the head's name in a table, in bench-step.json, and its hidden size, by which measurements.json knows it
+_HEADS = (("Qwen3-8B", "qwen3-8b", 4096), ("Llama-3.2-1B", "llama3.2-1b", 2048), ("SmolLM2-135M", "smollm2-135m", 576))
+_SERIES = {
+    "bare products": "three bare products",
+    "as is": "**one pass**",
+    "one chunk": "**one pass, one chunk**",
+    "fastpg two passes": "**two passes**",
+    "full logits, compiled": "full logits, `torch.compile`",
+}
+_STEP = {
+    "bare products": "three bare products",
+    "fastpg one pass": "**one pass**",
+    "full logits": "full logits",
+    "full logits, compiled": "full logits, `torch.compile`",
+    "TRL": "TRL's chunked head",
+    "verl": "verl",
+    "CCE": "CCE, exact",
+    "Liger": "Liger's fused linear GRPO",
+}
+
+
+def h100_table(step: dict, series: dict) -> str:
+    """Times and peak memory of three heads: a, of the series, and b, of run.py. Each has its own floor."""
+    lines = ["| | " + " | ".join(f"{name}, H = {hidden}" for name, _, hidden in _HEADS) + " |", "|---|---:|---:|---:|"]
+    third = series["runs"]["third"]
+    for method, name in _SERIES.items():
+        cells = [_of_series(third, hidden, method) for _, _, hidden in _HEADS]
+        lines.append(f"| a: {name} | " + " | ".join(cells) + " |")
+    for method, name in _STEP.items():
+        rows = [r for _, head, _ in _HEADS for r in step["rows"] if r["name"].startswith(head) and r["method"] == method]
+        lines.append(f"| b: {name} | " + " | ".join(map(_of_step, rows)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _of_series(rows: list[dict], hidden: int, method: str) -> str:
+    of_head = {(r["section"], r["name"]): r for r in rows if r.get("H") == hidden}
+    timed, peak = of_head["proto", method], of_head["peak", method]["peak"]
+    return _cell(statistics.median(timed["ms"]), timed["x"], peak, method)
+
+
+def _of_step(row: dict) -> str:
+    if "why_not" in row:
+        return "refused" if row["why_not"].startswith("wrong") else "failed"
+    return _cell(row["seconds"] * 1e3, row["over_products"], row["peak_bytes"], row["method"])
+
+
+def _cell(milliseconds: float, ratio: float, peak_bytes: int, method: str) -> str:
+    time = f"{milliseconds:.3g} ms" if method == "bare products" else f"{ratio:.2f} x"
+    return f"{time}, {peak_bytes / 2**30:.2f} GiB"
+
+
 def main() -> None:
     results = json.loads(RESULTS.read_text())
     print(step_table(results))
     print(goals_table(results))
+    print(h100_table(json.loads(H100_STEP.read_text()), json.loads(H100_SERIES.read_text())))
 
 
 if __name__ == "__main__":

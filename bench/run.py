@@ -3,6 +3,7 @@
     python bench/run.py                          the CPU cells: minutes, on an idle machine
     python bench/run.py --device cuda            the GPU cells
     python bench/run.py --section step           repeatable; step, H = 2048, over N, over V, samples
+    python bench/run.py --head qwen3-8b          repeatable; with --method as well
 
 Every number is a median over interleaved runs, as a ratio to the three bare products `X W^T`, `Z W`, `Z^T X` of
 the same shapes and dtype. Before a method is timed its log-probabilities, dX and dW are compared with float64: what is wrong
@@ -15,18 +16,21 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import goals
 import plots
 import torch
-from cases import Cell, batch, cpu_cells, gpu_cells, tiny_cells
-from measure import machine, measure
+from cases import HEADS, Cell, batch, cpu_cells, gpu_cells, tiny_cells
+from measure import attempt, machine, measure
+from peers import METHODS
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from samples import sampled_cell
 from tqdm import tqdm
@@ -37,6 +41,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a hundred tokens: exercises the program, measures nothing")
     parser.add_argument("--section", action="append", help="repeatable; default: all")
+    parser.add_argument("--head", choices=HEADS, action="append", help="cells of this model's head; repeatable; default: all")
+    parser.add_argument("--method", choices=METHODS, action="append", help="beside the bare products; repeatable; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default: all")
     parser.add_argument("--rounds", type=int, help="of one untimed and two timed runs of every method; default: 1 or 2 by cell")
     parser.add_argument("--budget", type=float, default=5.5, help="timed seconds after which a method is not run again")
@@ -46,13 +52,16 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     warnings.filterwarnings("ignore", category=UserWarning)  # peers' own
+    chosen = chosen_cells(options)
+    if not chosen:
+        parser.error("no cell of these sections, heads and dtypes")
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=150)
     about = machine(options.device)
     console.print(about)
     results: dict = {"about": about, "rows": []}
-    for cell, make in tqdm(chosen_cells(options), unit="cell"):
-        rows = measure(make(), cell.methods, options.rounds or cell.rounds, options.device, options.budget)
+    for cell, make in tqdm(chosen, unit="cell"):
+        rows = rows_of(cell, make, options)
         results["rows"] += [describe(cell) | row for row in rows]
         save(results, options.out)  # what is measured is kept, whatever comes
         tqdm.write("", end="")
@@ -61,21 +70,38 @@ def main() -> None:
         results["goals"] = goals.goals(results["rows"], options.device)
         console.print(goals.table(results["goals"]))
     save(results, options.out)
+    written = f"{options.out}/results.json, results.csv"
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(f"wrote {written}; no plots: matplotlib is not installed")
+        return
     plots.draw(results, options.out)
-    console.print(f"wrote {options.out}/results.json, results.csv and plots")
+    console.print(f"wrote {written} and plots")
+
+
+def rows_of(cell: Cell, make: Callable, options: argparse.Namespace) -> list[dict]:
+    """The cell's rows; a batch for which there is no memory is one row that says so."""
+    b, why_not = attempt(make, options.device)
+    if why_not is not None:
+        return [{"method": "bare products", "why_not": f"no batch: {why_not}"}]
+    return measure(b, cell.methods, options.rounds or cell.rounds, options.device, options.budget)
 
 
 def chosen_cells(options: argparse.Namespace) -> list[tuple[Cell, Callable]]:
     """Cells, and what makes the batch of each."""
     cells = tiny_cells() if options.tiny else gpu_cells() if options.device == "cuda" else cpu_cells()
     made = [(cell, lambda cell=cell: batch(cell, options.device)) for cell in cells]
-    if not (options.tiny or options.no_samples):
-        cell, make = sampled_cell(options.device)
-        made.append((cell, make))
+    # a model is loaded and answers are sampled for this one: not where it would be left out
+    if not (options.tiny or options.no_samples) and (not options.section or "samples" in options.section):
+        made.append(sampled_cell(options.device))
+    heads = [HEADS[name] for name in options.head or ()]
+    if options.method:
+        made = [(replace(cell, methods=tuple(m for m in cell.methods if m in options.method)), make) for cell, make in made]
     return [
         (cell, make)
         for cell, make in made
-        if (not options.section or cell.section in options.section) and (not options.dtype or cell.dtype in options.dtype)
+        if (not options.section or cell.section in options.section)
+        and (not options.dtype or cell.dtype in options.dtype)
+        and (not options.head or cell.head in heads)
     ]
 
 
@@ -93,7 +119,7 @@ def table(cell: Cell, rows: list[dict]) -> Table:
         shown.add_column(column, justify="right")
     for row in rows:
         if "why_not" in row:
-            shown.add_row(row["method"], *[""] * 6, row["why_not"])
+            shown.add_row(row["method"], *[""] * 6, escape(row["why_not"]))  # an error's text may look like markup
             continue
         memory = ("", "")
         if "gradient_bytes" in row:

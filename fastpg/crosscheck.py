@@ -15,6 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +23,13 @@ from typing import NamedTuple
 import torch
 
 from . import crosscheck_cases as cases
-from . import lm_head, ops, reference
+from . import crosscheck_compile, lm_head, ops, reference
 from .accuracy import LOSS_TOLERANCE, ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
 from .crosscheck_cases import Case, Inputs, Outcome, Settings
 from .lm_head import LMHead, as_head
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
 from .reductions import Reduction
+from .threads import one_thread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}
 
@@ -102,8 +104,7 @@ def deviations(
         raise AssertionError(f"expected {sorted(want.keys() - {'scale'})}; got {sorted(got)}")
     dtype, keep = x.hidden.dtype, x.keep().flatten()
     logprobs = want["logp"].flatten()
-    multiplied = torch.float32 if x.head.fp32_head and dtype != torch.float64 else dtype
-    tolerance = logprob_tolerance(_largest_logits(x, keep), multiplied, x.head.hidden_size, device)
+    tolerance = _logprob_tolerance(x, keep, device)
     # relative to a small |logp|, down to where it is no number of the dtype that it is reported in
     smallest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).tiny
     of_logprobs = tolerance * logprobs.abs().clamp(max=1) + smallest
@@ -148,13 +149,24 @@ def _worst(name: str, errors: torch.Tensor, tolerances: torch.Tensor) -> Deviati
     return Deviation(name, float(errors[place]), float(tolerances[place]))
 
 
+def _logprob_tolerance(x: Inputs, keep: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """(N,) float64, for log-probabilities that were computed on `device`."""
+    largest, dtype = _largest_logits(x, keep), x.hidden.dtype
+    if x.head is None:  # ready logits: no product
+        return logprob_tolerance(largest, dtype, 1, device)
+    multiplied = torch.float32 if x.head.fp32_head and dtype != torch.float64 else dtype
+    return logprob_tolerance(largest, multiplied, x.head.hidden_size, device)
+
+
 def _largest_logits(x: Inputs, keep: torch.Tensor) -> torch.Tensor:
     """The largest finite |logit| of each row, (N,) float64: what errors of logits are proportional to."""
     with torch.no_grad():
-        wide = x.leaves(torch.float64)
-        hidden = torch.where(keep[:, None], wide.hidden.flatten(0, -2), 0)
-        T = wide.temperature.expand(x.tokens.shape).flatten() if isinstance(wide.temperature, torch.Tensor) else x.temperature
-        z = reference.logits(hidden, wide.head, T).abs()
+        hidden = torch.where(keep[:, None], x.hidden.flatten(0, -2).double(), 0)
+        T = x.temperature
+        T = T.double().expand(x.tokens.shape).flatten() if isinstance(T, torch.Tensor) else torch.full_like(hidden[:, 0], T)
+        # ready logits have no head: a matrix that leaves them as they are would be (V, V)
+        z = hidden / T[:, None] if x.head is None else reference.logits(hidden, x.leaves(torch.float64).head, T)
+        z = z.abs()
         return torch.where(z.isfinite(), z, 0).amax(1)
 
 
@@ -235,42 +247,31 @@ def _finite(x: float) -> float | None:
 
 
 def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
-    """The case on each backend and device of `places`; the oracle's part of the work is done once."""
-    x, settings, entropy = cases.inputs_of(case), case.settings(), "entropy" in case.features
-    wanted = [(b, d) for b, d in places.items() if b.split()[0] in case.backends]
-    if case.dtype == torch.float64:
-        wanted = [(b, d) for b, d in wanted if b.startswith("torch")]
+    """The case on each backend and device of `places`; the oracle's part of the work is done once.
+
+    The oracle works on the CPU, and on a GPU where nothing else is checked: a large head would take it minutes on a CPU.
+    """
+    home = "cuda" if set(places.values()) == {"cuda"} else "cpu"
+    x, settings, entropy = cases.inputs_of(case, home), case.settings(), "entropy" in case.features
+    wanted = [(b, d) for b, d in places.items() if case.runs_on(b.split()[0])]
     if not wanted:
         return
     if case.operation == "policy_loss":
         yield _check_policy_loss(case, x, settings)
         return
-    logits = None
+    x, logits = x.to(home), None
     if case.operation == "selective_logprobs":
-        with torch.no_grad():
-            wide = x.leaves(torch.float64)
-            hidden = torch.where(x.keep()[:, None], wide.hidden, 0)
-            logits = reference.logits(hidden, wide.head).to(case.dtype)
-        # ready logits, judged as logits: the head is the identity
-        judged = replace(x, hidden=logits, head=LMHead(torch.eye(case.vocab, dtype=case.dtype)))
+        logits = cases.ready_logits(x)
+        judged = replace(x, hidden=logits, head=None)
         want = cases.oracle_of_logits(logits, x, entropy)
         plain = cases.log_softmax_of_logits(logits, x, entropy)
     else:
         judged, want, plain = x, cases.oracle(x, settings, entropy), cases.full_logits(x, settings, entropy)
     beside = deviations(judged, settings, plain, want)
     for name, device in wanted:
-        backend, there = name.split()[0], x.to(device)
-        if case.operation == "linear_cispo_loss":
-            got = cases.cispo(there, settings, backend)
-        elif case.operation == "linear_policy_loss":
-            got = cases.one_pass(there, settings, backend)
-        elif case.operation == "linear_logprobs":
-            got = cases.two_pass(there, settings, backend, entropy)
-        else:
-            got = cases.selective(logits.to(device), there, backend, entropy)
-        got = {quantity: value.cpu() for quantity, value in got.items()}
-        of_products = "cpu" if case.operation == "selective_logprobs" else device  # which has none
-        yield Checked(case, name, deviations(judged, settings, got, want, of_products), beside)
+        got = cases.outcome(case, x.to(device), name.split()[0], None if logits is None else logits.to(device))
+        got = {quantity: value.to(home) for quantity, value in got.items()}
+        yield Checked(case, name, deviations(judged, settings, got, want, device), beside)
 
 
 def _check_policy_loss(case: Case, x: Inputs, settings: Settings) -> Checked:
@@ -299,6 +300,7 @@ def add_command(commands) -> None:
 
     parser = commands.add_parser("check", help="every operation on every backend here against the float64 oracle, for CI")
     parser.add_argument("--interpret", action="store_true", help="the Triton kernels too, in Triton's interpreter on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the backends of this device alone; default: all")
     parser.add_argument("--operation", action="append", choices=cases.OPERATIONS, help="repeatable; default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="small inputs, all features at once only")
@@ -322,9 +324,12 @@ def _size(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     places = _places(args)
     chosen = _cases(args, places)
-    checked = []
-    for case in _progress(chosen):
-        checked += check(case, places)
+    checked, small = [], args.hidden is None and args.model is None
+    with one_thread() if small else nullcontext():
+        if small and "triton gpu" in places:
+            crosscheck_compile.fill_cache(chosen)
+        for case in _progress(chosen):
+            checked += check(case, places)
     compiled, compile_failed = _compile_report(args.compile)
     misses = [line for c in checked for line in c.misses()] + compile_failed
     versions = _versions()
@@ -395,6 +400,8 @@ def _read_model(args: argparse.Namespace) -> tuple[int, int, float | None, float
 def _places(args: argparse.Namespace) -> dict[str, str]:
     """The backends that can run here, each with its device."""
     triton = importlib.util.find_spec("triton") is not None
+    if args.device == "cuda" and (args.interpret or not torch.cuda.is_available()):
+        args.parser.error("--device cuda: " + ("--interpret is of the CPU" if args.interpret else "torch finds no GPU"))
     places = {"torch cpu": "cpu"}
     if args.interpret:
         if not triton:
@@ -405,7 +412,8 @@ def _places(args: argparse.Namespace) -> dict[str, str]:
             args.parser.error("--interpret: the kernels were imported without the interpreter; start a new process")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # numpy's, of inf
         return places | {"triton interpreter": "cpu"}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.device != "cpu":
+        places = {} if args.device == "cuda" else places
         places["torch gpu"] = "cuda"
         if triton:
             places["triton gpu"] = "cuda"

@@ -47,7 +47,7 @@ _BOUNDS = (0.5, 0.8, 1.28, 2.0, 3.0, 5.0)
 @dataclass(frozen=True)
 class Inputs:
     hidden: torch.Tensor  # (..., H)
-    head: LMHead
+    head: LMHead | None  # None: hidden is ready logits
     tokens: torch.Tensor  # (...)
     old_logprobs: torch.Tensor | None  # (...)
     advantages: torch.Tensor  # (...), or (B,)
@@ -115,6 +115,9 @@ class Case:
     softcap: float | None = None
     logit_scale: float = 1.0
     backends: tuple[str, ...] = ("torch", "triton")
+
+    def runs_on(self, backend: str) -> bool:
+        return backend in self.backends and (backend == "torch" or self.dtype != torch.float64)
 
     def describe(self) -> str:
         numbers = [
@@ -186,9 +189,10 @@ def head_cases(
         yield Case("selective_logprobs", **options)
 
 
-def inputs_of(case: Case) -> Inputs:
+def inputs_of(case: Case, device: str = "cpu") -> Inputs:
     """Rows from uncertain to 1 - p_y = 1e-12, planted by moving hidden states along the weight row of their token.
 
+    They are on the CPU. `device` is where the oracle computes the log-probabilities that the old ones are made from.
     fp16 ends at 6e-8, so that its confident rows are masked and its ratios are of order 1.
     """
     rows, dtype = case.rows, case.dtype
@@ -224,8 +228,8 @@ def inputs_of(case: Case) -> Inputs:
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = LMHead(weight, bias, case.softcap, case.logit_scale, lora)
     with torch.no_grad():
-        plain = Inputs(hidden, head, tokens, None, advantages, None, temperature).leaves(torch.float64)
-        logprobs = reference.linear_logprobs(plain.hidden, plain.head, tokens, temperature=plain.temperature)[0]
+        plain = Inputs(hidden, head, tokens, None, advantages, None, temperature).to(device).leaves(torch.float64)
+        logprobs = reference.linear_logprobs(plain.hidden, plain.head, plain.tokens, temperature=plain.temperature)[0].cpu()
     if dtype == torch.float16:
         mask = (logprobs < -0.01) if mask is None else mask & (logprobs < -0.01)
     if "mask" in case.features:
@@ -236,6 +240,18 @@ def inputs_of(case: Case) -> Inputs:
 
 
 # The operations under test. A weight for the entropies makes of log-probabilities and entropies one number to differentiate.
+
+
+def outcome(case: Case, x: Inputs, backend: str, logits: torch.Tensor | None) -> Outcome:
+    """The case's operation on its inputs, where they are; logits are selective_logprobs'. policy_loss has no backend."""
+    settings, entropy = case.settings(), "entropy" in case.features
+    if case.operation == "linear_cispo_loss":
+        return cispo(x, settings, backend)
+    if case.operation == "linear_policy_loss":
+        return one_pass(x, settings, backend)
+    if case.operation == "linear_logprobs":
+        return two_pass(x, settings, backend, entropy)
+    return selective(logits, x, backend, entropy)
 
 
 def two_pass(x: Inputs, settings: Settings, backend: str | None, entropy: bool = False) -> Outcome:
@@ -263,6 +279,14 @@ def cispo(x: Inputs, settings: Settings, backend: str | None) -> Outcome:
         mask=x.mask, temperature=x.temperature, reduction=settings.reduction, backend=backend,
     )  # fmt: skip
     return {"logp": out.logprobs.detach(), "loss": out.loss.detach(), **x.gradients(out.loss)}
+
+
+def ready_logits(x: Inputs) -> torch.Tensor:
+    """What selective_logprobs is given: the oracle's logits, in the dtype of the model."""
+    with torch.no_grad():
+        wide = x.leaves(torch.float64)
+        hidden = torch.where(x.keep()[:, None], wide.hidden, 0)
+        return reference.logits(hidden, wide.head).to(x.hidden.dtype)
 
 
 def selective(logits: torch.Tensor, x: Inputs, backend: str | None, entropy: bool) -> Outcome:

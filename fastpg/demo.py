@@ -1,4 +1,4 @@
-"""`fastpg demo`: reinforcement learning of a small language model on a CPU, with a loss that never builds the logits.
+"""`fastpg demo`: reinforcement learning of a small language model, on a GPU or a CPU, with a loss that never builds the logits.
 
 The algorithm is `train`: sample answers in groups, verify them, estimate advantages, take two steps of the objective. What it
 calls, in the same order, is below it, and the report at the end. `demo_estimators` names the estimators and the objectives.
@@ -13,7 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +31,7 @@ from .losses import PolicyLossOutput, policy_loss
 from .objectives import CISPO, Objective
 from .one_pass import linear_policy_loss
 from .profiling import transient_bytes
+from .threads import one_thread
 from .two_pass import linear_logprobs
 
 if TYPE_CHECKING:
@@ -66,12 +67,12 @@ def train(
     advantage: str = "group",
     objective: str = "cispo",
 ) -> Training:
-    """Policy gradient with the named estimator and objective."""
-    clock = Clock()
-    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    """Policy gradient with the named estimator and objective, on the model's device."""
+    clock, device = Clock(), model.device
+    random, generator = Random(seed), torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
     head = LMHead.from_model(model)  # the tied embedding itself
-    context = Context(Critic(head.hidden_size), rollout_values(model, task, generator), generator)
+    context = Context(Critic(head.hidden_size, device), rollout_values(model, task, generator), generator)
     history = []
     progress = tqdm(range(1, steps + 1), unit="step")
     for step in progress:
@@ -119,13 +120,17 @@ def loss_of(
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.Generator) -> Rollouts:
-    """Draw prompts, sample a group of completions of each at temperature 1, and verify their answers."""
+    """Draw prompts, sample a group of completions of each at temperature 1, and verify their answers.
+
+    The generator is on the model's device, and so is everything drawn.
+    """
+    device = generator.device
     problems = [task.draw(random) for _ in range(task.prompts_per_step)]
-    prompts = torch.tensor([ids for ids, _ in problems])
+    prompts = torch.tensor([ids for ids, _ in problems], device=device)
     answers = [answer for _, answer in problems for _ in range(task.group_size)]
 
     last, cache = read_prompts(model, prompts, task.group_size)
-    running = torch.ones(len(last), dtype=torch.bool)
+    running = torch.ones(len(last), dtype=torch.bool, device=device)
     tokens, mask, hidden = [], [], []
     for _ in range(task.max_new_tokens):
         # One position of each completion: the only logits that the demo ever builds, because they are what it samples from.
@@ -142,10 +147,10 @@ def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.
 
     tokens, mask, hidden = (torch.stack(columns, 1) for columns in (tokens, mask, hidden))
     completions = [[i for i in row if i != task.stop_token] for row in tokens.tolist()]
-    rewards = [float(task.verify(ids, answer)) for ids, answer in zip(completions, answers, strict=True)]
-    episodes = torch.arange(len(tokens))
+    verified = [float(task.verify(ids, answer)) for ids, answer in zip(completions, answers, strict=True)]
+    rewards, episodes = torch.tensor(verified, device=device), torch.arange(len(tokens), device=device)
     states = [prompt for prompt, _ in problems for _ in range(task.group_size)]
-    return Rollouts(prompts, tokens, mask, hidden, torch.tensor(rewards), episodes, episodes // task.group_size, states)
+    return Rollouts(prompts, tokens, mask, hidden, rewards, episodes, episodes // task.group_size, states)
 
 
 def parts_of_groups(episodes: torch.Tensor, group_size: int) -> Iterator[torch.Tensor]:
@@ -217,7 +222,7 @@ def loss_memory(
     one repeated, since the demo's own are smaller than any that a trainer would use."""
     copies = max(1, round(MEASURED_TOKENS / tokens.numel()))
     tokens, mask, old_logprobs = (x.repeat(copies, 1) for x in (tokens, mask, old_logprobs))
-    hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), torch.ones(len(tokens))
+    hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), torch.ones(len(tokens), device=hidden.device)
     mask, objective = torch.ones_like(mask), CISPO()  # all of them computed, on both sides
 
     def fastpg() -> None:
@@ -230,7 +235,7 @@ def loss_memory(
         torch.autograd.grad(out.loss, (hidden, head.weight))
 
     gradients = hidden.nbytes + head.weight.nbytes
-    used = (transient_bytes(call) - gradients for call in (fastpg, full_logits))
+    used = (transient_bytes(call, hidden.device) - gradients for call in (fastpg, full_logits))
     return LossMemory(tokens.numel(), head.vocab_size, *used)
 
 
@@ -294,6 +299,7 @@ def add_command(commands) -> None:
     )
     parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 200 for tiny)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch finds a GPU, else cpu")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of curves.png and history.csv")
     parser.add_argument(
         "--advantage",
@@ -315,25 +321,30 @@ def run(args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
     if args.advantage in NEED_STEPS and args.model != "walk":
         raise SystemExit(f"fastpg demo: --advantage {args.advantage} needs episodes of several steps; add --model walk")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("fastpg demo: --device cuda: torch finds no GPU; leave --device out, or say cpu")
     console = Console()
     try:
         check_packages(args.model)
     except ModuleNotFoundError as error:
         raise SystemExit(f"fastpg demo: {error}") from None
 
-    start = time.perf_counter()
-    torch.manual_seed(args.seed)
-    if args.model == "smollm2":
-        console.print("Loading SmolLM2-135M-Instruct ...")
-        model, tokenizer = load_smollm2()
-        task = sums(tokenizer)
-    else:
-        model, task = tiny_model(), Walk() if args.model == "walk" else larger_digit()
-    loading = time.perf_counter() - start
+    with nullcontext() if args.model == "smollm2" else one_thread():
+        start = time.perf_counter()
+        torch.manual_seed(args.seed)
+        if args.model == "smollm2":
+            console.print("Loading SmolLM2-135M-Instruct ...")
+            model, tokenizer = load_smollm2()
+            task = sums(tokenizer)
+        else:
+            model, task = tiny_model(), Walk() if args.model == "walk" else larger_digit()
+        model = model.to(device)
+        loading = time.perf_counter() - start
 
-    training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective)
+        training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective)
     training.seconds["load"] = loading
     report(console, training)
-    title = f"{args.model}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
+    title = f"{args.model} on {device}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
     for path in save(training, args.out, title):
         console.print(f"wrote {path}")

@@ -39,14 +39,14 @@ class Rollouts(NamedTuple):
 
     def episode_rewards(self) -> torch.Tensor:
         """(E,): what an episode earned in all."""
-        return torch.zeros(len(self.groups)).index_add(0, self.episodes, self.rewards)
+        return self.rewards.new_zeros(len(self.groups)).index_add(0, self.episodes, self.rewards)
 
 
 class Critic:
     """V(s) = w . hidden + b, of the state before an action, fitted to the returns that followed."""
 
-    def __init__(self, hidden_size: int) -> None:
-        self.linear = torch.nn.Linear(hidden_size, 1)
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        self.linear = torch.nn.Linear(hidden_size, 1, device=device)
         self.optimizer = torch.optim.Adam(self.linear.parameters(), lr=1e-2)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Context(NamedTuple):
 
     critic: Critic
     state_values: Callable[[list[Hashable]], torch.Tensor] | None  # by rollouts from each; None where none can start there
-    generator: torch.Generator
+    generator: torch.Generator  # on the device of the rollouts
 
 
 # (rollouts, context) -> advantages of the rows (B,), or of their tokens (B, T)
@@ -82,7 +82,7 @@ def _of_episodes(estimate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 def shuffled(rollouts: Rollouts, context: Context) -> torch.Tensor:
     """A control: the advantages of `group`, dealt out at random."""
     dealt = ESTIMATORS["group"](rollouts, context)
-    return dealt[torch.randperm(len(dealt), generator=context.generator)]
+    return dealt[torch.randperm(len(dealt), generator=context.generator, device=dealt.device)]
 
 
 def reward_to_go(rollouts: Rollouts, context: Context) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _by_token(rollouts: Rollouts, estimate: Callable[..., torch.Tensor]) -> torc
     is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     rewards = torch.where(is_last, rollouts.rewards[:, None], 0.0)[mask]
     episodes = rollouts.episodes[:, None].expand(mask.shape)[mask]
-    return torch.zeros(mask.shape).masked_scatter(mask, estimate(rewards, rollouts.hidden[mask], episodes))
+    return rewards.new_zeros(mask.shape).masked_scatter(mask, estimate(rewards, rollouts.hidden[mask], episodes))
 
 
 def gigpo(rollouts: Rollouts, context: Context) -> torch.Tensor:
@@ -131,9 +131,9 @@ def gigpo(rollouts: Rollouts, context: Context) -> torch.Tensor:
 
 
 def vineppo(rollouts: Rollouts, context: Context) -> torch.Tensor:
-    values = context.state_values(rollouts.states)
+    values = context.state_values(rollouts.states).to(rollouts.rewards.device)
     steps = advantages.vineppo(rollouts.rewards, values, sequence_ids=rollouts.episodes)
-    step_of_token = torch.arange(len(steps))[:, None].expand(rollouts.mask.shape)
+    step_of_token = torch.arange(len(steps), device=steps.device)[:, None].expand(rollouts.mask.shape)
     return advantages.spread(steps, step_of_token, rollouts.mask)
 
 

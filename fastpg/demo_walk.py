@@ -62,10 +62,13 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator) -> list[Step]:
-    """Plays an episode from each start to its end, all of them side by side; steps of an episode are in order."""
+    """Plays an episode from each start to its end, all of them side by side; steps of an episode are in order.
+
+    The generator is on the model's device.
+    """
     states, running, steps = list(starts), list(range(len(starts))), []
     while running:
-        prompts = torch.tensor([states[i].prompt() for i in running])
+        prompts = torch.tensor([states[i].prompt() for i in running], device=generator.device)
         hidden = model.base_model(prompts).last_hidden_state[:, -1]
         tokens = torch.multinomial(model.get_output_embeddings()(hidden).softmax(-1), 1, generator=generator)[:, 0]
         still_running = []
@@ -83,16 +86,16 @@ def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Gener
 def walk(model: PreTrainedModel, task: Walk, random: Random, generator: torch.Generator) -> Rollouts:
     """Play a group of episodes from each of a few starts: one row for each step of each."""
     starts = [state for state in (task.draw(random) for _ in range(task.prompts_per_step)) for _ in range(task.group_size)]
-    steps = play(model, starts, generator)
-    tokens = torch.tensor([[step.token] for step in steps])
+    steps, device = play(model, starts, generator), generator.device
+    tokens = torch.tensor([[step.token] for step in steps], device=device)
     return Rollouts(
-        torch.tensor([step.state.prompt() for step in steps]),
+        torch.tensor([step.state.prompt() for step in steps], device=device),
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),
         torch.stack([step.hidden for step in steps])[:, None],
-        torch.tensor([step.reward for step in steps]),
-        torch.tensor([step.episode for step in steps]),
-        torch.arange(len(starts)) // task.group_size,
+        torch.tensor([step.reward for step in steps], device=device),
+        torch.tensor([step.episode for step in steps], device=device),
+        torch.arange(len(starts), device=device) // task.group_size,
         [step.state for step in steps],
     )
 

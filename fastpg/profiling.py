@@ -10,13 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def transient_bytes(call: Callable[[], object]) -> int:
-    """The largest number of bytes allocated at a time during `call()`, above those allocated at its start.
+def transient_bytes(call: Callable[[], object], device: torch.device | str | None = None) -> int:
+    """The largest number of bytes allocated at a time during `call()` on a device, above those allocated at its start.
 
     Counts every tensor the call allocates, its results included; hold on to the results outside to count them once. On CUDA
-    read from the caching allocator, on a CPU from the profiler's allocation events.
+    (the default where torch finds it) read from the caching allocator, on a CPU from the profiler's allocation events.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

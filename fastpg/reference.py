@@ -292,7 +292,7 @@ def policy_loss(
 
 def _sequence_numbers(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:
     """Of every token: its id, or the row of (B, T) it is in."""
-    return torch.arange(len(mask))[:, None].expand(mask.shape) if sequence_ids is None else sequence_ids
+    return torch.arange(len(mask), device=mask.device)[:, None].expand(mask.shape) if sequence_ids is None else sequence_ids
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,15 @@ import os
 import sys
 from pathlib import Path
 
+# Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine. Set before
+# numpy and torch are imported, which read it then, and inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 import worst_hardware
 
-# Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # also where a plugin has imported torch before
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,15 +1,21 @@
 """The benchmark program on a tiny case: its gate, its files, its peers; both backends. Nothing here is timed."""
 
 import csv
+import gc
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import measure
 import peers
 import pytest
+import run as program
 import torch
 from cases import HEADS, Cell, Head, batch, cpu_cells, exact_logprobs, gpu_cells
 from goals import goals
@@ -18,7 +24,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 TINY = Cell("step", "tiny", Head(300, 32), 64, "float32", ())
 
 
-def run(folder: Path, *arguments: str, **settings: str) -> dict:
+def run_program(folder: Path, *arguments: str, **settings: str) -> dict:
     command = [sys.executable, str(BENCH / "run.py"), "--tiny", "--rounds", "1", "--out", str(folder), *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"OMP_NUM_THREADS": "1"} | settings
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
@@ -27,7 +33,7 @@ def run(folder: Path, *arguments: str, **settings: str) -> dict:
 
 
 def test_the_program_writes_a_table_files_and_plots(tmp_path):
-    results = run(tmp_path)
+    results = run_program(tmp_path)
     assert {"machine", "date", "versions"} <= set(results["about"])
     timed = [row for row in results["rows"] if "seconds" in row]
     assert {row["section"] for row in timed} == {"step", "over N", "over V"}
@@ -46,14 +52,15 @@ def test_the_program_writes_a_table_files_and_plots(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")
 def test_the_kernels_pass_its_gate(tmp_path):
     """In the interpreter: what a GPU's run does before it times anything."""
-    results = run(tmp_path, "--section", "step", TRITON_INTERPRET="1", FASTPG_BACKEND="triton")
+    results = run_program(tmp_path, "--section", "step", TRITON_INTERPRET="1", FASTPG_BACKEND="triton")
     ours = [row for row in results["rows"] if row["method"].startswith("fastpg")]
     assert len(ours) == 8
     assert all("why_not" not in row for row in ours), ours
 
 
-def test_events_are_used_on_a_gpu(monkeypatch):
-    """The timing of --device cuda, with events that count calls in the place of the GPU's."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stand-ins on the CPU for what --device cuda asks of torch.cuda; the list of what was called."""
     log = []
 
     class Event:
@@ -66,13 +73,31 @@ def test_events_are_used_on_a_gpu(monkeypatch):
         def elapsed_time(self, other):
             return 1500.0
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(8, **options))
-    runs = measure.runs_of({"a": lambda: log.append("call")}, 2, "cuda", 100)
-    assert runs["a"].seconds == [1.5] * 4
-    assert log == ["call", *["record", "call", "record", "synchronize"] * 2] * 2
+    stand_ins = {
+        "Event": Event,
+        "is_available": lambda: True,
+        "synchronize": lambda: log.append("synchronize"),
+        "empty_cache": lambda: log.append("empty_cache"),
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 2**30,
+        "get_device_name": lambda: "a stand-in",
+        "get_device_capability": lambda: (9, 0),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    on_the_gpu = lambda *shape, device=None, **options: empty(*((8,) if device == "cuda" else shape), **options)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", on_the_gpu)
+    return log
+
+
+def test_events_are_used_on_a_gpu(gpu, monkeypatch):
+    """The timing of --device cuda, with events that count calls in the place of the GPU's."""
+    monkeypatch.setattr(measure, "transient_bytes", lambda call, device: call() or 0)
+    timings = measure.runs_of({"a": lambda: gpu.append("call")}, 2, "cuda", 100)
+    assert timings.runs["a"].seconds == [1.5] * 4
+    assert gpu == ["call", *["record", "call", "record", "synchronize"] * 2] * 2
 
 
 @pytest.mark.parametrize("name", ["fastpg one pass", "fastpg two passes"])
@@ -95,27 +120,192 @@ def test_what_is_wrong_gets_no_number(monkeypatch, name, mistake):
     assert "why_not" not in rows[2]
 
 
-def test_a_peer_that_is_absent_or_fails_is_reported(monkeypatch):
+class UnspeakableError(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no such kernel"), "failed: RuntimeError: no such kernel"),
+        (AssertionError(), "failed: AssertionError"),
+        (TypeError("\n\nmany\nlines"), "failed: TypeError:"),
+        (
+            torch._dynamo.exc.Unsupported("a [/graph] break\nand where"),
+            "failed: torch._dynamo.exc.Unsupported: a [/graph] break",
+        ),
+        (KeyError("x" * 500), "failed: KeyError: 'xxx"),
+        (UnspeakableError(), "failed: "),
+        (torch.OutOfMemoryError("20 GiB"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_whatever_a_method_raises_in_the_gate_is_reported(monkeypatch, error, said, ours):
     def fails(b):
-        raise RuntimeError("no such kernel")
+        raise error
 
-    monkeypatch.setitem(peers.METHODS, "fails", peers.Method(fails, lambda b: None))
-    rows = measure.measure(batch(TINY), ("verl", "fails"), 1, "cpu", 10)
+    monkeypatch.setitem(peers.METHODS, "fails", peers.Method(fails, lambda b: None, ours))
+    rows = measure.measure(batch(TINY), ("verl", "fails", "full logits"), 1, "cpu", 10)
     assert "not installed" in rows[1]["why_not"] or "GPU" in rows[1]["why_not"]
-    assert rows[2]["why_not"] == "failed: no such kernel"
+    assert rows[2]["why_not"].startswith(said)
+    assert len(rows[2]["why_not"].splitlines()) == 1
+    assert len(rows[2]["why_not"]) < 140
+    assert "seconds" in rows[3]
 
 
-def test_a_peer_without_enough_memory_is_reported(monkeypatch):
+def raises_in_visit(monkeypatch, name: str, visit: int, error: BaseException) -> list:
+    """A method that runs well until its visit-th run on all of the cell's rows; the list of those runs."""
+    runs = []
+
     def step(b):
         if len(b.tokens) == TINY.rows:
-            raise torch.OutOfMemoryError
-        return peers.one_pass(b)
+            runs.append(name)
+            if len(runs) == visit:
+                raise error
+        return peers.full_logits(b)
 
     monkeypatch.setattr(measure, "_GATE_ROWS", 16)
+    monkeypatch.setitem(peers.METHODS, name, peers.Method(step, lambda b: None))
+    return runs
+
+
+@pytest.mark.parametrize("visit", [1, 2, 3, 4, 6], ids=["untimed", "timed", "timed again", "second round", "last"])
+@pytest.mark.parametrize("error", [AssertionError("Dynamo"), torch.OutOfMemoryError(), MemoryError()], ids=repr)
+def test_a_method_that_raises_while_it_is_timed_is_reported(monkeypatch, visit, error):
+    runs = raises_in_visit(monkeypatch, "fails", visit, error)
+    rows = measure.measure(batch(TINY), ("fails", "full logits"), 2, "cpu", 10)
+    said = "failed: AssertionError: Dynamo" if isinstance(error, AssertionError) else "out of memory"
+    assert rows[1]["why_not"] == said
+    assert "seconds" not in rows[1]
+    assert len(runs) == visit  # and it is not tried again
+    assert [row["runs"] for row in (rows[0], rows[2])] == [4, 4]
+
+
+def test_the_memory_of_a_method_that_failed_is_released(monkeypatch):
+    held = []
+
+    def step(b):
+        large = torch.zeros(10)
+        large.itself = [large, b.leaves()]  # a cycle: dropping the error alone would not free it
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError
+
     monkeypatch.setitem(peers.METHODS, "large", peers.Method(step, lambda b: None))
-    rows = measure.measure(batch(TINY), ("large", "fastpg one pass"), 2, "cpu", 10)
-    assert rows[1]["why_not"] == "out of memory"
-    assert "seconds" in rows[2]
+    gc.disable()
+    try:
+        assert measure.attempt(lambda: step(batch(TINY)), "cpu") == (None, "out of memory")
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("visit", [1, 2])
+def test_an_interrupt_ends_the_run(monkeypatch, visit):
+    raises_in_visit(monkeypatch, "stop", visit, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(batch(TINY), ("stop",), 1, "cpu", 10)
+
+
+@pytest.mark.parametrize("visit", [1, 2, 4])
+def test_without_the_bare_products_a_cell_says_so_and_ends(monkeypatch, visit):
+    count, products = [], peers.bare_products
+
+    def floor(b):
+        count.append(1)
+        if len(count) == visit:
+            raise torch.OutOfMemoryError
+        return products(b)
+
+    monkeypatch.setattr(measure, "bare_products", floor)
+    rows = measure.measure(batch(TINY), ("full logits",), 1, "cpu", 10)
+    assert rows == [{"method": "bare products", "why_not": "out of memory"}]
+
+
+def test_a_run_on_a_gpu_goes_on_after_bad_peers(gpu, monkeypatch, tmp_path, capsys):
+    """The whole program with --device cuda, on stand-ins: three bad methods in its first cell, no memory for its second."""
+    good = ("fastpg one pass", "fastpg two passes", "full logits")
+    bad = {1: RuntimeError("a [/bold] kernel"), 2: torch._dynamo.exc.InternalTorchDynamoError("first shapes only")}
+    for visit, error in bad.items():
+        raises_in_visit(monkeypatch, f"fails in run {visit}", visit, error)
+    raises_in_visit(monkeypatch, "large", 1, torch.OutOfMemoryError())
+
+    def in_the_gate(b):
+        raise TypeError("no such argument")
+
+    monkeypatch.setitem(peers.METHODS, "in the gate", peers.Method(in_the_gate, lambda b: None, True))
+    bad_names = ("in the gate", *(f"fails in run {visit}" for visit in bad), "large")
+    first = replace(TINY, methods=(*bad_names, *good))
+    cells = [first, replace(first, name="too large", rows=65), replace(first, section="over N", methods=good)]
+
+    def on_stand_ins(cell, device):
+        assert device == "cuda"
+        if cell.rows == 65:
+            raise torch.OutOfMemoryError
+        return batch(cell)
+
+    monkeypatch.setattr(program, "gpu_cells", lambda: cells)
+    monkeypatch.setattr(program, "batch", on_stand_ins)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cuda", "--no-samples", "--rounds", "1", "--out", str(tmp_path)])
+    program.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["about"]["machine"] == "a stand-in"
+    rows = {(row["section"], row["name"], row["method"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 1 + 4 + 3 + 1 + 1 + 3
+    why_not = {method: rows["step", "tiny", method]["why_not"] for method in bad_names}
+    assert why_not == {
+        "in the gate": "failed: TypeError: no such argument",
+        "fails in run 1": "failed: RuntimeError: a [/bold] kernel",
+        "fails in run 2": "failed: torch._dynamo.exc.InternalTorchDynamoError: first shapes only",
+        "large": "out of memory",
+    }
+    assert rows["step", "too large", "bare products"]["why_not"] == "no batch: out of memory"
+    for section in ("step", "over N"):
+        for method in ("bare products", *good):
+            assert rows[section, "tiny", method]["seconds"] == 1.5
+    assert gpu.count("empty_cache") == len(bad_names) + 1
+    shown = capsys.readouterr().out
+    assert "a [/bold] kernel" in shown
+    assert "no batch: out of memory" in shown
+
+
+def test_cells_can_be_chosen(monkeypatch):
+    """By head and method; the model of the sampled cell is loaded only where that is among them."""
+    sampled = []
+    monkeypatch.setattr(
+        program, "sampled_cell", lambda device: sampled.append(device) or (replace(TINY, section="samples"), None)
+    )
+    every = {"device": "cuda", "tiny": False, "no_samples": False, "section": None, "dtype": None, "head": None, "method": None}
+
+    def chosen(**options):
+        return [cell for cell, _ in program.chosen_cells(SimpleNamespace(**every | options))]
+
+    assert len(chosen()) == len(gpu_cells()) + 1
+    assert sampled.pop() == "cuda"
+    heads, methods = ["qwen3-8b", "smollm2-135m"], ["full logits", "fastpg one pass"]
+    cells = chosen(section=["step"], head=heads, method=methods)
+    assert not sampled
+    assert [cell.name for cell in cells] == ["smollm2-135m, bfloat16", "qwen3-8b, bfloat16"]
+    assert all(cell.methods == ("fastpg one pass", "full logits") for cell in cells)
+    assert {cell.section for cell in chosen(head=["qwen3-8b"])} == {"step", "over N", "over V"}
+    assert [cell.section for cell in chosen(section=["samples"])] == ["samples"]
+
+
+def test_without_matplotlib_there_are_results(monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setattr(program, "tiny_cells", lambda: [replace(TINY, methods=("full logits",))])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tiny", "--rounds", "1", "--out", str(tmp_path)])
+    program.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.csv"}
+    assert "no plots: matplotlib is not installed" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tiny", "--section", "walk", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "no cell of these sections" in capsys.readouterr().err
 
 
 def test_cells_ask_for_methods_that_exist():

@@ -15,6 +15,7 @@ from problems import random_problem
 import fastpg
 from fastpg import CISPO, GSPO, KLPenalty, LMHead, PPOClip, crosscheck, crosscheck_cases
 from fastpg.crosscheck import assert_matches_oracle
+from fastpg.profiling import transient_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
@@ -100,6 +101,8 @@ def test_the_compile_report_follows(tmp_path):
         (["--model", ".", "--hidden", "8", "--vocab", "8"], "leave --hidden and --vocab out"),
         (["--operation", "policy_loss", "--dtype", "bf16"], "no case"),
         (["--compile", "cuda:12"], "invalid choice"),
+        (["--interpret", "--device", "cuda"], "--interpret is of the CPU"),
+        pytest.param(["--device", "cuda"], "--device cuda: torch finds no GPU", marks=WITHOUT_GPU),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -169,6 +172,32 @@ def test_a_wrong_kernel_is_found(mutation, tmp_path):
     assert all(line.startswith("MISS ") for line in lines), done.stderr
     assert all(f"MISS {operation}, triton interpreter" in line for line in lines)  # and the torch backend is right
     assert any(f": {quantity} is off by " in line and "tolerance" in line for line in lines), done.stderr
+
+
+def test_ready_logits_are_judged_without_a_matrix_of_vocab_by_vocab():
+    case = crosscheck_cases.Case("selective_logprobs", torch.float32, 7, 4000, 16)
+    used = transient_bytes(lambda: list(crosscheck.check(case, {"torch cpu": "cpu"})))
+    assert used < 2**22 < 4000**2
+
+
+@pytest.mark.parametrize(("arguments", "threads"), [([], 1), (["--hidden", "16", "--vocab", "40"], 2)])
+def test_small_cases_run_on_one_thread_and_a_head_of_given_sizes_on_all(arguments, threads, monkeypatch, capsys):
+    """The caller's setting is there again afterwards, also where the check fails."""
+    seen = set()
+
+    def fails(case, places):
+        seen.add(torch.get_num_threads())
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(crosscheck, "check", fails)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            fastpg_main(["check", "--dtype", "fp32", *arguments])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {threads}
 
 
 def arguments_of(problem):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastpg import demo, demo_tasks, demo_walk
 from fastpg.__main__ import main
@@ -91,7 +92,7 @@ def test_rewards_of_rows_are_those_of_the_last_kept_token():
         torch.tensor([0, 1, 0]), torch.tensor([0, 0]), [None] * 3,
     )  # fmt: skip
     assert rollouts.episode_rewards().tolist() == [1.25, 0.5]
-    context = Context(Critic(4), None, torch.Generator())
+    context = Context(Critic(4, torch.device("cpu")), None, torch.Generator())
     got = ESTIMATORS["reward-to-go"](rollouts, context)  # episode 0 goes on in row 2
     assert got.tolist() == [[1.25, 1.25, 0], [0.5, 0.5, 0.5], [0.25, 0, 0]]
 
@@ -170,7 +171,8 @@ def test_last_number(text, number):
 
 
 def test_command_writes_curves_and_history(tmp_path, capsys):
-    main(["demo", "--model", "tiny", "--steps", "2", "--seed", "3", "--out", str(tmp_path / "out"), "--advantage", "none"])
+    arguments = ["--model", "tiny", "--device", "cpu", "--steps", "2", "--seed", "3", "--advantage", "none"]
+    main(["demo", *arguments, "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "answer accuracy, last quarter" in printed
     assert "full logits" in printed
@@ -181,7 +183,7 @@ def test_command_writes_curves_and_history(tmp_path, capsys):
     assert 0 <= float(rows[0]["reward"]) <= 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the demo trains on the CPU, where only the interpreter runs kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
 def test_runs_on_the_kernels_where_the_environment_says_so(tmp_path):
     code = "import sys; from fastpg.__main__ import main; main(sys.argv[1:]); print('fastpg.kernels' in sys.modules)"
     arguments = ["demo", "--model", "tiny", "--steps", "2", "--out", str(tmp_path)]
@@ -194,6 +196,95 @@ def test_runs_on_the_kernels_where_the_environment_says_so(tmp_path):
         first, second = csv.DictReader(file)
     assert float(first["ratio_max"]) > 1.01  # the second update of a step finds another policy than the first
     assert float(second["ratio_max"]) > 1.01
+
+
+class DeviceIsNamed(TorchFunctionMode):
+    """Tensors that the demo's own code makes say where: on a GPU, one without a device would be on the CPU."""
+
+    factories = (torch.tensor, torch.zeros, torch.ones, torch.arange, torch.full, torch.empty, torch.randperm, torch.rand)
+    made = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.factories:
+            caller = sys._getframe(1)
+            if os.path.basename(caller.f_code.co_filename).startswith("demo"):
+                assert "device" in kwargs, f"{function.__name__} in {caller.f_code.co_filename}, line {caller.f_lineno}"
+                self.made += 1
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("advantage", ESTIMATORS)
+def test_everything_is_made_on_the_models_device(advantage, monkeypatch):
+    generators = []
+    with_generator = SimpleNamespace(**vars(torch))  # of the demo alone: others mean a class by this name
+    with_generator.Generator = lambda device: generators.append(device) or torch.Generator(device)
+    monkeypatch.setattr(demo, "torch", with_generator)
+    model, task = demo_tasks.tiny_model(), demo_tasks.larger_digit()
+    task = demo_walk.Walk(prompts_per_step=2, rollouts_per_state=2) if advantage in NEED_STEPS else task
+    with DeviceIsNamed() as mode:
+        demo.train(model, task, 2, advantage=advantage)
+    assert mode.made > 5
+    assert generators == [model.device]
+    assert Critic(4, torch.device("meta")).linear.weight.is_meta
+    with pytest.raises(AssertionError, match=r"arange in .*demo_made_up\.py, line 1"), DeviceIsNamed():
+        exec(compile("torch.arange(3)", "demo_made_up.py", "exec"), {"torch": torch})
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "asked", "device"), [(True, [], "cuda"), (False, [], "cpu"), (True, ["--device", "cpu"], "cpu")]
+)
+def test_the_device_of_the_command(has_gpu, asked, device, monkeypatch, tmp_path):
+    """The model is moved there before it is trained."""
+    moved = []
+
+    class Model:
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    def train(model, *settings):
+        moved.append(model)
+        raise KeyboardInterrupt
+
+    model = Model()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(demo, "tiny_model", lambda: model)
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        main(["demo", "--model", "tiny", "--out", str(tmp_path), *asked])
+    assert moved == [device, model]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(capsys):
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no GPU; leave --device out, or say cpu"):
+        main(["demo", "--model", "tiny", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        main(["demo", "--model", "tiny", "--device", "tpu"])
+    assert "--device: invalid choice: 'tpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "threads"), [("tiny", 1), ("walk", 1), ("smollm2", 2)])
+def test_tiny_models_train_on_one_thread(model, threads, monkeypatch, tmp_path):
+    """The caller's setting is there again afterwards, also where the training fails."""
+    seen = []
+
+    def train(*settings):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "check_packages", lambda model: None)
+    monkeypatch.setattr(demo, "load_smollm2", lambda: (demo_tasks.tiny_model(), SimpleNamespace(decode=str, eos_token_id=0)))
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            main(["demo", "--model", model, "--device", "cpu", "--out", str(tmp_path)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [threads]
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "many"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastpg
 
@@ -22,6 +23,11 @@ def test_import_is_light(tmp_path):
     heavy = ["triton", "transformers", "trl", "matplotlib", "rich", "hypothesis"]
     code = f"import sys, fastpg; print([name for name in {heavy!r} if name in sys.modules])"
     assert run_python(code, tmp_path).stdout.strip() == "[]"
+
+
+def test_this_suite_and_what_it_starts_have_one_thread(tmp_path):
+    code = "import torch; print(torch.get_num_threads())"
+    assert run_python(code, tmp_path).stdout.strip() == str(torch.get_num_threads()) == "1"
 
 
 def test_transformers_does_not_pick_up_our_kernels():
@@ -81,7 +87,7 @@ def imports(path: Path) -> set[str]:
 
 # Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
 LAYERS = [
-    {"accuracy", "validation", "metrics", "profiling", "compile_report", "buffers", "casting_heads"},
+    {"accuracy", "validation", "metrics", "profiling", "threads", "compile_report", "buffers", "casting_heads"},
     {"lm_head", "sequences", "advantages"},
     {"objectives", "reductions"},
     {"products"},
@@ -94,11 +100,27 @@ LAYERS = [
     {"two_pass", "one_pass_schedule"},
     {"one_pass", "selective"},
     {"crosscheck_cases"},
+    {"crosscheck_compile"},
     {"crosscheck"},
     {"demo_tasks", "demo_estimators"},
     {"demo_walk"},
     {"demo"},
 ]
+
+
+def test_a_suite_in_parallel_survives_pytest_benchmark(tmp_path):
+    """Which says at its start that xdist disables it. A stand-in says it here: versions differ in when and how."""
+    pytest.importorskip("xdist")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    said = "Benchmarks are automatically disabled because xdist plugin is active.Benchmarks cannot be performed reliably"
+    plugin = f"import warnings, pytest\n@pytest.hookimpl(trylast=True)\ndef pytest_configure(config): warnings.warn({said!r})\n"
+    (tmp_path / "stand_in.py").write_text(plugin)
+    (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
+    code = "import sys, pytest; sys.path.insert(0, '.'); sys.exit(pytest.main(sys.argv[1:]))"
+    arguments = ["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "stand_in", "-n", "1", "test_one.py"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
 
 
 def test_modules_import_only_what_lies_below_them():

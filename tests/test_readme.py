@@ -2,11 +2,12 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from readme_tables import RESULTS, goals_table, step_table
+from readme_tables import H100_SERIES, H100_STEP, RESULTS, goals_table, h100_table, step_table
 
 import fastpg
 
@@ -51,12 +52,30 @@ def test_measurements_are_those_of_the_results():
     results = json.loads(RESULTS.read_text())
     assert f"<!-- bench -->\n{step_table(results)}<!-- /bench -->" in README
     assert f"<!-- goals -->\n{goals_table(results)}<!-- /goals -->" in (RESULTS.parent / "README.md").read_text()
-    measured = {round(row["over_products"], 2) for row in results["rows"] if "over_products" in row}
+    step, series = (json.loads(path.read_text()) for path in (H100_STEP, H100_SERIES))
+    measured = {round(row["over_products"], 2) for row in results["rows"] + step["rows"] if "over_products" in row}
+    measured |= {round(row["x"], 2) for row in series["runs"]["third"] if "x" in row}
     for number in re.findall(r"\b(\d+\.\d+) x\b", README):  # nowhere else in it either
         assert float(number) in measured, number
     about = results["about"]
     assert about["machine"].split(",")[0] in README
     assert f"torch {'.'.join(about['versions']['torch'].split('.')[:2])}," in README
+
+
+def test_measurements_on_a_gpu_are_those_of_the_results():
+    step, series = (json.loads(path.read_text()) for path in (H100_STEP, H100_SERIES))
+    assert f"<!-- h100 -->\n{h100_table(step, series)}<!-- /h100 -->" in README
+    machine = f"{series['gpu']}, torch {series['torch']}, triton {series['triton']}, {series['code']}, {series['date']}"
+    assert machine in " ".join(README.split())
+    assert (step["about"]["machine"], step["about"]["date"]) == (series["gpu"], series["date"])
+    errors = {r["name"]: r["logp"] for run in series["runs"].values() for r in run if r.get("H") == 4096 and "logp" in r}
+    one, two, full = (f"{errors[name]:.1e}" for name in ("fastpg one pass", "fastpg two passes", "full logits"))
+    assert f"the largest error was {one} in one pass and {two} in two (full logits in bf16: {full})" in " ".join(README.split())
+    third = {(r["section"], r["name"]): r for r in series["runs"]["third"] if r.get("H") == 4096}
+    names = {"bare products": "bare products", "as is": "one pass", "fastpg two passes": "two passes"}
+    times = {name: (statistics.median(third["proto", n]["ms"]), third["peak", n]["peak"] / 2**30) for n, name in names.items()}
+    said = ", ".join(f"{name} {ms:.1f} ({peak:.2f} GiB)" for name, (ms, peak) in times.items())
+    assert said in (RESULTS.parents[2] / "kernels" / "README.md").read_text()
 
 
 def test_the_results_are_whole():

@@ -234,7 +234,7 @@ def patched(
         )
         count = arguments["num_items_in_batch"]  # 0 on a rank without labels
         count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
-        loss = -mean_of_kept(out.logprobs, tokens != validation.IGNORED_TOKEN, count)
+        loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)
         return {"loss": loss, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
     with _intercepted(model, compute, check, fp32_head):

@@ -211,7 +211,7 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
         log_probs, mask = log_probs[:, :-1], mask[:, :-1]
         entropy = None if entropy is None else entropy[:, :-1]
     count = count.to(log_probs.device) if isinstance(count, torch.Tensor) else count
-    loss = -mean_of_kept(log_probs, mask, count)  # 0 without a label, where TRL's is 0 / 0 for a count of 0
+    loss = mean_of_kept(-log_probs, mask, count)  # 0 without a label, where TRL's is 0 / 0 for a count of 0
     aux_loss = None
     if kwargs.get("output_router_logits"):
         aux_loss = _load_balancing_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
