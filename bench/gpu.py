@@ -138,7 +138,8 @@ def importable_package() -> Iterator[Path]:
 
 def parts(python: str, found: dict, out: Path) -> list[Part]:
     tests = [python, "-m", "pytest", "-v", "-rN", "--tb=short", "--color=no", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    tests += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "(test_kernels or triton or fp16) and not worst"]
+    tests += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    tests += ["-k", "(test_kernels or triton or fp16) and not worst"]
     tests += [str(ROOT / "tests" / "test_kernels.py"), str(ROOT / "tests" / "test_parity.py")]
     if found["xdist"]:
         tests += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]

@@ -9,6 +9,10 @@ import json
 import statistics
 from pathlib import Path
 
+import torch
+
+from fastpg.accuracy import logprob_tolerance
+
 RESULTS = Path(__file__).parent / "results" / "results.json"
 # of one H100: what run.py wrote, and a longer series of interleaved runs
 H100_STEP, H100_SERIES = (RESULTS.parent / f"h100-{name}.json" for name in ("bench-step", "measurements"))
@@ -98,11 +102,24 @@ def _cell(milliseconds: float, ratio: float, peak_bytes: int, method: str) -> st
     return f"{time}, {peak_bytes / 2**30:.2f} GiB"
 
 
+def accuracy_table(series: dict) -> str:
+    """Largest errors of log-probabilities on the H100, beside what is promised of its logits of up to about 12."""
+    errors = {(r["H"], r["name"]): r["logp"] for run in series["runs"].values() for r in run if r.get("section") == "errors"}
+    lines = ["| H | promised | one pass | TRL, full logits |", "|---:|---:|---:|---:|"]
+    for hidden in sorted({hidden for hidden, _ in errors}):
+        promised = logprob_tolerance(12.0, torch.bfloat16, hidden, "cuda")
+        measured = (errors[hidden, name] for name in ("fastpg one pass", "full logits"))
+        lines.append(f"| {hidden} | {promised:.1e} | " + " | ".join(f"{x:.1e}" for x in measured) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     results = json.loads(RESULTS.read_text())
     print(step_table(results))
     print(goals_table(results))
-    print(h100_table(json.loads(H100_STEP.read_text()), json.loads(H100_SERIES.read_text())))
+    series = json.loads(H100_SERIES.read_text())
+    print(h100_table(json.loads(H100_STEP.read_text()), series))
+    print(accuracy_table(series))
 
 
 if __name__ == "__main__":

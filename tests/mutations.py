@@ -404,7 +404,7 @@ MUTATIONS = [
     Mutation(
         "patched: the loss is a sum over a count of 0",
         "fastpg/integrations/transformers.py",
-        "loss = -mean_of_kept(out.logprobs, tokens != validation.IGNORED_TOKEN, count)",
+        "loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)",
         "loss = -out.logprobs.sum() / (1 if count is None else count)",
         "nothing_kept",
         "patched_without_items",

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from readme_tables import H100_SERIES, H100_STEP, RESULTS, goals_table, h100_table, step_table
+from readme_tables import H100_SERIES, H100_STEP, RESULTS, accuracy_table, goals_table, h100_table, step_table
 
 import fastpg
+from fastpg import accuracy
+from fastpg.accuracy import SMALLEST_RANGE, TENSOR_CORE_TERMS, UNIT, logprob_tolerance
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -71,11 +73,25 @@ def test_measurements_on_a_gpu_are_those_of_the_results():
     errors = {r["name"]: r["logp"] for run in series["runs"].values() for r in run if r.get("H") == 4096 and "logp" in r}
     one, two, full = (f"{errors[name]:.1e}" for name in ("fastpg one pass", "fastpg two passes", "full logits"))
     assert f"the largest error was {one} in one pass and {two} in two (full logits in bf16: {full})" in " ".join(README.split())
+    refused = next(r for r in step["rows"] if r["name"].startswith("qwen3-8b") and r["method"] == "fastpg one pass")
+    assert refused["logp_error"] > 1.2e-5  # what the gate of that commit allowed
+    assert refused["logp_error"] <= logprob_tolerance(12.0, torch.bfloat16, refused["hidden"], "cuda")
     third = {(r["section"], r["name"]): r for r in series["runs"]["third"] if r.get("H") == 4096}
     names = {"bare products": "bare products", "as is": "one pass", "fastpg two passes": "two passes"}
     times = {name: (statistics.median(third["proto", n]["ms"]), third["peak", n]["peak"] / 2**30) for n, name in names.items()}
     said = ", ".join(f"{name} {ms:.1f} ({peak:.2f} GiB)" for name, (ms, peak) in times.items())
     assert said in (RESULTS.parents[2] / "kernels" / "README.md").read_text()
+
+
+def test_the_promise_is_that_of_the_code():
+    formula = f"{UNIT[torch.bfloat16]:g} max({SMALLEST_RANGE}, |z|max)".replace("e-06", "e-6")
+    on_gpus = f"{formula} max(1, H / {TENSOR_CORE_TERMS})"
+    for document in (README, (RESULTS.parents[2] / "kernels" / "README.md").read_text(), accuracy.logprob_tolerance.__doc__):
+        words = " ".join(document.split())
+        assert formula in words.replace(on_gpus, "")  # by itself as well
+        assert on_gpus in words
+    table = accuracy_table(json.loads(H100_SERIES.read_text()))
+    assert f"<!-- accuracy -->\n{table}<!-- /accuracy -->" in (RESULTS.parent / "README.md").read_text()
 
 
 def test_the_results_are_whole():
