@@ -28,7 +28,7 @@ def memory_around(x: torch.Tensor) -> torch.Tensor:
     end = max(end, *(size * stride for size, stride in sizes))
     available = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     span = x.detach().as_strided((min(end, available),), (1,))
-    owned = torch.zeros(end, dtype=torch.bool)
+    owned = torch.zeros(end, dtype=torch.bool, device=x.device)
     owned.as_strided(x.shape, x.stride()).fill_(True)
     return span[~owned[: len(span)]]
 
