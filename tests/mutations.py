@@ -288,6 +288,7 @@ MUTATIONS = [
         "torch.cat([target_logits(_block_of(chunk, slice(r, r + rows)), head)[0] for r in range(0, size, rows)])",
         "target_logits(chunk, head)[0].roll(1)",
         "accuracy",
+        "targets_logit or from_the_product",
     ),
     Mutation(
         "accuracy: no factor of H on tensor cores",
@@ -295,7 +296,7 @@ MUTATIONS = [
         "terms = max(1.0, hidden_size / TENSOR_CORE_TERMS) if on_tensor_cores else 1.0",
         "terms = 1.0",
         "accuracy crosscheck",
-        "promise or h100 or tolerances_are_those",
+        "promise or tolerances_are_those",
     ),
     Mutation(
         "two passes: fp16's unit not taken out",
