@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-_PROBES, _STAND_IN_ROWS, _ROWS = 3, 16, 8192
+_PROBES, _STAND_IN_ROWS = 3, 16
 
 # By layer, then by its forward and state. `LMHead.from_model` runs at every forward of a model.
 _answers: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
@@ -25,11 +25,15 @@ def casts_to_fp32(layer: nn.Module) -> bool:
 
     The layer's forward is run twice on three rows in 16 bits: on random weights in the place of its own, which shows that it
     multiplies by `weight` and not by something it holds besides, and on its own, which shows all of the vocabulary. A weight
-    that is not here as a whole (FSDP's shards, ZeRO-3, meta tensors) is left out of that: no collective is run. The answer is
-    remembered. Hooks, random numbers, gradients and attributes of the layer are as before.
+    that is not here as a whole (FSDP's shards, ZeRO-3, meta tensors) is left out of that: no collective is run. A layer that
+    holds other tensors or layers is refused, whatever they do at the moment: training may change it. The answer is remembered
+    for as long as the numbers and strings among its attributes stay the same; what its forward reads elsewhere is not seen.
+    Hooks, random numbers, gradients and attributes of the layer are as before.
     """
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if not _is_torchs(weight) or not (bias is None or _is_torchs(bias)) or not weight.is_floating_point():
+        return False
+    if _holds_more(layer):
         return False
     answers, state = _answers.setdefault(layer, {}), _state(layer, weight)
     if state not in answers:
@@ -42,6 +46,12 @@ def _is_torchs(x: object) -> bool:
     return isinstance(x, torch.Tensor) and type(x).__module__.partition(".")[0] == "torch"
 
 
+def _holds_more(layer: nn.Module) -> bool:
+    named = {**layer._parameters, **layer._buffers, **layer._modules}
+    others = [x for name, x in named.items() if x is not None and name not in ("weight", "bias")]
+    return bool(others) or any(isinstance(x, torch.Tensor) for x in vars(layer).values())
+
+
 def _state(layer: nn.Module, weight: torch.Tensor) -> tuple:
     """What another answer may depend on. References are weak, as a forward may hold its layer."""
     forward = layer.forward
@@ -51,7 +61,8 @@ def _state(layer: nn.Module, weight: torch.Tensor) -> tuple:
         hash(references)
     except TypeError:  # of what has no weak references, or no hash: equal to nothing, so asked again
         references = (object(),)
-    return *references, layer.training, weight.dtype, _is_whole(weight)
+    plain = tuple((name, x) for name, x in vars(layer).items() if isinstance(x, (int, float, str)))
+    return *references, plain, weight.dtype, _is_whole(weight)
 
 
 def _is_whole(weight: torch.Tensor) -> bool:
@@ -82,9 +93,8 @@ def _ask(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> b
 def _forward(layer: nn.Module, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     """The layer's forward with this weight and bias, its state restored; None where it fails."""
     before = dict(vars(layer))
-    # attributes that torch.nn.Module reads parameters and buffers from
+    # the attribute that torch.nn.Module reads parameters from
     vars(layer)["_parameters"] = {**layer._parameters, "weight": weight, "bias": bias}
-    vars(layer)["_buffers"] = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
     try:
         with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
             return layer.forward(rows)
@@ -98,17 +108,14 @@ def _forward(layer: nn.Module, rows: torch.Tensor, weight: torch.Tensor, bias: t
 
 
 def _is_fp32_product(out: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """out against rows (1, P, H) @ weight (V, H) in float32, some rows of the weight at a time."""
+    """out against rows (1, P, H) @ weight (V, H) in float32."""
     if not isinstance(out, torch.Tensor) or out.dtype != torch.float32 or out.shape != (*rows.shape[:2], len(weight)):
         return False
-    x = rows.float()
-    same = torch.ones((), dtype=torch.bool, device=rows.device)
-    for start in range(0, len(weight), _ROWS):
-        w = weight[start : start + _ROWS].float()
-        b = None if bias is None else bias[start : start + _ROWS].float()
-        want, got = F.linear(x, w, b), out[..., start : start + _ROWS]
-        # sums of H products in another order differ by less than this, and those rounded to 16 bits by many times as much
-        scale = x.norm(dim=-1, keepdim=True) * w.norm(dim=1) + (0 if b is None else b.abs())
-        close = (got - want).abs() <= 8 * torch.finfo(torch.float32).eps * scale
-        same &= (close | (got == want)).all()  # equal infinities: a bias of -inf bans a token
-    return bool(same)
+    # in one product, as the layer's own: slices could take another kernel, and TF32 where that is allowed
+    x, w = rows.float(), weight.float()
+    b = None if bias is None else bias.float()
+    want = F.linear(x, w, b)
+    # sums of H products in another order differ by less than this, and those rounded to 16 bits by many times as much
+    scale = x.norm(dim=-1, keepdim=True) * w.norm(dim=1) + (0 if b is None else b.abs())
+    close = (out - want).abs() <= 8 * torch.finfo(torch.float32).eps * scale
+    return bool((close | (out == want)).all())  # equal infinities: a bias of -inf bans a token

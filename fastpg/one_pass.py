@@ -68,14 +68,15 @@ def linear_policy_loss(
             accelerators, or what one tile of rows needs where that is more (V = 262144 in fp32: 270 MiB). On top come the
             gradients, and, where several chunks or recomputed rows are summed, one fp32 copy of dW where it is not fp32.
             Backward scales the gradients in place; under retain_graph it makes a copy of them.
-        check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute. False reads
-            nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a row whose sum
-            overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be read anyway.)
+        check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute, of which float16
+            has none. False reads nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a
+            row whose sum overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be
+            read anyway.)
 
     Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
 
-    Gradients exist before backward, which scales them by the incoming gradient in fp32; double backward raises. Under
-    non-reentrant checkpointing the products run again.
+    Gradients exist before backward, but for float16; backward scales them by the incoming gradient in fp32. Double backward
+    raises. Under non-reentrant checkpointing the products run again.
 
     float16 inputs, also those that autocast makes, take the two-pass schedule, whose probabilities do not underflow: four
     products. Their gradients are computed in backward with the incoming factor inside, so that a gradient scaler's factor
@@ -101,7 +102,7 @@ def linear_policy_loss(
             objective.ratio_bounds if fuses else None, head.weight_grad is not None, head.group,
         )  # fmt: skip
         projection = projection_of(head)
-        if workspace is None:  # a default is no reason to refuse a large vocabulary
+        if workspace is None and hidden.dtype != torch.float16:  # a default is no reason to refuse a large vocabulary
             options = options._replace(workspace=max(options.workspace, smallest_workspace(projection, options)))
         chunk = _check_workspace(projection, tokens.numel(), options)
         sequences = sequences_of(keep, sequence_ids)

@@ -70,17 +70,19 @@ def _multiply(
 
 
 def has_gaps(x: torch.Tensor) -> bool:
-    """Whether there is memory between the first and the last entry of x (rows, columns) that is not part of it."""
-    last, entries = 0, 1
+    """Whether the rows of x (rows, columns), or its columns, have memory behind them that is not part of x."""
+    reach, entries = 0, 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         if stride != 0:
-            last, entries = last + (size - 1) * stride, entries * size
-    return x.numel() > 0 and last >= entries
+            reach, entries = max(reach, size * stride), entries * size
+    return x.numel() > 0 and reach > entries
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """x (rows, columns) as an operand: on a CPU a copy where it has gaps."""
-    return x.contiguous() if x.device.type == "cpu" and has_gaps(x) else x
+    if x.device.type != "cpu" or not has_gaps(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() is x itself where x is one row
 
 
 def inner_size(size: int, device: torch.device) -> int:

@@ -37,7 +37,9 @@ class Rows(NamedTuple):
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype, multiple: int = 1) -> Chunk:
         """Rows [start, stop) in the operand dtype `dtype`, padded to a multiple of `multiple` rows."""
-        hidden = dense(self._gather(self.hidden, start, stop).to(dtype))
+        hidden = self._gather(self.hidden, start, stop).to(dtype)
+        # columns side by side would be summed in another order, and bits would depend on whether the chunk is padded
+        hidden = dense(hidden if hidden.stride(1) == 1 else hidden.contiguous())
         lora_hidden = None if self.lora_hidden is None else self._gather(self.lora_hidden, start, stop)
         tokens = self.tokens[start:stop]
         temperature = None if self.temperature is None else self.temperature[start:stop]

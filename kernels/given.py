@@ -56,9 +56,10 @@ def given_logsumexp_kernel(
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
     if split == 0:
-        inside = (token >= 0) & (token < V)
+        column = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int64)  # 32 bits would make a far one near
+        inside = (column >= 0) & (column < V)
         keep = tl.load(KEEP + rows, mask=in_chunk, other=0) != 0
-        z_y = tl.load(LOGITS + rows * stride_z + token, mask=in_chunk & keep & inside, other=0.0).to(tl.float32) * scale
+        z_y = tl.load(LOGITS + rows * stride_z + column, mask=in_chunk & keep & inside, other=0.0).to(tl.float32) * scale
         tl.store(TARGET + rows, tl.where(inside, z_y, float("nan")), mask=in_chunk)
     for tile in range(0, tl.minimum(TILES, tl.cdiv(V, COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * COLUMNS

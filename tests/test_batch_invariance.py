@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpg import ImportanceWeighted as Weighted
-from fastpg import LMHead, linear_logprobs, policy_loss
+from fastpg import LMHead, linear_logprobs, linear_policy_loss, policy_loss
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -51,6 +51,26 @@ def test_the_ratio_of_the_sampling_policy_to_itself_is_exactly_one(dtype):
     metrics = policy_loss(new, old, torch.randn(700), objective=Weighted()).metrics
     assert metrics["ratio_mean"] == metrics["ratio_max"] == metrics["ess"] == 1
     assert metrics["kl_k3"] == 0
+
+
+@DTYPES
+@pytest.mark.parametrize("schedule", ["one pass", "two passes"])
+@pytest.mark.parametrize("size", [64, 72, 577])
+def test_bits_do_not_depend_on_the_layout_of_hidden_states(dtype, schedule, size):
+    """Rows side by side in memory: chunks of 256 would be used as they are, and shorter ones copied to be padded."""
+    transposed, weight = torch.randn(size, 512).to(dtype).T, (torch.randn(61, size) / size**0.5).to(dtype)
+    tokens = torch.randint(0, 61, (512,))
+
+    def logprobs(hidden, tokens):
+        if schedule == "two passes":
+            return linear_logprobs(hidden, weight, tokens).logprobs
+        old = torch.full(tokens.shape, -4.0)
+        return linear_policy_loss(hidden, weight, tokens, old, old, objective=Weighted()).logprobs
+
+    whole = logprobs(transposed, tokens)
+    assert torch.equal(logprobs(transposed.contiguous(), tokens), whole)
+    assert torch.equal(logprobs(transposed[300:301], tokens[300:301]), whole[300:301])
+    assert torch.equal(logprobs(transposed[:300], tokens[:300]), whole[:300])
 
 
 @DTYPES

@@ -203,6 +203,47 @@ def test_weights_with_a_common_component(schedule):
 
 
 @SCHEDULES
+@ALL_DTYPES
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("vocab", [1, 17])
+def test_operands_in_memory_with_nan(schedule, dtype, rows, vocab):
+    """hidden, weight and LoRA's factors are parts of larger matrices that hold NaN everywhere else."""
+    problem = random_problem(rows, vocab, dtype, bias=True, lora=3, lora_dtype=torch.float32)
+
+    def within(x):
+        larger = torch.full((x.shape[0] + 2, x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
+        return larger[1:-1, 1:-2].copy_(x)
+
+    a, b, scale = problem.head.lora
+    head = replace(problem.head, weight=within(problem.head.weight), lora=(within(a), within(b), scale))
+    strided = replace(problem, hidden=within(problem.hidden), head=head)
+    want, scale = oracle(problem, reference.cispo(5.0))
+    got = schedule(InPlace(strided), CISPO())
+    check_result(problem, got, want, scale)
+    assert torch.equal(got.logprobs, schedule(problem, CISPO()).logprobs)
+
+
+class InPlace:
+    """A problem whose leaves stay in the memory that they are in."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def to(self, device: str) -> "InPlace":
+        assert device == "cpu", "a copy would be dense"
+        return self
+
+    def leaves(self) -> Problem:
+        def leaf(x):
+            return x.detach().requires_grad_()
+
+        head = self.problem.head
+        lora = leaf(head.lora.a), leaf(head.lora.b), head.lora.scale
+        head = replace(head, weight=leaf(head.weight), bias=leaf(head.bias), lora=lora)
+        return replace(self.problem, hidden=leaf(self.problem.hidden), head=head)
+
+
+@SCHEDULES
 def test_tokens_banned_by_a_bias_of_minus_infinity(schedule):
     problem = random_problem(40, 17, torch.float32, bias=True)
     bias = problem.head.bias

@@ -99,11 +99,11 @@ def test_a_buffer_for_dweight_gets_the_factor(backend):
 @pytest.mark.parametrize("factor", [1 / 3, 0.3, 1e-4, -7.0])
 def test_bf16_gradients_are_scaled_in_fp32(factor, keep):
     """And rounded once more: with the factor in bf16 all of dX and dW would be off by one common factor of up to 0.3 %."""
-    x = without_lora(made(torch.bfloat16))
+    x = without_lora(made(torch.bfloat16, "triton" if KERNEL_DEVICE == "cuda" else "torch"))  # a GPU scales in another way
     inputs = [x[name] for name in ("hidden", "weight", "bias")]
-    once = torch.autograd.grad(loss_of(x, "one pass", "torch"), inputs)
-    scaled = torch.autograd.grad(loss_of(x, "one pass", "torch") * factor, inputs, retain_graph=keep)
-    of_factor = torch.tensor(factor, dtype=torch.float32)
+    once = torch.autograd.grad(loss_of(x, "one pass", None), inputs)
+    scaled = torch.autograd.grad(loss_of(x, "one pass", None) * factor, inputs, retain_graph=keep)
+    of_factor = torch.tensor(factor, dtype=torch.float32, device=KERNEL_DEVICE)
     for a, b in zip(once, scaled, strict=True):
         assert torch.equal(b, (a.float() * of_factor).bfloat16())
 
@@ -165,6 +165,44 @@ def test_fp16_without_gradients_and_without_tokens():
     loss = loss_of(x, "one pass", "torch", mask=torch.zeros(ROWS, dtype=torch.bool))
     assert loss == 0
     assert all((g == 0).all() for g in torch.autograd.grad(loss, [x["hidden"], x["weight"]]))
+
+
+@BACKENDS
+def test_masked_rows_of_fp16_whose_token_is_banned(backend):
+    """With check=False masked rows enter as token 0. Its logit of -inf is nobody's."""
+    x = without_lora(made(torch.float16, backend))
+    with torch.no_grad():
+        x["bias"][0] = -torch.inf
+        x["tokens"].clamp_(min=1)
+    mask, seen = torch.arange(ROWS, device=x["hidden"].device) % 3 > 0, []
+
+    def objective(logprobs, old_logprobs, advantages):
+        seen.append(logprobs.detach())
+        return logprobs * advantages
+
+    loss = linear_policy_loss(
+        x["hidden"], LMHead(x["weight"], x["bias"]), x["tokens"], None, x["advantages"], objective=objective, mask=mask,
+        backend=backend, check=False,
+    ).loss  # fmt: skip
+    assert seen
+    assert all((logprobs[~mask] == 0).all() for logprobs in seen)
+    assert loss.isfinite()
+    dhidden, dweight = torch.autograd.grad(loss, [x["hidden"], x["weight"]])
+    assert dhidden.isfinite().all()
+    assert dweight.isfinite().all()
+    assert (dhidden[~mask] == 0).all()
+
+
+def test_a_workspace_of_fp16_is_that_of_two_passes():
+    """There is no E to make room for: N V numbers of two bytes would not fit here."""
+    hidden, weight = torch.randn(300, 8).half(), torch.randn(60000, 8).half()
+    tokens, advantages = torch.randint(0, 60000, (300,)), torch.ones(300)
+    options = {"objective": Reinforce(), "workspace": 2**24}
+    assert linear_policy_loss(hidden.requires_grad_(), weight, tokens, None, advantages, **options).loss.isfinite()
+    with pytest.raises(ValueError, match="workspace=16777216"):
+        linear_policy_loss(hidden.detach().bfloat16().requires_grad_(), weight.bfloat16(), tokens, None, advantages, **options)
+    with pytest.raises(ValueError, match="workspace=1000"):
+        linear_policy_loss(hidden, weight, tokens, None, advantages, **options | {"workspace": 1000})
 
 
 def test_what_fp16_keeps_for_backward():

@@ -167,3 +167,16 @@ def test_bad_input_is_named(arguments, said):
     with pytest.raises((TypeError, ValueError)) as error:
         selective_logprobs(*arguments)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("token", [-1, 40, 2**32 + 5, -(2**32) + 5, 2**40])
+def test_a_token_outside_is_nan_without_checks(backend, token):
+    """Also where its lowest 32 bits are a token's."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    tokens = torch.tensor([3, token, 5], device=device)
+    out = selective_logprobs(torch.randn(3, 40, device=device), tokens, backend=backend, check=False)
+    assert out.logprobs.isnan().tolist() == [False, True, False]
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(40, 8, device=device)
+    out = linear_logprobs(hidden, weight, tokens, backend=backend, check=False)
+    assert out.logprobs.isnan().tolist() == [False, True, False]

@@ -10,6 +10,7 @@ from worst_hardware import each_value_once, memory_around, worst_product
 
 from fastpg import linear_cispo_loss, products
 from fastpg.products import dense, has_gaps
+from fastpg.rows import Rows
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastpg"
 PRODUCTS = {"mm", "addmm", "addmm_", "matmul", "bmm", "baddbmm", "einsum", "mv", "addmv", "dot", "inner", "tensordot", "linear"}
@@ -74,13 +75,33 @@ def test_it_rounds_where_the_switch_allows_it():
 
 def test_gaps():
     x = torch.zeros(6, 8)
-    for whole in (x, x.T, x[2:4], x[:1].expand(6, 8), x[:1, :5], x[:0, :3]):
+    for whole in (x, x.T, x[2:4], x[2:3], x[:1].expand(6, 8), x[:0, :3]):
         assert not has_gaps(whole)
         assert dense(whole) is whole
-    for part in (x[:, :5], x[:, ::2], x[::2], x[:, :5].T, x[:, ::2][:1].expand(6, 4), x[:, 3:4], x[:, :1].expand(6, 8)):
+    for part in (
+        x[:, :5],
+        x[:, ::2],
+        x[::2],
+        x[:, :5].T,
+        x[:, ::2][:1].expand(6, 4),
+        x[:, 3:4],
+        x[:1, :5],
+        x[:, :1].expand(6, 8),
+    ):
         assert has_gaps(part)
         assert torch.equal(dense(part), part)
         assert not has_gaps(dense(part))
+
+
+def test_chunks_have_their_rows_side_by_side():
+    """The order of sums in a product may follow the layout of its operands, on some CPUs."""
+    values, tokens = torch.randn(16, 512), torch.zeros(512, dtype=torch.int64)
+    for hidden in (values.T, values.T.bfloat16(), torch.randn(512, 32)[:, ::2], torch.randn(1, 16).expand(512, 16)):
+        for stop in (256, 100):
+            chunk = Rows(hidden, None, None, None, tokens, None).chunk(0, stop, torch.float32, multiple=256)
+            assert chunk.hidden.shape == (256, 16)
+            assert chunk.hidden.stride(1) == 1
+            assert torch.equal(chunk.hidden[:stop], hidden[:stop].float())
 
 
 def test_every_value_once():
