@@ -14,8 +14,8 @@ rounding error of each row's sum is added back at its token's row of W, in fp32.
 
     head    D holds                  in a buffer of
     fp32    fp32 values              fp32
-    bf16    bf16 values              bf16; fp32 on a CPU, whose products return fp32 for fp32 buffers alone
-    fp16    fp16 values times unit   fp16; on a CPU fp32 values in fp32, without a unit
+    bf16    bf16 values              bf16; fp32 in the PyTorch tile ops on a CPU, which has no bf16 product with fp32 results
+    fp16    fp16 values times unit   fp16; in the PyTorch tile ops fp32 values in fp32, without a unit
 
 fp16 has a short range. Row n is stored times unit_n = 2^14 / m_n, with m_n a power of two that bounds the row's entries, and
 dX is divided by unit_n in fp32. dW multiplies D with fp16(s x_n / unit_n), and is divided by s: one power of two for the call,
