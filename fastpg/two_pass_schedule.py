@@ -261,7 +261,7 @@ def _finish(
 def _finish_rows(
     sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, half: _HalfScales | None, tokens: torch.Tensor
 ) -> None:
-    """Gives back to D @ weight, (K, ...) in place, what rounding took, and takes fp16's units out.
+    """Adds the rounding error of each row of D back to D @ weight, (K, ...) in place, and divides by fp16's units.
 
     Any row of the weight serves for a token that is on another rank: it is what the rows have in common that must cancel.
     """

@@ -299,6 +299,69 @@ MUTATIONS = [
         "promise or tolerances_are_those",
     ),
     Mutation(
+        "rows: columns side by side are an operand",
+        "fastpg/rows.py",
+        "hidden if hidden.stride(1) == 1 else hidden.contiguous()",
+        "hidden",
+        "worst_hardware batch_invariance",
+        "rows_side_by_side or layout_of_hidden",
+    ),
+    Mutation(
+        "products: LoRA's B with gaps is an operand",
+        "fastpg/products.py",
+        "return _multiply(a, dense(b.to(dtype)))",
+        "return _multiply(a, b.to(dtype))",
+        "parity",
+        "worst and operands_in",
+    ),
+    Mutation(
+        "given: the token is read in 32 bits",
+        "kernels/given.py",
+        "column = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int64)",
+        "column = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)",
+        "selective",
+        "outside_is_nan",
+    ),
+    Mutation(
+        "two passes: compiled, an entropy that was not asked for has a gradient",
+        "fastpg/two_pass.py",
+        "if not entropy:  # compiled",
+        "if False:  # compiled",
+        "autograd",
+        "compiles_without",
+    ),
+    Mutation(
+        "bench: a peer may raise a RuntimeError and nothing else",
+        "bench/measure.py",
+        "except Exception as error:",
+        "except RuntimeError as error:",
+        "bench",
+        "raises",
+    ),
+    Mutation(
+        "check: a GPU's kernels are not compiled before",
+        "fastpg/crosscheck.py",
+        'if small and "triton gpu" in places:',
+        "if False:",
+        "crosscheck_compile",
+    ),
+    Mutation(
+        "small work: as many threads as there are",
+        "fastpg/threads.py",
+        "torch.set_num_threads(1)",
+        "torch.set_num_threads(before)",
+        "crosscheck demo",
+        "one_thread",
+    ),
+    Mutation(
+        "demo: on the CPU, whatever there is",
+        "fastpg/demo.py",
+        'device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")',
+        'device = "cpu"',
+        "demo",
+        "device",
+    ),
+    Mutation(
         "two passes: fp16's unit not taken out",
         "fastpg/two_pass_schedule.py",
         "sums[part].div_(half.unit[part, None])",
@@ -498,6 +561,8 @@ def pytest_collection_finish(session):
 
 def place(folder: Path, file: str) -> Path:
     """Where a file of the tree is in its copy: the package is laid out as it is installed, in a folder of its own."""
+    if file.startswith("bench/"):
+        return folder / file
     return folder / "package" / ("fastpg/" + file if file.startswith("kernels/") else file)
 
 
