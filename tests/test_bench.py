@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import host_time
 import measure
 import peers
 import pytest
@@ -319,6 +320,33 @@ def test_batches_are_what_they_say():
     assert (b.advantages == 0).sum() == 16
     z = 5 * torch.tanh(b.hidden.double() @ b.weight.double().T / 5)
     assert torch.allclose(exact_logprobs(b), z.log_softmax(-1).gather(1, b.tokens[:, None])[:, 0])
+
+
+def test_host_time_measures_two_checkouts_in_turns():
+    """It replays what kernels wrote: the steps behind them are the same, and it says what each took."""
+    command = [sys.executable, str(BENCH / "host_time.py"), "--against", str(BENCH.parent), "--rounds", "1", "--repeats", "3"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert {row[0].strip() for row in rows} >= {"one pass, CISPO", "two passes and policy_loss", "scoring", "full logits"}
+    assert all(float(row[1]) > 10 and 0.2 < float(row[3]) < 5 for row in rows)
+
+
+def test_a_replayed_launch_writes_what_the_recorded_one_wrote():
+    launches, x, y = host_time.Launches(), torch.zeros(3), torch.ones(3)
+    runs = []
+
+    def run(kernel, x, y, *, grid, warmup):
+        runs.append(kernel)
+        y += 1
+
+    launch = launches.replaced(run)
+    launch("kernel", x, y, grid=(1,), warmup=False)
+    launches.place = 0
+    again = torch.zeros(3)
+    launch("kernel", x, again, grid=(1,), warmup=False)
+    assert runs == ["kernel"] and torch.equal(again, y) and launches.seconds > 0
 
 
 def test_goals_are_met_or_missed_by_what_was_measured():
