@@ -1,0 +1,183 @@
+"""What one token adds to the loss, and its gradient, in registers: `fastpg.objectives` as device functions.
+
+    objective(logp, old, advantage, bounds) -> l, dl/dlogp             l is maximised; old and A are constants
+    estimator(logp, ref)                    -> k, dk/dlogp, k + dk/dlogp
+    token_loss(...)                         -> -w (rollout l - coef k) and its slope g, of any two of them
+
+All are elementwise on fp32 registers. A kernel takes objective and estimator as constants, so that it is compiled with these
+and nothing else, and the numbers of an objective as one argument `bounds`: a tuple of its class here, whose fields of None are
+constants too. Slopes are written out in closed form. They are what automatic differentiation of the PyTorch objectives gives,
+but for two cases in which the loss is NaN: SAPO's clamp hides a NaN from PyTorch's gradient and does not from this one, and a
+NaN in `weight` or `rollout` makes g NaN even where the slope is 0.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class RatioBounds(NamedTuple):
+    """Of `cispo`, on the ratio itself; None for no bound."""
+
+    ratio_min: float | None
+    ratio_max: float | None
+
+
+class ClipBounds(NamedTuple):
+    """Of `ppo_clip`: 1 - eps_low, 1 + eps_high, and what bounds the ratio where A < 0, or None."""
+
+    ratio_min: float
+    ratio_max: float
+    dual_clip: float | None
+
+
+class Temperatures(NamedTuple):
+    """Of `sapo`, where A > 0 and elsewhere."""
+
+    tau_pos: float
+    tau_neg: float
+
+
+@triton.jit
+def reinforce(logp, old, advantage, bounds):
+    """l = A logp, slope A. (Williams 1992) bounds: None."""
+    return advantage * logp, advantage
+
+
+@triton.jit
+def importance_weighted(logp, old, advantage, bounds):
+    """l = r A, slope r A, with r = exp(logp - old) of the token alone. bounds: None."""
+    surrogate = tl.exp(logp - old) * advantage
+    return surrogate, surrogate
+
+
+@triton.jit
+def clipped(ratio, ratio_min, ratio_max):
+    """clip(ratio, ratio_min, ratio_max), a bound of None being none. NaN stays NaN, which tl.minimum alone would drop."""
+    if ratio_min is not None:
+        ratio = tl.maximum(ratio, ratio_min, propagate_nan=tl.PropagateNan.ALL)
+    if ratio_max is not None:
+        ratio = tl.minimum(ratio, ratio_max, propagate_nan=tl.PropagateNan.ALL)
+    return ratio
+
+
+@triton.jit
+def cispo(logp, old, advantage, bounds):
+    """l = c logp, slope c = clip(r) A: the ratio is held constant. (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5)
+
+    bounds: RatioBounds.
+    """
+    coefficient = clipped(tl.exp(logp - old), bounds.ratio_min, bounds.ratio_max) * advantage
+    return coefficient * logp, coefficient
+
+
+@triton.jit
+def ppo_clip(logp, old, advantage, bounds):
+    """l = min(r A, clip(r) A), and with dual_clip c, where A < 0, max(that, c A). bounds: ClipBounds.
+
+    (PPO, arXiv 1707.06347, eq. 7; dual clip: arXiv 1912.09729, eq. 4.) The slope is r A where l is, at a tie too, and exactly 0
+    where a clip holds or A = 0, however large the ratio: 0 * inf would be NaN.
+    """
+    ratio = tl.exp(logp - old)
+    surrogate = ratio * advantage
+    constant = clipped(ratio, bounds.ratio_min, bounds.ratio_max) * advantage
+    is_constant = surrogate > constant  # NaN is not: it stays
+    if bounds.dual_clip is not None:
+        beyond = (advantage < 0) & (ratio > bounds.dual_clip)
+        constant = tl.where(beyond, bounds.dual_clip * advantage, constant)
+        is_constant = is_constant | beyond
+    value = tl.where(is_constant, constant, surrogate)
+    slope = tl.where(is_constant, 0.0, surrogate)
+    return tl.where(advantage == 0, 0.0, value), tl.where(advantage == 0, 0.0, slope)
+
+
+@triton.jit
+def sapo(logp, old, advantage, bounds):
+    """l = (4 / tau) s A, slope 4 s (1 - s) r A, with s = sigmoid(x), x = tau (r - 1). (SAPO, arXiv 2511.20347)
+
+    bounds: Temperatures. With q = exp(-|x|), s is 1 or q over 1 + q, and s (1 - s) = q / (1 + q)^2: nothing cancels. The log
+    ratio is clamped at 60, beyond which the slope is 0, so that r stays finite: q is 0 there, for any tau in use.
+    """
+    log_ratio = logp - old
+    ratio = tl.exp(tl.minimum(log_ratio, 60.0, propagate_nan=tl.PropagateNan.ALL))
+    tau = tl.where(advantage > 0, bounds.tau_pos, bounds.tau_neg)
+    x = tau * (ratio - 1.0)
+    q = tl.exp(-tl.abs(x))
+    s = tl.where(x < 0, q, 1.0) / (1.0 + q)
+    slope = 4.0 * q / ((1.0 + q) * (1.0 + q)) * ratio * advantage
+    return 4.0 / tau * s * advantage, tl.where(log_ratio > 60.0, 0.0, slope)
+
+
+# The estimators of KL(pi, ref): Schulman, "Approximating KL divergence", 2020.
+
+
+@triton.jit
+def kl_k1(logp, ref):
+    """k = -e with e = ref - logp, slope 1."""
+    k = logp - ref
+    return k, 1.0, k + 1.0
+
+
+@triton.jit
+def kl_k2(logp, ref):
+    """k = e^2 / 2 with e = ref - logp, slope -e."""
+    e = ref - logp
+    k = e * e * 0.5
+    return k, -e, k - e
+
+
+@triton.jit
+def kl_k3(logp, ref):
+    """k = exp(e) - 1 - e with e = ref - logp, slope -(exp(e) - 1), and their sum -e, in which exp(e) would cancel.
+
+    At |e| < 1, where k would cancel too, it is its Taylor polynomial e^2 / 2! + ... + e^11 / 11!, whose first neglected term is
+    below 6e-9 of it, and exp(e) - 1 = e + k.
+    """
+    e = ref - logp
+    series = 1.0
+    for n in tl.static_range(11, 2, -1):
+        series = 1.0 + series * e * (1.0 / n)
+    near = e * e * 0.5 * series
+    far = tl.exp(e) - 1.0
+    is_near = tl.abs(e) < 1.0
+    k = tl.where(is_near, near, far - e)
+    return k, -tl.where(is_near, e + near, far), tl.where(k == k, -e, k)  # inf - inf is NaN, and stays
+
+
+@triton.jit
+def weighted_kl(k, k_and_slope, logp, old):
+    """r k and its slope r (k + dk/dlogp), with r = exp(logp - old), not held constant. (DeepSeek-V3.2)"""
+    ratio = tl.exp(logp - old)
+    return ratio * k, ratio * k_and_slope
+
+
+@triton.jit
+def token_loss(
+    logp,
+    old,  # None: on-policy, the ratio is exactly 1
+    advantage,
+    weight,  # weight_n / D of the reduction
+    rollout,  # None: 1
+    ref,  # None without KL
+    OBJECTIVE: tl.constexpr,
+    bounds,
+    KL: tl.constexpr,  # None: no KL term
+    kl_coef,
+    KL_IS_WEIGHTED: tl.constexpr,
+):
+    """loss = -weight (rollout l - coef k) and g = dloss/dlogp; the caller drops what is masked.
+
+    As `fastpg.losses.token_losses`. `rollout` multiplies the objective and not the KL term.
+    """
+    if old is None:
+        old = logp
+    value, slope = OBJECTIVE(logp, old, advantage, bounds)
+    if rollout is not None:
+        value, slope = value * rollout, slope * rollout
+    if KL is not None:
+        k, k_slope, k_and_slope = KL(logp, ref)
+        if KL_IS_WEIGHTED:
+            k, k_slope = weighted_kl(k, k_and_slope, logp, old)
+        value, slope = value - kl_coef * k, slope - kl_coef * k_slope
+    return -value * weight, -slope * weight

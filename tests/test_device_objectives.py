@@ -1,0 +1,303 @@
+"""The device functions of `fastpg.kernels.objectives` against the PyTorch objectives, and autograd of these, in float64.
+
+In Triton's interpreter, or on a GPU where there is one.
+"""
+
+import math
+from functools import partialmethod
+from math import inf, nan
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
+
+from fastpg import CISPO, SAPO, ImportanceWeighted, KLPenalty, PPOClip, Reinforce
+from fastpg.kernels import objectives as device
+from fastpg.kernels.logits import INTERPRETED
+from fastpg.losses import TokenTerms, token_losses
+from fastpg.objectives import _clipped_surrogate
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# What rounding may cost, in ulp of a result before anything in it cancels. Log ratios are exact here, so that it is what is
+# left of exp's own, up to 2.5 ulp in numpy, in k3 at |e| = 1 (7), and less elsewhere; 2.9 was seen. A GPU's exp rounds its
+# argument times log2 e.
+ULP, ULPS = 2.0**-23, 8
+FLUSHED = 2.0**-118  # subnormal ratios have few bits, or none; times |A logp| < 2^8
+LARGEST = torch.finfo(torch.float32).max
+ADVANTAGES = torch.tensor([0.0, 1.0, -1.0, 1.7, -0.3])
+
+
+def dual_clip_at_1(logp, old, advantage):
+    """PPOClip refuses it, but the ratio can be exactly that."""
+    return _clipped_surrogate(logp - old, advantage, 0.8, 1.2, 1.0)
+
+
+# name: (device function, PyTorch objective, bounds); some bounds as the integers that a user may write
+CASES = {
+    "reinforce": ("reinforce", Reinforce(), None),
+    "importance-weighted": ("importance_weighted", ImportanceWeighted(), None),
+    "sapo": ("sapo", SAPO(), device.Temperatures(1.0, 1.05)),
+    "sapo-far-apart": ("sapo", SAPO(0.25, 3), device.Temperatures(0.25, 3)),
+    # so small that the slope is not 0 where the log ratio is clamped
+    "sapo-tiny": ("sapo", SAPO(1e-26, 2e-26), device.Temperatures(1e-26, 2e-26)),
+    "ppo-dual-tie": ("ppo_clip", dual_clip_at_1, device.ClipBounds(0.8, 1.2, 1.0)),
+}
+for low, high in ((None, None), (None, 5.0), (0.25, None), (0.25, 5.0), (1.0, 1.0), (0, 1)):
+    CASES[f"cispo-{low}-{high}"] = "cispo", CISPO(high, low), device.RatioBounds(low, high)
+for eps_low, eps_high, dual in ((0.2, 0.28, None), (0.2, 0.2, 3.0), (0, 0.2, None), (0.2, 0, 1.5), (1, 1, 3)):
+    objective = PPOClip(eps_low, eps_high, dual)
+    bounds = device.ClipBounds(*objective.ratio_bounds, dual)
+    CASES[f"ppo-{eps_low}-{eps_high}-{dual}"] = "ppo_clip", objective, bounds
+ESTIMATORS = {"k1": device.kl_k1, "k2": device.kl_k2, "k3": device.kl_k3}
+
+of_each_case = pytest.mark.parametrize("case", CASES)
+of_each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+
+
+@pytest.fixture(autouse=True)
+def _minimum_and_maximum_drop_nan_unless_told_to_propagate_it(monkeypatch):
+    """As on a GPU. In the interpreter they are numpy's, which always propagate it."""
+    for name, function in {"create_minnumf": np.fmin, "create_maxnumf": np.fmax}.items():
+        monkeypatch.setattr(InterpreterBuilder, name, partialmethod(InterpreterBuilder.binary_op, op=function))
+
+
+@triton.jit
+def objective_kernel(LOGP, OLD, ADVANTAGE, VALUE, SLOPE, bounds, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value, slope = OBJECTIVE(tl.load(LOGP + i), tl.load(OLD + i), tl.load(ADVANTAGE + i), bounds)
+    tl.store(VALUE + i, value)
+    tl.store(SLOPE + i, slope)
+
+
+@triton.jit
+def kl_kernel(LOGP, REF, OLD, VALUE, SLOPE, KL: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    logp = tl.load(LOGP + i)
+    k, slope, k_and_slope = KL(logp, tl.load(REF + i))
+    if OLD is not None:
+        k, slope = device.weighted_kl(k, k_and_slope, logp, tl.load(OLD + i))
+    tl.store(VALUE + i, k)
+    tl.store(SLOPE + i, slope)
+
+
+@triton.jit
+def token_loss_kernel(
+    LOGP, OLD, ADVANTAGE, WEIGHT, ROLLOUT, REF, LOSS, G, bounds, kl_coef,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IS_WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    old = None if OLD is None else tl.load(OLD + i)
+    rollout = None if ROLLOUT is None else tl.load(ROLLOUT + i)
+    ref = None if REF is None else tl.load(REF + i)
+    loss, g = device.token_loss(
+        tl.load(LOGP + i), old, tl.load(ADVANTAGE + i), tl.load(WEIGHT + i), rollout, ref,
+        OBJECTIVE, bounds, KL, kl_coef, KL_IS_WEIGHTED,
+    )  # fmt: skip
+    tl.store(LOSS + i, loss)
+    tl.store(G + i, g)
+
+
+def launched(kernel, inputs, *rest, **constants):
+    """Two vectors that `kernel` makes of others, each of as many entries."""
+    out = tuple(torch.empty(len(inputs[0]), device=DEVICE) for _ in range(2))
+    kernel[(1,)](*(x if x is None else x.to(DEVICE) for x in inputs), *out, *rest, **constants, BLOCK=len(inputs[0]))
+    return tuple(x.cpu() for x in out)
+
+
+def to_a_power_of_two(*columns):
+    """Repeated from the start, as tl.arange wants it."""
+    places = torch.arange(triton.next_power_of_2(len(columns[0]))) % len(columns[0])
+    return tuple(x[places].contiguous() for x in columns)
+
+
+def log_probabilities():
+    """(logp, other), every difference exact in fp32: 0, tiny, ordinary, around SAPO's clamp, and beyond an fp32 exp."""
+    small = torch.tensor([0.0, 2.0**-20, 2.0**-10, 0.5, 1.0, 3.0, 20.0, 60.0, 61.0, 100.0])
+    differences = torch.cat([small, -small, (torch.randn(44) * 2**12).round() / 2**12])
+    logp = torch.cat([torch.tensor([0.0, -0.5, -60.0]), -(torch.rand(5) * 10 * 2**12).round() / 2**12])
+    logp, difference = torch.cartesian_prod(logp, differences).T
+    other = logp - difference
+    assert torch.equal((logp - other).double(), logp.double() - other.double())
+    return logp, other
+
+
+def with_specials(*columns):
+    """The rows, and some of them again with NaN and both infinities in each column in turn."""
+    rows = torch.stack(columns, 1)
+    some = rows[torch.randperm(len(rows))[:60]]
+    spoilt = [some.clone().index_fill_(1, torch.tensor([i]), value) for i in range(len(columns)) for value in (nan, inf, -inf)]
+    return to_a_power_of_two(*torch.cat([rows, *spoilt]).T)
+
+
+def tokens():
+    """(logp, old, A), with A of both signs and 0."""
+    logp, old = log_probabilities()
+    logp, old = (x.repeat_interleave(len(ADVANTAGES)) for x in (logp, old))
+    return with_specials(logp, old, ADVANTAGES.repeat(len(logp) // len(ADVANTAGES)))
+
+
+def differentiated(function, logp):
+    """(value, dvalue/dlogp)."""
+    x = logp.clone().requires_grad_()
+    value = function(x)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def both_precisions(function, logp, *others):
+    """(value, slope) of function(logp, *others) by PyTorch in float64, and in fp32."""
+    return tuple(
+        differentiated(lambda x, dtype=dtype: function(x, *(y.to(dtype) for y in others)), logp.to(dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+
+
+def assert_agrees(got, exact, single, sizes, log_ratio):
+    """got within ULPS of `exact` at that size, NaN and infinities equal; or what PyTorch's fp32 has that is not finite."""
+    exact = torch.where(exact.abs() > LARGEST, exact.sign() * inf, exact)
+    rounding = ULPS if INTERPRETED else ULPS + 2 * log_ratio.double().abs().nan_to_num(0, 0, 0)
+    near = (got.double() - exact).abs() <= rounding * ULP * sizes + FLUSHED
+    good = near | same(got.double(), exact) | (~single.isfinite() & same(got, single))
+    assert good.all(), f"{(~good).sum()} of {len(good)}, {got[~good][:4]} instead of {exact[~good][:4]}"
+
+
+def same(a, b):
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def condition(objective, log_ratio, advantage):
+    """How many ulp of a SAPO one of its ratio is: exp(-x), x = tau (r - 1), turns one into |x|."""
+    if not isinstance(objective, SAPO):
+        return 1.0
+    tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
+    return 1 + (tau * log_ratio.double().clamp(max=60).exp().sub(1)).abs().clamp(max=100)
+
+
+@of_each_case
+def test_an_objective_against_autograd_in_float64(case):
+    name, objective, bounds = CASES[case]
+    logp, old, advantage = tokens()
+    got = launched(objective_kernel, (logp, old, advantage), bounds, getattr(device, name))
+    want, single = both_precisions(objective, logp, old, advantage)
+    log_ratio = logp - old
+    if isinstance(objective, SAPO):
+        want[1][log_ratio.isnan()] = nan  # PyTorch's clamp drops it
+    for mine, exact, fp32 in zip(got, want, single, strict=True):
+        assert_agrees(mine, exact, fp32, condition(objective, log_ratio, advantage) * exact.abs(), log_ratio)
+
+
+def test_where_a_clip_holds_the_slope_is_exactly_zero():
+    """And where A = 0, whether the ratio is infinite or NaN."""
+    log_ratio = torch.tensor([200.0, 200.0, -200.0, 200.0, nan, 0.5, 0.5, -0.5])
+    advantage = torch.tensor([0.0, 1.0, -1.0, -2.0, 0.0, 1.0, -4.0, -1.0])
+    bounds = device.ClipBounds(0.8, 1.2, 1.5)
+    value, slope = launched(objective_kernel, (log_ratio, torch.zeros(8), advantage), bounds, device.ppo_clip)
+    torch.testing.assert_close(value, torch.tensor([0, 1.2, -0.8, -3.0, 0, 1.2, -6, -0.8]), rtol=ULP, atol=0)
+    assert torch.equal(slope, torch.zeros(8))
+
+
+def kl_sizes(estimator, weighted, logp, old, ref):
+    """The size of (k, dk/dlogp) before anything cancels: k and its slope in a weighted k1 or k2, and nothing else.
+
+    For a weighted k3 as much of exp(e) as cancels in float64, in terms of fp32.
+    """
+    logp, old, ref = (x.double() for x in (logp, old, ref))
+    k, slope = differentiated(lambda x: KLPenalty(1.0, estimator)(x, old, ref), logp)
+    if not weighted:
+        return k.abs(), slope.abs()
+    ratio, size = (logp - old).exp(), k.abs() + slope.abs()
+    return ratio * k.abs(), ratio * (size if estimator != "k3" else (ref - logp).abs() + 2.0**-27 * size)
+
+
+def accept_infinities(slope, exact, logp, old, ref):
+    """An infinite ratio makes the slope r k + r k' of PyTorch inf - inf, NaN, where r (k + k') may be an infinity."""
+    both = (logp - old == inf) & ~ref.isnan() & exact.isnan()
+    assert not slope[both].isfinite().any()
+    exact[both] = slope[both].double()
+
+
+@of_each_estimator
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_an_estimator_against_autograd_in_float64(estimator, weighted):
+    logp, ref = log_probabilities()
+    sweep = torch.cat([torch.linspace(-3, 3, 1001), torch.logspace(-6, 2, 200), -torch.logspace(-6, 2, 200)])
+    logp, ref = torch.cat([logp, torch.zeros(len(sweep))]), torch.cat([ref, sweep])
+    logp, ref, old = with_specials(logp, ref, logp[torch.randperm(len(logp))])
+    got = launched(kl_kernel, (logp, ref, old if weighted else None), KL=ESTIMATORS[estimator])
+    want, single = both_precisions(KLPenalty(1.0, estimator, weighted), logp, old, ref)
+    if weighted:
+        accept_infinities(got[1], want[1], logp, old, ref)
+    log_ratio = (ref - logp).abs() + (logp - old).abs()
+    for mine, exact, fp32, size in zip(got, want, single, kl_sizes(estimator, weighted, logp, old, ref), strict=True):
+        assert_agrees(mine, exact, fp32, size, log_ratio)
+
+
+def test_k3_of_a_small_difference_is_exact_to_two_ulp():
+    """There it is a polynomial, without the error of an exp."""
+    sizes = torch.logspace(-12, 0, 1024).clamp(max=1 - ULP)
+    e = torch.cat([sizes, -sizes])
+    k, slope = launched(kl_kernel, (torch.zeros(2048), e, None), KL=device.kl_k3)
+    e = e.double()
+    terms = torch.stack([e**n / math.factorial(n) for n in range(2, 20)])  # float64's exp(e) - 1 - e cancels at 1e-12
+    torch.testing.assert_close(k.double(), terms.sum(0), rtol=2 * ULP, atol=0)
+    torch.testing.assert_close(slope.double(), -e.expm1(), rtol=2 * ULP, atol=0)
+
+
+@pytest.mark.parametrize("kl", [None, *(f"{k}{w}" for k in ESTIMATORS for w in ("", "-weighted"))])
+@of_each_case
+def test_token_loss_is_that_of_the_losses(case, kl):
+    """With rollout weights and without, off-policy and on-policy."""
+    name, objective, bounds = CASES[case]
+    estimator, weighted = (kl[:2], len(kl) > 2) if kl else (None, False)
+    penalty = KLPenalty(0.3, estimator, weighted) if kl else None
+    logp, old, advantage, ref = with_specials(*off_policy_tokens())
+    weight, rollout = torch.rand(len(logp)) * 2 - 0.5, torch.rand(len(logp)) * 2
+    for old_given, rollout_given in ((old, rollout), (old, None), (None, rollout)):
+        inputs = logp, old_given, advantage, weight, rollout_given, ref if kl else None
+        coef = 0.3 if kl else None
+        got = launched(token_loss_kernel, inputs, bounds, coef, getattr(device, name), ESTIMATORS.get(estimator), weighted)
+        terms = TokenTerms(torch.ones(len(logp), dtype=torch.bool), old_given, advantage, weight, rollout_given, ref)
+        want, single = (differentiated(*at) for at in losses_of(terms, logp, objective, penalty))
+        on = logp if old_given is None else old
+        sizes = differentiated(lambda x: objective(x, on.double(), advantage.double()), logp.double())  # noqa: B023
+        factor = condition(objective, logp - on, advantage) * (1 if rollout_given is None else rollout)
+        sizes = [factor * x.abs() for x in sizes]
+        if kl:
+            sizes = [a + 0.3 * b for a, b in zip(sizes, kl_sizes(estimator, weighted, logp, on, ref), strict=True)]
+        if isinstance(objective, SAPO):
+            want[1][(logp - on).isnan()] = nan
+        if weighted:
+            accept_infinities(got[1], want[1], logp, on, ref)
+        log_ratio = (logp - on).abs() + (ref - logp).abs()
+        for mine, exact, fp32, size in zip(got, want, single, sizes, strict=True):
+            assert_agrees(mine, exact, fp32, weight.abs() * size, log_ratio)
+
+
+def off_policy_tokens():
+    """(logp, old, A, ref), finite, of ordinary ratios and of those that overflow in fp32."""
+    logp, old = log_probabilities()
+    order = torch.randperm(len(logp))
+    ref = logp - (logp - old)[order].clamp(-30, 30)
+    return logp, old, ADVANTAGES[torch.arange(len(logp)) % len(ADVANTAGES)], ref
+
+
+def losses_of(terms, logp, objective, kl):
+    """(function, logp) of `token_losses` in float64 and in fp32."""
+    for dtype in (torch.float64, torch.float32):
+        cast = TokenTerms(*(x if x is None or x.dtype == torch.bool else x.to(dtype) for x in terms))
+        yield (lambda x, cast=cast: token_losses(x, cast, objective, kl)), logp.to(dtype)
+
+
+@pytest.mark.parametrize("spoilt", [3, 4], ids=["weight", "rollout"])
+@of_each_case
+def test_a_nan_that_multiplies_is_not_hidden_by_a_slope_of_zero(case, spoilt):
+    """Nor by an advantage of 0."""
+    name, _, bounds = CASES[case]
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0, 2.0, -2.0])
+    inputs = [torch.zeros(8), torch.tensor([-2.0, -2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 0.0]), advantage, torch.ones(8), torch.ones(8)]
+    inputs[spoilt] = torch.full((8,), nan)
+    loss, g = launched(token_loss_kernel, (*inputs, None), bounds, None, getattr(device, name), None, False)
+    assert loss.isnan().all()
+    assert g.isnan().all()
