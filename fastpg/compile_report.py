@@ -69,7 +69,7 @@ _FLAG_OF = {
     "E": "scores", "RESIDUAL": "scores", "Q": "entropy", "WEIGHTED": "entropy", "H_GRAD": "entropy",
     "ENTROPY": "entropy", "OTHERS": "entropy", "ratio_min": "cispo", "ratio_max": "cispo",
     **dict.fromkeys(
-        ("LOG_ANCHOR", "OLD", "ADVANTAGE", "WEIGHT", "MASK", "ROW_SCALE", "LOGP", "LOSS", "FACTOR", "STATE"), "cispo"
+        ("LOG_ANCHOR", "OLD", "ADVANTAGE", "WEIGHT", "MASKED", "ROW_SCALE", "LOGP", "LOSS", "FACTOR", "STATE"), "cispo"
     ),
 }  # fmt: skip
 
@@ -180,7 +180,7 @@ def _type_of(name: str, dtype: str) -> str:
         return "i32"
     if name in _SCALARS:
         return "fp32"
-    return {"TOKENS": "*i64", "MASK": "*u8", "KEEP": "*u8", "STATE": "*i8"}.get(name, "*fp32")
+    return {"TOKENS": "*i64", "MASKED": "*u8", "KEEP": "*u8", "STATE": "*i8"}.get(name, "*fp32")
 
 
 def compile_variant(variant: Variant) -> Compiled:

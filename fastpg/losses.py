@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from . import validation
-from .metrics import token_metrics
+from .metrics import Metrics, Step
 from .objectives import KLPenalty, Objective, ObjectiveFunction
 from .reductions import Reduction, check_reduction, token_weights
 from .sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
 
 
 class PolicyLossOutput(NamedTuple):
-    """loss (): to be minimised. logprobs (...): detached, 0 where masked. metrics: 0-d tensors, see `metrics`."""
+    """loss (): to be minimised. logprobs (...): detached, 0 where masked. metrics: computed when looked at, see `metrics`."""
 
     loss: torch.Tensor
     logprobs: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Metrics
 
 
 class TokenTerms(NamedTuple):
-    """The constants of each token, all of one shape, detached, in the dtype of the loss, and 0 at masked positions."""
+    """The constants of each token, all of one shape, detached, in the dtype of the loss.
 
-    mask: torch.Tensor  # bool
+    Selected before anything was computed on them: either only tokens that count are here (masked is None), or all are, and
+    those with `masked` True have zeros.
+    """
+
+    masked: torch.Tensor | None  # bool
     old_logprobs: torch.Tensor | None  # None: on-policy, old = logp
     advantages: torch.Tensor
     weights: torch.Tensor  # weight_n / D of the reduction; NaN where old_logprobs is not finite
@@ -37,34 +42,45 @@ class TokenTerms(NamedTuple):
     def old(self, logprobs: torch.Tensor) -> torch.Tensor:
         return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
 
+    def kept(self, values: torch.Tensor) -> torch.Tensor:
+        """values, 0 at masked positions."""
+        return values if self.masked is None else values.masked_fill(self.masked, 0)
+
 
 def token_terms(
-    mask: torch.Tensor,  # (...) bool
-    sequences: Sequences | None,
+    select: Callable[[torch.Tensor], torch.Tensor],
+    masked: torch.Tensor | None,
+    weights: torch.Tensor,
     old_logprobs: torch.Tensor | None,
-    advantages: torch.Tensor,  # (...), or one per sequence
+    advantages: torch.Tensor,
     rollout_weights: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None,
-    reduction: Reduction,
-    denominator: float | torch.Tensor | None,
     dtype: torch.dtype,
 ) -> TokenTerms:
-    """From checked arguments. What is masked here never reaches an exp: 0 * inf would be NaN, forward and backward."""
+    """From checked arguments (...), and weights of the reduction that are selected already.
+
+    `select` leaves the tokens that count, or zeros in the place of the others: what is masked never reaches an exp, since
+    0 * inf would be NaN, forward and backward.
+    """
 
     def constant(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else torch.where(mask, x.detach(), 0).to(dtype)
+        return None if x is None else select(x.detach()).to(dtype)
 
-    if advantages.shape != mask.shape:
-        if sequences.ids is None:
-            advantages = advantages[:, None].expand(mask.shape)
-        else:  # without any sequence every token is masked
-            advantages = advantages[sequences.ids] if len(advantages) else advantages.new_zeros(mask.shape)
-    weights = token_weights(mask, reduction, denominator, dtype, sequences)
     old = constant(old_logprobs)
     if old is not None:
-        # a ratio of 0 or inf is never meant, and a clip would hide it
-        weights = torch.where(old.isfinite(), weights, torch.nan)
-    return TokenTerms(mask, old, constant(advantages), weights, constant(rollout_weights), constant(ref_logprobs))
+        # NaN where old is not finite, else 0: a ratio of 0 or inf is never meant, and a clip would hide it
+        weights = weights + (old - old)
+    return TokenTerms(masked, old, constant(advantages), weights, constant(rollout_weights), constant(ref_logprobs))
+
+
+def per_token(advantages: torch.Tensor, shape: torch.Size, sequences: Sequences | None) -> torch.Tensor:
+    """Advantages (...), also of those that are one per sequence."""
+    if advantages.shape == shape:
+        return advantages
+    if sequences.ids is None:
+        return advantages[:, None].expand(shape)
+    # without any sequence every token is masked
+    return advantages[sequences.ids] if len(advantages) else advantages.new_zeros(shape)
 
 
 def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: ObjectiveFunction, kl: KLPenalty | None) -> torch.Tensor:
@@ -82,7 +98,7 @@ def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: Objective
         values = values * terms.rollout_weights
     if kl is not None:
         values = values - kl.coef * kl(logprobs, old, terms.ref_logprobs)
-    return -torch.where(terms.mask, values, 0) * terms.weights
+    return -terms.kept(values) * terms.weights
 
 
 def policy_loss(
@@ -133,24 +149,33 @@ def policy_loss(
     )
     check_reduction(reduction, logprobs.shape, denominator, sequence_ids)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    if mask is None:
-        mask = torch.ones_like(logprobs, dtype=torch.bool)
+    every = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     if sequence_ids is not None and not torch.compiler.is_compiling():
-        check_id_values(sequence_ids, mask, id_limit(advantages, logprobs))
-    sequences = sequences_of(mask, sequence_ids)
+        check_id_values(sequence_ids, every, id_limit(advantages, logprobs))
+    sequences = sequences_of(every, sequence_ids)
     function = with_sequences(objective, sequences, logprobs)
-    terms = token_terms(mask, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator, dtype)
-    kept = torch.where(mask, logprobs, 0).to(dtype)
-    loss = token_losses(kept, terms, function, kl).sum()
+    masked = None if mask is None else ~mask
 
-    bounds, bounded = (None, None), None
-    if isinstance(objective, Objective):
-        bounds, old = objective.ratio_bounds, terms.old(kept)
-        bounded = objective.log_ratio(kept.detach(), old, sequences)
-    metrics = token_metrics(kept, terms.old(kept), mask, bounds, bounded)
-    nothing = torch.zeros_like(metrics["tokens"])
-    metrics |= {"skipped_tokens": nothing, "recomputed_tokens": nothing.clone()}
-    return PolicyLossOutput(loss, kept.detach(), metrics)
+    def select(x: torch.Tensor) -> torch.Tensor:
+        return x if masked is None else x.masked_fill(masked, 0)
+
+    terms = token_terms(
+        select, masked, token_weights(every, reduction, denominator, dtype, sequences), old_logprobs,
+        per_token(advantages, logprobs.shape, sequences), rollout_weights, ref_logprobs, dtype,
+    )  # fmt: skip
+    kept = select(logprobs).to(dtype)
+    loss = token_losses(kept, terms, function, kl).sum()
+    step = step_of(kept.detach(), terms, objective, sequences)
+    return PolicyLossOutput(loss, kept.detach().clone(), Metrics({}, step))
+
+
+def step_of(logprobs: torch.Tensor, terms: TokenTerms, objective: object, sequences: Sequences | None = None) -> Step:
+    """What metrics are computed from, copied: logprobs are detached, of the tokens of `terms`."""
+    mask = None if terms.masked is None else ~terms.masked
+    if sequences is not None and mask is not None:
+        sequences = sequences._replace(mask=mask)
+    logprobs, old = torch.stack([logprobs, terms.old(logprobs)])
+    return Step(logprobs, old, mask, objective if isinstance(objective, Objective) else None, sequences)
 
 
 def id_limit(advantages: torch.Tensor, tokens: torch.Tensor) -> int:

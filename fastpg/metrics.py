@@ -1,60 +1,161 @@
-"""What a policy-gradient step says about itself, from numbers already at hand. All 0-d tensors, detached, no host read."""
+"""What a policy-gradient step says about itself: numbers computed from the step's log-probabilities when they are looked at.
 
-from __future__ import annotations
-
-import torch
-
-
-def token_metrics(
-    logprobs: torch.Tensor,  # (...)
-    old_logprobs: torch.Tensor,  # (...)
-    mask: torch.Tensor,  # (...) bool
-    ratio_bounds: tuple[float | None, float | None],
-    bounded_log_ratio: torch.Tensor | None = None,  # (...); None: logp - old
-) -> dict[str, torch.Tensor]:
-    """Means over tokens with mask, with d = logp - old and r = exp(d):
+With d = logp - old and r = exp(d), over the tokens that count:
 
     ratio_mean     mean r
     ratio_max      max r; 0 without tokens
-    clip_fraction  share of tokens whose ratio is outside `ratio_bounds`, whatever the sign of the advantage; the ratio is the
-                   objective's own (that of the sequence for GSPO), exp(bounded_log_ratio)
+    clip_fraction  share of tokens whose ratio is outside the objective's bounds, whatever the sign of the advantage; the ratio
+                   is the objective's own (that of the sequence for GSPO)
     ess            (sum r)^2 / (n sum r^2), the effective sample size as a share of n; 1 without tokens
     kl_k1, kl_k3   mean(-d) and mean(r - 1 - d): estimates of KL(old, new) (Schulman, "Approximating KL divergence")
     tokens         the number of tokens
+    entropy        their mean entropy in nats, where it was asked for
+
+and skipped_tokens, recomputed_tokens of the one-pass loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from .objectives import Objective
+from .sequences import Sequences
+
+_NAMES = (
+    "ratio_mean",
+    "ratio_max",
+    "clip_fraction",
+    "ess",
+    "kl_k1",
+    "kl_k3",
+    "tokens",
+    "skipped_tokens",
+    "recomputed_tokens",
+)
+
+
+class Step(NamedTuple):
+    """What metrics are computed from: detached, and nothing that a caller holds, so that no later change alters them."""
+
+    logprobs: torch.Tensor  # (...), as the next
+    old_logprobs: torch.Tensor
+    mask: torch.Tensor | None  # (...) bool; None: every token counts
+    objective: Objective | None  # None: a function, of which no bounds are known
+    sequences: Sequences | None
+    eligible: torch.Tensor | None = None  # (N,) bool: tokens that count for the loss, more than these where some were skipped
+    recomputed: torch.Tensor | None = None  # () int64
+    entropies: torch.Tensor | None = None  # (...)
+
+
+class Metrics(Mapping):
+    """Name -> 0-d tensor, each computed when it is looked at, without reading the host.
+
+    A Mapping: `metrics["ess"]`, `dict(metrics)`, `metrics | {...}` (whose metrics are not computed either). `to_dict()` gives
+    Python numbers, with one read of the host for all of them. Metrics may be copied, pickled, returned from a compiled function
+    and made inside a CUDA graph: a look after a replay shows the step that was replayed.
     """
-    d = torch.where(mask, logprobs.detach() - old_logprobs, 0)
-    ratio = d.exp()
-    tokens = mask.sum()
-    n = tokens.clamp(min=1)
 
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, values, 0).sum() / n
+    def __init__(self, values: Mapping[str, torch.Tensor], step: Step | None = None) -> None:
+        self._values = dict(values)  # before those of the step, under the same name
+        self._step = step
 
-    bounded = ratio if bounded_log_ratio is None else torch.where(mask, bounded_log_ratio, 0).exp()
-    low, high = ratio_bounds
-    outside = torch.zeros_like(mask)
-    if low is not None:
-        outside = outside | (bounded < low)
-    if high is not None:
-        outside = outside | (bounded > high)
-    return {
-        "ratio_mean": mean(ratio),
-        "ratio_max": _masked_max(ratio, mask, 0.0),
-        "clip_fraction": mean(outside.to(d.dtype)),
-        "ess": _effective_sample_size(d, mask, n),
-        "kl_k1": mean(-d),
-        "kl_k3": mean(d.expm1() - d),
-        "tokens": tokens,
-    }
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._values:
+            return self._values[name]
+        if name not in self._names():
+            raise KeyError(name)
+        return _metric(self._step, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def __or__(self, other: Mapping[str, torch.Tensor]) -> Metrics:
+        return Metrics(self._values | dict(other), self._step)
+
+    def __ror__(self, other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(other) | dict(self)
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self)})"
+
+    def _names(self) -> list[str]:
+        of_step: tuple[str, ...] = ()
+        if self._step is not None:
+            of_step = _NAMES if self._step.entropies is None else (*_NAMES, "entropy")
+        return [*of_step, *(name for name in self._values if name not in of_step)]
+
+    def to_dict(self) -> dict[str, float]:
+        """Python numbers, int where the metric counts. One read of the host."""
+        values = list(self.values())
+        numbers = torch.stack([x.detach().double() for x in values]).tolist() if values else []
+        return {
+            name: number if value.is_floating_point() else int(number)
+            for name, value, number in zip(self, values, numbers, strict=True)
+        }
 
 
-def _effective_sample_size(d: torch.Tensor, mask: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+def _metric(step: Step, name: str) -> torch.Tensor:
+    if name == "tokens":
+        return _count(step)
+    if name == "skipped_tokens":
+        return torch.zeros_like(_count(step)) if step.eligible is None else step.eligible.sum() - _count(step)
+    if name == "recomputed_tokens":
+        return torch.zeros_like(_count(step)) if step.recomputed is None else step.recomputed
+    if name == "entropy":
+        return _mean(step, step.entropies)
+    d = _kept(step, step.logprobs - step.old_logprobs)
+    if name == "ratio_mean":
+        return _mean(step, d.exp())
+    if name == "ratio_max":
+        return _largest(step, d.exp(), 0.0)
+    if name == "clip_fraction":
+        return _clip_fraction(step)
+    if name == "ess":
+        return _effective_sample_size(step, d)
+    return _mean(step, -d if name == "kl_k1" else d.expm1() - d)
+
+
+def _kept(step: Step, values: torch.Tensor) -> torch.Tensor:
+    """values, 0 where masked."""
+    return values if step.mask is None else torch.where(step.mask, values, 0)
+
+
+def _count(step: Step) -> torch.Tensor:
+    if step.mask is None:
+        return torch.full((), step.logprobs.numel(), dtype=torch.int64, device=step.logprobs.device)
+    return step.mask.sum()
+
+
+def _mean(step: Step, values: torch.Tensor) -> torch.Tensor:
+    return _kept(step, values).sum() / _count(step).clamp(min=1)
+
+
+def _largest(step: Step, values: torch.Tensor, empty: float) -> torch.Tensor:
+    kept = values if step.mask is None else torch.where(step.mask, values, empty)
+    return torch.cat([kept.reshape(-1), kept.new_full((1,), empty)]).amax()
+
+
+def _clip_fraction(step: Step) -> torch.Tensor:
+    low, high = (None, None) if step.objective is None else step.objective.ratio_bounds
+    outside = torch.zeros_like(step.logprobs, dtype=torch.bool)
+    if low is not None or high is not None:
+        bounded = _kept(step, step.objective.log_ratio(step.logprobs, step.old_logprobs, step.sequences)).exp()
+        if low is not None:
+            outside = outside | (bounded < low)
+        if high is not None:
+            outside = outside | (bounded > high)
+    return _mean(step, outside.to(step.logprobs.dtype))
+
+
+def _effective_sample_size(step: Step, d: torch.Tensor) -> torch.Tensor:
     # invariant under scaling r, so the largest ratio is made 1: squares of e^60 would leave fp32
-    r = torch.where(mask, (d - _masked_max(d, mask, -torch.inf)).exp(), 0)
-    ess = r.sum().square() / (n * r.square().sum())
-    return torch.where(mask.any(), ess, 1.0)
-
-
-def _masked_max(values: torch.Tensor, mask: torch.Tensor, empty: float) -> torch.Tensor:
-    kept = torch.where(mask, values, empty).reshape(-1)
-    return torch.cat([kept, kept.new_full((1,), empty)]).amax()
+    r = _kept(step, (d - _largest(step, d, -torch.inf)).exp())
+    tokens = _count(step)
+    ess = r.sum().square() / (tokens.clamp(min=1) * r.square().sum())
+    return torch.where(tokens > 0, ess, 1.0)

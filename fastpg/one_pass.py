@@ -9,12 +9,12 @@ import torch
 from . import buffers, ops, validation
 from .agreement import one_outcome
 from .lm_head import LMHead, Projection, projection_of
-from .losses import PolicyLossOutput, TokenTerms, id_limit, token_losses, token_terms
-from .metrics import token_metrics
+from .losses import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
+from .metrics import Metrics
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
 from .one_pass_schedule import Options, TokenLosses, chunk_length, loss_gradient, one_pass, smallest_workspace
 from .products import accumulation_dtype
-from .reductions import Reduction, check_reduction
+from .reductions import Reduction, check_reduction, token_weights
 from .rows import Gradients, Rows, Wanted, rows_of
 from .sequences import check_id_values, check_sequence_ids, sequences_of
 from .two_pass import needs_gradient, prepare, row_logprobs
@@ -106,39 +106,57 @@ def linear_policy_loss(
             options = options._replace(workspace=max(options.workspace, smallest_workspace(projection, options)))
         chunk = _check_workspace(projection, tokens.numel(), options)
         sequences = sequences_of(keep, sequence_ids)
-        terms = token_terms(
-            keep, sequences, old_logprobs, advantages, rollout_weights, ref_logprobs, reduction, denominator,
-            accumulation_dtype(hidden.dtype),
-        )  # fmt: skip
+        advantages = per_token(advantages.detach(), tokens.shape, sequences)
         computed = keep
         if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
-            weight = terms.advantages if terms.rollout_weights is None else terms.advantages * terms.rollout_weights
-            computed = keep & ((weight != 0) | ~terms.weights.isfinite())
+            computed = keep & _has_weight(advantages, rollout_weights, old_logprobs, denominator)
         facts.describe(
             hidden, head, tokens, computed, temperature, backend=backend, entropy=entropy, check=check,
             old_logprobs=old_logprobs, chunk=chunk,
         )  # fmt: skip
 
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = rows_of(hidden, tokens, computed, temperature, check, head)
-        flat = TokenTerms(*(None if x is None else x.reshape(-1) for x in terms))
-        row_terms = flat if rows.indices is None else flat.select(rows.indices)
+        rows, dtype = rows_of(hidden, tokens, computed, temperature, check, head), accumulation_dtype(hidden.dtype)
+        weights = token_weights(keep, reduction, denominator, dtype, sequences)
+        weights = weights.reshape(-1) if rows.indices is None else rows.of(weights)
+        terms = token_terms(rows.of, rows.masked, weights, old_logprobs, advantages, rollout_weights, ref_logprobs, dtype)
         losses = partial(token_losses, objective=objective, kl=kl)
         if hidden.dtype == torch.float16:
-            loss, logprobs, entropies, recomputed = _two_passes(rows, head, row_terms, losses, options)
+            loss, logprobs, entropies, recomputed = _two_passes(rows, head, terms, losses, options)
         else:
             loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
-                *rows[:2], *projection[:3], *rows[2:], *row_terms, losses, head.weight_grad, *projection[3:],
+                *rows[:2], *projection[:3], *rows[2:], *terms[1:], losses, head.weight_grad, *projection[3:],
                 *options._replace(length=facts.chunk),
             )  # fmt: skip
-    logprobs = rows.scatter(logprobs).reshape(tokens.shape)
-    bounds = objective.ratio_bounds if isinstance(objective, Objective) else (None, None)
-    metrics = token_metrics(logprobs, terms.old(logprobs), computed, bounds)
-    metrics |= {"skipped_tokens": keep.sum() - computed.sum(), "recomputed_tokens": recomputed}
-    if entropy:
-        metrics["entropy"] = entropies.sum() / metrics["tokens"].clamp(min=1)
-    reported = logprobs if computed is keep else torch.where(keep & ~computed, torch.nan, logprobs)
-    return PolicyLossOutput(loss, reported, metrics)
+    step = step_of(logprobs, terms, objective)._replace(
+        eligible=None if computed is keep else keep, recomputed=recomputed, entropies=entropies if entropy else None
+    )
+    return PolicyLossOutput(loss, _reported(logprobs, rows, keep, computed), Metrics({}, step))
+
+
+def _has_weight(
+    advantages: torch.Tensor,
+    rollout_weights: torch.Tensor | None,
+    old_logprobs: torch.Tensor | None,
+    denominator: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """(...) bool: whether a token may add to the loss; also where a value that is not finite would make it NaN."""
+    weight = advantages if rollout_weights is None else advantages * rollout_weights.detach()
+    # times 0: NaN where a value is not finite, and NaN differs from everything
+    others = 0 if old_logprobs is None else old_logprobs.detach() * 0
+    if isinstance(denominator, torch.Tensor):
+        others = others + 0 / denominator.detach()
+    return weight != others
+
+
+def _reported(logprobs: torch.Tensor, rows: Rows, keep: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """(...) from those of the rows (K,): 0 where masked, NaN where a token that counts was not computed."""
+    if rows.indices is None:
+        return logprobs.reshape(keep.shape)
+    others = logprobs.new_zeros(keep.numel())
+    if computed is not keep:
+        others.masked_fill_(keep.reshape(-1), torch.nan)
+    return others.index_copy_(0, rows.indices, logprobs).reshape(keep.shape)
 
 
 def linear_cispo_loss(
@@ -281,10 +299,10 @@ def _two_passes(
     """What `_LinearPolicyLoss` returns, for float16: its E would underflow, and so would gradients that are rounded before the
     incoming factor of a gradient scaler is known. They are computed in backward, with that factor inside."""
     logprobs, entropies = row_logprobs(rows, head, options.entropy, options.workspace, options.backend)
-    logprobs = torch.where(terms.mask, logprobs, 0)
+    logprobs = terms.kept(logprobs)
     loss = _TokenLoss.apply(logprobs, losses, *terms)
     if options.entropy:
-        entropies = torch.where(terms.mask, entropies.detach(), 0)
+        entropies = terms.kept(entropies.detach())
     return loss, logprobs.detach(), entropies, rows.tokens.new_zeros(())
 
 
@@ -346,8 +364,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, *arguments):
         first = len(Rows._fields) - 2
-        second = first + len(TokenTerms._fields)
-        rows, terms = Rows(hidden, lora_hidden, *arguments[:first]), TokenTerms(*arguments[first:second])
+        second = first + len(TokenTerms._fields) - 1
+        rows = Rows(hidden, lora_hidden, *arguments[:first])
+        terms = TokenTerms(rows.masked, *arguments[first:second])  # Dynamo refuses a tensor that is passed twice
         losses, weight_grad, softcap, logit_scale, *options = arguments[second:]
         head, options = Projection(weight, lora_weight, bias, softcap, logit_scale), Options(*options)
         result = one_pass(rows, head, terms, losses, options)
@@ -355,6 +374,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(*result.gradients)
         ctx.wanted, ctx.weight_grad = options.wanted, weight_grad
         ctx.mark_non_differentiable(result.logprobs, result.entropy, result.recomputed)
+        ctx.set_materialize_grads(False)
         return loss, result.logprobs, result.entropy, result.recomputed
 
     @staticmethod

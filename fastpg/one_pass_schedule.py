@@ -107,7 +107,7 @@ def one_pass(rows: Rows, head: Projection, terms: TokenTerms, token_losses: Toke
         scored.append(vectors)
         if check and part.stop == count:
             flagged = torch.cat([s.flagged for s in scored]).nonzero()[:, 0]  # the host read
-        dropped = vectors.flagged if check else ~part_terms.mask
+        dropped = vectors.flagged if check else part_terms.masked
         sweep.add_gradients(rows, part, chunk, vectors, dropped, once=count <= length and not len(flagged))
 
     logprobs, losses, entropies = (sweep.join(scored, name) for name in ("logprobs", "losses", "entropy"))
@@ -121,9 +121,9 @@ def one_pass(rows: Rows, head: Projection, terms: TokenTerms, token_losses: Toke
         for part in _parts(len(flagged), length) if any(options.wanted) else []:
             chunk, vectors = sweep.score(again, part, again_terms.select(part), anchors[part])
             sweep.add_gradients(again, part, chunk, vectors, None, once=False)
-    logprobs = torch.where(terms.mask, logprobs, 0)
+    logprobs = terms.kept(logprobs)
     losses = losses if len(losses) else token_losses(logprobs, terms)
-    entropies = torch.where(terms.mask, entropies, 0) if options.entropy else entropies
+    entropies = terms.kept(entropies) if options.entropy else entropies
     recomputed = torch.full((), len(flagged), dtype=torch.int64, device=rows.tokens.device)
     return OnePass(logprobs, losses, entropies, recomputed, sweep.gradients(rows))
 
@@ -164,12 +164,12 @@ class _Sweep:
         else:
             scored = self._score(chunk, scores, terms, anchors)
         if not self.options.check:
-            scored = self._show_lost(scored, terms.mask)
+            scored = self._show_lost(scored, terms)
         return chunk, scored
 
     def _score(self, chunk: Chunk, scores: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None) -> _Scored:
         """Any objective, on vectors."""
-        size = len(terms.mask)
+        size = len(terms.advantages)
         log_anchor = _log_anchor(terms) if anchors is None else anchors
         padded = F.pad(log_anchor, (0, len(chunk.tokens) - size))
         total, weighted, residual = self._sums(chunk, padded, scores)
@@ -181,7 +181,7 @@ class _Sweep:
         in_range = (total >= _SMALLEST_SUM) & (total < LARGEST_SUM)
         flagged = ~in_range
         if scores is not None:
-            g = loss_gradient(self.token_losses, torch.where(terms.mask, logprobs, 0), terms)
+            g = loss_gradient(self.token_losses, terms.kept(logprobs), terms)
             factor = self._row_factor(g, total + log_anchor.exp(), chunk.temperature)
             flagged = flagged | ~_factor_in_range(factor, g)
         return _Scored(logprobs, total.new_empty(0), entropy, factor, residual, total, in_range, flagged)
@@ -219,7 +219,7 @@ class _Sweep:
         loss_weights = -terms.weights if terms.rollout_weights is None else -terms.weights * terms.rollout_weights
         total, weighted, residual, logprobs, losses, factor, state = ops.cispo_scores(
             *chunk, log_anchor, *self.head, self.options.entropy, scores,
-            terms.mask, terms.old_logprobs, terms.advantages, loss_weights, *self.options.cispo,
+            terms.masked, terms.old_logprobs, terms.advantages, loss_weights, *self.options.cispo,
         )  # fmt: skip
         entropy = weighted
         if self.options.entropy:
@@ -227,11 +227,12 @@ class _Sweep:
         flagged = state == 2 if scores is None else state > 0
         return _Scored(logprobs, losses, entropy, factor, residual, total, state < 2, flagged)
 
-    def _show_lost(self, scored: _Scored, mask: torch.Tensor) -> _Scored:
+    def _show_lost(self, scored: _Scored, terms: TokenTerms) -> _Scored:
         """With check=False: NaN where the sum of a kept row, or its factor, has left the range of its dtype."""
-        lost = ~(scored.total < LARGEST_SUM) & mask
+        lost = ~(scored.total < LARGEST_SUM)
         if self.scores is not None:
-            lost = lost | (~scored.factor.isfinite() & mask)
+            lost = lost | ~scored.factor.isfinite()
+        lost = terms.kept(lost)
 
         def shown(values: torch.Tensor) -> torch.Tensor:
             return torch.where(lost, torch.nan, values) if len(values) else values
@@ -355,7 +356,7 @@ def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: Toke
         with torch.enable_grad(), identity:
             x = logprobs.detach().requires_grad_()
             g = torch.autograd.grad(token_losses(x, terms).sum(), x)[0]
-    return torch.where(terms.mask, g, 0)  # a user's function may have an infinite slope at a masked token's zeros
+    return terms.kept(g)  # a user's function may have an infinite slope at a masked token's zeros
 
 
 def chunk_length(head: Projection, count: int, options: Options) -> int:

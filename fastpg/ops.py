@@ -75,7 +75,7 @@ def two_pass_forward(
     hidden: torch.Tensor,
     lora_hidden: torch.Tensor | None,
     indices: torch.Tensor | None,
-    keep: torch.Tensor | None,
+    masked: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: torch.Tensor | None,
     weight: torch.Tensor,
@@ -88,14 +88,14 @@ def two_pass_forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partials of the rows that `rows.Rows` describes, over the columns of the weight."""
-    rows = Rows(hidden, lora_hidden, indices, keep, tokens, temperature)
+    rows = Rows(hidden, lora_hidden, indices, masked, tokens, temperature)
     head = Projection(weight, lora_weight, bias, softcap, logit_scale)
     return tuple(two_pass_schedule.two_pass_forward(tiles_of(backend), rows, head, entropy, workspace))
 
 
 @two_pass_forward.register_fake
 def _(
-    hidden, lora_hidden, indices, keep, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale,
+    hidden, lora_hidden, indices, masked, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale,
     entropy, workspace, backend,
 ):  # fmt: skip
     def per_row(present: bool) -> torch.Tensor:
@@ -109,7 +109,7 @@ def two_pass_backward(
     hidden: torch.Tensor,
     lora_hidden: torch.Tensor | None,
     indices: torch.Tensor | None,
-    keep: torch.Tensor | None,
+    masked: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: torch.Tensor | None,
     weight: torch.Tensor,
@@ -127,7 +127,7 @@ def two_pass_backward(
     partial: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients, (0,) where not wanted (`two_pass_schedule.two_pass_backward`)."""
-    rows = Rows(hidden, lora_hidden, indices, keep, tokens, temperature)
+    rows = Rows(hidden, lora_hidden, indices, masked, tokens, temperature)
     head = Projection(weight, lora_weight, bias, softcap, logit_scale)
     return tuple(
         two_pass_schedule.two_pass_backward(
@@ -139,7 +139,7 @@ def two_pass_backward(
 
 @two_pass_backward.register_fake
 def _(
-    hidden, lora_hidden, indices, keep, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale,
+    hidden, lora_hidden, indices, masked, tokens, temperature, weight, lora_weight, bias, softcap, logit_scale,
     statistics, grad_logprobs, grad_entropy, wanted, workspace, backend, weight_grad, partial,
 ):  # fmt: skip
     wide = accumulation_dtype(weight.dtype)
@@ -229,7 +229,7 @@ def cispo_scores(
     logit_scale: float,
     entropy: bool,
     scores: torch.Tensor | None,
-    mask: torch.Tensor,
+    masked: torch.Tensor | None,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     loss_weights: torch.Tensor,
@@ -239,17 +239,17 @@ def cispo_scores(
     """`anchored_scores` on Triton with the CISPO loss in its last kernel: `triton_tile_ops.anchored_cispo`."""
     head, chunk = Projection(weight, lora_weight, bias, softcap, logit_scale), Chunk(hidden, lora_hidden, tokens, temperature)
     return tiles_of("triton").anchored_cispo(
-        chunk, head, log_anchor, entropy, scores, mask, old_logprobs, advantages, loss_weights, ratio_min, ratio_max
+        chunk, head, log_anchor, entropy, scores, masked, old_logprobs, advantages, loss_weights, ratio_min, ratio_max
     )
 
 
 @cispo_scores.register_fake
 def _(
     hidden, lora_hidden, tokens, temperature, log_anchor, weight, lora_weight, bias, softcap, logit_scale, entropy, scores,
-    mask, old_logprobs, advantages, loss_weights, ratio_min, ratio_max,
+    masked, old_logprobs, advantages, loss_weights, ratio_min, ratio_max,
 ):  # fmt: skip
     numbers = (torch.empty_like(log_anchor) for _ in range(3))
-    return *_row_sums(log_anchor, entropy, scores), *numbers, torch.empty_like(mask, dtype=torch.int8)
+    return *_row_sums(log_anchor, entropy, scores), *numbers, torch.empty_like(advantages, dtype=torch.int8)
 
 
 @torch.library.custom_op("fastpg::gradient_products", mutates_args={"dhidden", "dweight", "dbias"})

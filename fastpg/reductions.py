@@ -67,18 +67,16 @@ def token_weights(
     A denominator that is 0 gives kept tokens the weight inf. The seq-mean reductions need `sequences`.
     """
     weights = mask.to(dtype)
-    if reduction == "token-mean":
-        count = weights.sum()
-    elif reduction == "sum":
-        count = weights.new_ones(())
-    else:
-        count = sequences.count().to(dtype)
-        if reduction == "seq-mean-token-mean":
-            weights = weights / sequences.lengths(dtype)
-    if isinstance(denominator, torch.Tensor):
-        denominator = denominator.detach()  # a constant, as the documents say
-    weights = weights / (count.clamp(min=1) if denominator is None else denominator)
-    return torch.where(mask, weights, 0).to(dtype)  # where no check has looked at D, 0 / D may be NaN
+    if reduction == "seq-mean-token-mean":
+        weights = weights / sequences.lengths(dtype)
+    if denominator is not None:
+        if isinstance(denominator, torch.Tensor):
+            denominator = denominator.detach()  # a constant, as the documents say
+        return torch.where(mask, weights / denominator, 0).to(dtype)  # where no check has looked at D, 0 / D may be NaN
+    if reduction == "sum":
+        return weights
+    count = weights.sum() if reduction == "token-mean" else sequences.count().to(dtype)
+    return weights / count.clamp(min=1)
 
 
 def masked_mean(

@@ -25,13 +25,13 @@ class Chunk(NamedTuple):
 class Rows(NamedTuple):
     """The K rows of hidden (N, H) that a call computes.
 
-    Either `indices` (K,) gathers them, or all rows are computed (K = N) and those with `keep` (N,) False enter as zeros.
+    Either `indices` (K,) gathers them, or all rows are computed (K = N) and those with `masked` (N,) True enter as zeros.
     """
 
     hidden: torch.Tensor  # (N, H)
     lora_hidden: torch.Tensor | None  # (N, r) in the accumulation dtype: scale * hidden @ A^T, of a head with LoRA
     indices: torch.Tensor | None  # (K,) int64
-    keep: torch.Tensor | None  # (N,) bool
+    masked: torch.Tensor | None  # (N,) bool
     tokens: torch.Tensor  # (K,) int64
     temperature: torch.Tensor | None  # (K,) in the accumulation dtype; None is 1
 
@@ -55,13 +55,20 @@ class Rows(NamedTuple):
 
     def _gather(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         x = x[start:stop] if self.indices is None else x[self.indices[start:stop]]
-        return x if self.keep is None else torch.where(self.keep[start:stop, None], x, 0)
+        return x if self.masked is None else x.masked_fill(self.masked[start:stop, None], 0)
 
     def select(self, positions: torch.Tensor) -> Rows:
         """The rows at `positions` among these K."""
         indices = positions if self.indices is None else self.indices[positions]
         temperature = None if self.temperature is None else self.temperature[positions]
         return Rows(self.hidden, self.lora_hidden, indices, None, self.tokens[positions], temperature)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all tokens (...) -> those of these rows (K,), 0 where a row is masked."""
+        flat = values.reshape(-1)
+        if self.indices is not None:
+            return flat[self.indices]
+        return flat if self.masked is None else flat.masked_fill(self.masked, 0)
 
     def scatter_rounded(self, values: torch.Tensor) -> torch.Tensor:
         """`scatter` of (K, H), rounded to the dtype of hidden a few rows at a time."""
@@ -80,7 +87,7 @@ class Rows(NamedTuple):
         """Values of the K rows (K, ...) -> (N, ...), 0 where a row was not computed."""
         if self.indices is not None:
             return values.new_zeros(len(self.hidden), *values.shape[1:]).index_copy(0, self.indices, values)
-        return values if self.keep is None else torch.where(self.keep.view(-1, *(1,) * (values.dim() - 1)), values, 0)
+        return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), 0)
 
 
 def rows_of(
@@ -92,22 +99,30 @@ def rows_of(
     head: LMHead,
 ) -> Rows:
     """From checked inputs. With `gather`, one host read finds the rows to compute; without, every row is."""
-    flat_hidden, flat = hidden.reshape(-1, hidden.shape[-1]), computed.reshape(-1)
-    flat_tokens = torch.where(computed, tokens, 0).reshape(-1).long()
+    flat, keep = hidden.reshape(-1, hidden.shape[-1]), computed.reshape(-1)
+    low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
+    indices = masked = None
+    if gather:
+        found = keep.nonzero()[:, 0]
+        indices = None if len(found) == len(keep) else found
+    else:
+        masked = ~keep
+    rows = Rows(flat, low_rank, indices, masked, tokens, None)
+    own = rows.of(tokens).long()
     if head.group is not None:  # as this rank numbers its own
-        flat_tokens = flat_tokens - head.vocab_start
-    dtype = accumulation_dtype(hidden.dtype)
-    low_rank = None if head.lora is None else lora_hidden(flat_hidden, flat, head.lora)
-    per_row = None
-    if isinstance(temperature, torch.Tensor):
-        per_row = torch.where(computed, temperature.to(dtype), 1).reshape(-1)
-    elif temperature != 1:
-        per_row = torch.full((len(flat),), temperature, dtype=dtype, device=hidden.device)
-    if not gather:
-        return Rows(flat_hidden, low_rank, None, flat, flat_tokens, per_row)
-    every = Rows(flat_hidden, low_rank, None, None, flat_tokens, per_row)
-    indices = flat.nonzero()[:, 0]
-    return every if len(indices) == len(flat) else every.select(indices)
+        own = own - head.vocab_start
+    return rows._replace(tokens=own, temperature=_per_row(rows, temperature, len(own), accumulation_dtype(hidden.dtype)))
+
+
+def _per_row(rows: Rows, temperature: float | torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Temperatures (K,), 1 where a row is masked; None where all are 1."""
+    if not isinstance(temperature, torch.Tensor):
+        return None if temperature == 1 else torch.full((count,), temperature, dtype=dtype, device=rows.hidden.device)
+    temperature = temperature.to(dtype)
+    of_rows = temperature.expand(count) if temperature.dim() == 0 else temperature.reshape(-1)
+    if rows.masked is not None:
+        return of_rows.masked_fill(rows.masked, 1)
+    return of_rows.contiguous() if rows.indices is None or temperature.dim() == 0 else of_rows[rows.indices]
 
 
 class Wanted(NamedTuple):

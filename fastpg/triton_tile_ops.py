@@ -196,7 +196,7 @@ def anchored_cispo(
     log_anchor: torch.Tensor,
     entropy: bool,
     out: torch.Tensor | None,
-    mask: torch.Tensor,  # (C,) bool
+    masked: torch.Tensor | None,  # (C,) bool
     old_logprobs: torch.Tensor,  # (C,) fp32
     advantages: torch.Tensor,  # (C,) fp32
     loss_weights: torch.Tensor,  # (C,) fp32: the loss is their product with clip(ratio) A logp
@@ -210,7 +210,7 @@ def anchored_cispo(
     partials = anchored_exp_tiles(*operands, logit - log_anchor, entropy, out, _blocks(head))
     row_scale = _row_scale(chunk, head.logit_scale)
     return finalize_cispo(
-        partials, chunk.tokens, slope, out, log_anchor, old_logprobs, advantages, loss_weights, row_scale, mask,
+        partials, chunk.tokens, slope, out, log_anchor, old_logprobs, advantages, loss_weights, row_scale, masked,
         ratio_min, ratio_max,
     )  # fmt: skip
 

@@ -225,6 +225,6 @@ def gradients_of(
 
 def _put_together(arguments: tuple) -> tuple[Rows, Projection, tuple]:
     """Autograd takes tensors one by one, those with a gradient first: (hidden, lora_hidden, weight, B, bias, ...)."""
-    hidden, lora_hidden, weight, lora_weight, bias, indices, keep, tokens, temperature, softcap, scale, *options = arguments
-    rows = Rows(hidden, lora_hidden, indices, keep, tokens, temperature)
+    hidden, lora_hidden, weight, lora_weight, bias, indices, masked, tokens, temperature, softcap, scale, *options = arguments
+    rows = Rows(hidden, lora_hidden, indices, masked, tokens, temperature)
     return rows, Projection(weight, lora_weight, bias, softcap, scale), tuple(options)

@@ -56,7 +56,7 @@ def finalize_kernel(
     OLD,  # (C,), with CISPO
     ADVANTAGE,  # (C,), with CISPO
     WEIGHT,  # (C,), with CISPO
-    MASK,  # (C,) uint8, with CISPO
+    MASKED,  # (C,) uint8 or None, with CISPO
     ROW_SCALE,  # (C,) logit_scale / T, with CISPO
     LOGP,  # (C,) out, with CISPO
     LOSS,  # (C,) out, with CISPO
@@ -97,7 +97,9 @@ def finalize_kernel(
                 pointers = E + rows[:, None] * stride_e + columns
                 tl.store(pointers, tl.zeros((ROWS, BLOCK), E.dtype.element_ty), mask=lost[:, None] & (columns < V))
     if CISPO:
-        keep = tl.load(MASK + rows, mask=inside, other=0) != 0
+        keep = inside
+        if MASKED is not None:
+            keep = tl.load(MASKED + rows, mask=inside, other=1) == 0
         log_anchor = tl.load(LOG_ANCHOR + rows, mask=inside, other=0.0)
         weight = tl.load(WEIGHT + rows, mask=inside, other=0.0)
         old = tl.load(OLD + rows, mask=inside, other=0.0)
@@ -137,13 +139,14 @@ def finalize_cispo(
     advantages: torch.Tensor,
     weight: torch.Tensor,
     row_scale: torch.Tensor,
-    mask: torch.Tensor,  # (C,) bool
+    masked: torch.Tensor | None,  # (C,) bool: rows that add nothing
     ratio_min: float | None,
     ratio_max: float | None,
 ) -> tuple[torch.Tensor, ...]:
     """`finalize`, and logp, loss, u (C,) fp32 and the state (C,) int8: 0 in range, 1 the factor is not, 2 the sum is not."""
-    outputs = *(torch.empty_like(log_anchor) for _ in range(3)), torch.empty_like(mask, dtype=torch.int8)
-    inputs = log_anchor, old_logprobs, advantages, weight, mask.view(torch.uint8), row_scale
+    outputs = *(torch.empty_like(log_anchor) for _ in range(3)), torch.empty_like(log_anchor, dtype=torch.int8)
+    masked = None if masked is None else masked.view(torch.uint8)
+    inputs = log_anchor, old_logprobs, advantages, weight, masked, row_scale
     return *_launch(partials, tokens, slope, scores, inputs + outputs, (ratio_min, ratio_max), CISPO=True), *outputs
 
 

@@ -255,7 +255,7 @@ def run_cispo(partials, a, old, advantage, weight, row_scale, mask=True, bounds=
         return torch.as_tensor(x, dtype=dtype).expand(len(partials[0])).clone().to(DEVICE)
 
     numbers, tokens = map(vector, (a, old, advantage, weight, row_scale)), vector(tokens, torch.int64)
-    result = finalize_cispo(partials, tokens, vector(1.0), out, *numbers, vector(mask, torch.bool), *bounds)
+    result = finalize_cispo(partials, tokens, vector(1.0), out, *numbers, ~vector(mask, torch.bool), *bounds)
     return [x.cpu() for x in result]
 
 

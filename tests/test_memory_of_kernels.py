@@ -126,8 +126,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=s
 @pytest.mark.parametrize("workspace", [GIB, 24 * GIB], ids=["default", "one-chunk"])
 def test_one_pass(shape, dtype, gather, objective, workspace):
     rows, head, vector = problem(shape, dtype, gather)
-    mask = torch.empty(len(rows.tokens), dtype=torch.bool, device="meta")
-    terms = TokenTerms(mask, vector(), vector(), vector(), None, None)
+    terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
     bounds = objective.ratio_bounds if isinstance(objective, CISPO) else None
     options = Options(Wanted(True, False, True, False, False), False, workspace, False, "triton", bounds)
     losses = partial(token_losses, objective=objective, kl=None)
