@@ -68,7 +68,8 @@ class Rows(NamedTuple):
         flat = values.reshape(-1)
         if self.indices is not None:
             return flat[self.indices]
-        return flat if self.masked is None else flat.masked_fill(self.masked, 0)
+        # kernels read vectors without a stride
+        return flat.contiguous() if self.masked is None else flat.masked_fill(self.masked, 0)
 
     def scatter_rounded(self, values: torch.Tensor) -> torch.Tensor:
         """`scatter` of (K, H), rounded to the dtype of hidden a few rows at a time."""

@@ -258,7 +258,7 @@ def test_token_loss_is_that_of_the_losses(case, kl):
         inputs = logp, old_given, advantage, weight, rollout_given, ref if kl else None
         coef = 0.3 if kl else None
         got = launched(token_loss_kernel, inputs, bounds, coef, getattr(device, name), ESTIMATORS.get(estimator), weighted)
-        terms = TokenTerms(torch.ones(len(logp), dtype=torch.bool), old_given, advantage, weight, rollout_given, ref)
+        terms = TokenTerms(None, old_given, advantage, weight, rollout_given, ref)
         want, single = (differentiated(*at) for at in losses_of(terms, logp, objective, penalty))
         on = logp if old_given is None else old
         sizes = differentiated(lambda x: objective(x, on.double(), advantage.double()), logp.double())  # noqa: B023
