@@ -139,8 +139,8 @@ def importable_package() -> Iterator[Path]:
 def parts(python: str, found: dict, out: Path) -> list[Part]:
     tests = [python, "-m", "pytest", "-v", "-rN", "--tb=short", "--color=no", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     tests += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    tests += ["-k", "(test_kernels or triton or fp16) and not worst"]
-    tests += [str(ROOT / "tests" / "test_kernels.py"), str(ROOT / "tests" / "test_parity.py")]
+    tests += ["-k", "(test_kernels or test_finish or triton or fp16) and not worst"]
+    tests += [str(ROOT / "tests" / f"test_{name}.py") for name in ("kernels", "finish_kernel", "parity")]
     if found["xdist"]:
         tests += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
     check = [python, "-m", "fastpg", "check", "--device", "cuda", "--hidden", "4096", "--vocab", "151936", "--dtype", "bf16"]

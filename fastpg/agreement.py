@@ -9,12 +9,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from .distributed import gathered, is_dtensor
 from .lm_head import LMHead
+
+if TYPE_CHECKING:
+    from .call import Inputs
 
 # what must be equal on all ranks
 _EQUAL = (
@@ -34,18 +38,14 @@ class Facts:
 
     def describe(
         self,
-        hidden: torch.Tensor,
-        head: LMHead,
-        tokens: torch.Tensor,
+        inputs: Inputs,
         computed: torch.Tensor,
-        temperature: float | torch.Tensor,
         *,
-        backend: str,
         entropy: bool,
-        check: bool,
         old_logprobs: torch.Tensor | None = None,
         chunk: int = 0,
     ) -> None:
+        hidden, head, tokens, _, temperature, backend, check = inputs
         if head.group is None:
             return
         flat, kept = computed.reshape(-1), torch.where(computed, tokens, -1).reshape(-1).long()

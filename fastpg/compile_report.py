@@ -1,9 +1,9 @@
 """`fastpg compile-report`: every kernel compiled for four GPU targets, without a GPU.
 
 What can be known of a kernel before it runs: that it compiles, that its registers suffice (spilled ones live in memory), that
-its shared memory fits the target, and that its matrix products reach the tensor cores. Compiles the variants that the launchers
-in `fastpg.kernels` use: their block sizes, and the alignment of common models (H and strides divisible by 16), which Triton
-finds at launch and without which nothing is vectorised.
+its shared memory fits the target, and that its matrix products reach the tensor cores. A variant is what its launcher in
+`fastpg.kernels` would compile: the launcher is called on tensors without memory, of a common model's sizes (H and strides
+divisible by 16, which Triton finds at launch and without which nothing is vectorised), and what it launches is compiled.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -30,48 +32,30 @@ TARGETS = {
     "hip:gfx942": ("hip", "gfx942", 64, 65_536, r"v_mfma"),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_TRITON_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TRITON_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int8: "i8",
+    torch.uint8: "u8",
+}  # fmt: skip
 
+OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
 # kernel -> the dtypes that reach it, and what it may be asked for
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora")),
-    "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy", "lora")),
-    "finalize": (("bfloat16", "float32"), ("scores", "entropy", "cispo")),
-    "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),
-    "combine": (("float32",), ("entropy",)),
-    "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora")),
-    "given_logsumexp": (("bfloat16", "float16", "float32"), ("entropy",)),
-    "given_dlogits": (("bfloat16", "float16", "float32"), ("entropy",)),
+    "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora", "temperature")),
+    "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy", "lora", "temperature")),
+    "finish": (("bfloat16", "float32"), ("scores", "entropy", *OBJECTIVES)),
+    "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
+    "combine": (("float32",), ("entropy", "finish")),
+    "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
+    "given_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
+    "given_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
 }
 MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
+# of `finish`, beside each flag alone
+_WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
+_WHOLE_LOSS = ("scores", "entropy", "ppo_clip", "kl_k3", "temperature")
 
-# Arguments by what they are; the rest are fp32 vectors. None where no flag asks for them.
-_OPERANDS = ("X", "W", "B", "BIAS", "E", "D", "LOGITS")  # in the dtype of the model
-_SIZES = (
-    "C",
-    "V",
-    "H",
-    "rank",
-    "stride_x",
-    "stride_w",
-    "stride_l",
-    "stride_b",
-    "stride_e",
-    "stride_d",
-    "stride_z",
-    "tiles",
-    "splits",
-)
-_DIVISIBLE = ("V", "H", "rank", "stride_x", "stride_w", "stride_l", "stride_b", "stride_e", "stride_d", "stride_z")
-_SCALARS = ("inner", "ratio_min", "ratio_max")
-_FLAG_OF = {
-    "BIAS": "bias", "L": "lora", "B": "lora",
-    "E": "scores", "RESIDUAL": "scores", "Q": "entropy", "WEIGHTED": "entropy", "H_GRAD": "entropy",
-    "ENTROPY": "entropy", "OTHERS": "entropy", "ratio_min": "cispo", "ratio_max": "cispo",
-    **dict.fromkeys(
-        ("LOG_ANCHOR", "OLD", "ADVANTAGE", "WEIGHT", "MASKED", "ROW_SCALE", "LOGP", "LOSS", "FACTOR", "STATE"), "cispo"
-    ),
-}  # fmt: skip
+# rows of a chunk, no multiple of 16; vocabulary of a head, and of a slice of it; hidden size; rank
+_ROWS, _VOCAB, _SLICE, _SIZE, _RANK = 1000, 128_256, 8192, 2048, 8
 
 
 @dataclass(frozen=True)
@@ -114,73 +98,149 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
         dtypes, flags = KERNELS[kernel]
         for target in targets or TARGETS:
             for dtype in dtypes:
-                alone = [(flag,) for flag in flags] if dtype == "bfloat16" else []
-                chosen = dict.fromkeys([(), *alone, flags])
-                if kernel == "finalize" and dtype == "float32":
-                    del chosen[()]  # without E the same kernel as in bf16
-                yield from (Variant(kernel, target, dtype, combination) for combination in chosen)
+                alone = [(flag,) for flag in flags if flag != "temperature"] if dtype == "bfloat16" else []
+                chosen = [(), *alone, flags]
+                if kernel == "combine":
+                    chosen = [(), ("entropy",), ("finish",), flags]
+                elif kernel == "finish":
+                    chosen = [(), *alone, *_WITH_KL, _WHOLE_LOSS] if alone else [_WHOLE_LOSS]
+                yield from (Variant(kernel, target, dtype, combination) for combination in dict.fromkeys(chosen))
 
 
-def arguments(variant: Variant) -> tuple[object, dict[str, str], dict[str, object], dict[str, int]]:
-    """(kernel, {argument: type}, {argument: constant}, {option: value}) as its launcher would have them."""
-    from . import kernels
-    from .kernels import anchored_exp, dlogits, finalize, given, logsumexp, target  # noqa: F401 - read from the package below
+def launched(variant: Variant) -> tuple[object, list[object], dict[str, int]]:
+    """(kernel, arguments in the order of its parameters, compiler options) of what the variant's launcher launches."""
+    from triton.runtime.jit import KernelInterface
+
+    found = []
+
+    def noted(kernel: object, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **named: found.append((kernel, arguments, named))
+
+    with mock.patch.object(KernelInterface, "__getitem__", noted):
+        _launch(variant)
+    ((kernel, arguments, named),) = [launch for launch in found if launch[0].fn.__name__ == f"{variant.kernel}_kernel"]
+    bound = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    options = {name: value for name, value in bound.items() if name not in kernel.arg_names}
+    return kernel, [bound[name] for name in kernel.arg_names], options
+
+
+def _launch(variant: Variant) -> None:
+    """Calls the launcher on tensors without memory."""
+    from .kernels.anchored_exp import anchored_exp
     from .kernels.blocks import blocks_for
+    from .kernels.dlogits import Incoming, Statistics, dlogits
+    from .kernels.given import given, given_dlogits, given_logsumexp
+    from .kernels.logsumexp import Running, combine, finished, logsumexp
+    from .kernels.operands import Operands
+    from .kernels.target import target_logits
 
-    name = {"combine": "logsumexp", "given_logsumexp": "given", "given_dlogits": "given"}.get(variant.kernel, variant.kernel)
-    module = getattr(kernels, name)
-    function = getattr(module, f"{variant.kernel}_kernel")
-    dtype, softcap = _TRITON_DTYPES[variant.dtype], "softcap" in variant.flags
-    constants: dict[str, object] = {
-        "SOFTCAP": softcap, "CISPO": "cispo" in variant.flags, "EMULATE": False, "WIDEN": False, "EVEN_H": True,
-        "BLOCK": getattr(module, "_BLOCK", None), "TILES": getattr(module, "_TILES_PER_SPLIT", None), "stride_h": 1,
-        "DESCRIPTORS": False, "stride_r": 1, "RANK": 16 if variant.dtype == "float32" else 32,
-    }  # fmt: skip
-    constants["COLUMNS"] = getattr(module, "_COLUMNS", None)
-    constants["ROWS"] = 4  # kernels.logits.ROWS_PER_PROGRAM outside the interpreter
-    options = {}
-    blocks = None
-    if variant.kernel in MULTIPLIES:
-        blocks = blocks_for(variant.target, DTYPES[variant.dtype], "bias" in variant.flags, softcap)
-        constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "DEPTH": blocks.depth, "PARTS": blocks.parts}
-        constants["GROUPS"] = blocks.groups
-        constants["DESCRIPTORS"] = blocks.descriptors
-        options = blocks.options()
-    signature = {}
-    for name in function.arg_names:
-        if name in constants:
-            continue
-        if _is_absent(name, variant):
-            constants[name] = None
-        elif constants["DESCRIPTORS"] and name in ("X", "W"):
-            signature[name] = f"tensordesc<{dtype}[{blocks.rows if name == 'X' else blocks.columns},{blocks.depth}]>"
-        elif name in ("L", "B") and blocks is not None:  # bf16 parts beside every 16-bit operand
-            signature[name] = "*fp32" if dtype == "fp32" else "*bf16"
+    dtype, flags = DTYPES[variant.dtype], variant.flags
+    vocab = _SLICE if variant.kernel == "dlogits" else _VOCAB
+    entropy, inner = "entropy" in flags, 0.5 if "softcap" in flags else None
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def vector(present: bool = True) -> torch.Tensor | None:
+        return meta(_ROWS) if present else None
+
+    lora = (meta(_ROWS, _RANK), meta(vocab, _RANK, dtype=dtype)) if "lora" in flags else None
+    bias = meta(vocab, dtype=dtype) if "bias" in flags else None
+    scale = vector() if "temperature" in flags else 1.0
+    tokens = meta(_ROWS, dtype=torch.int64)
+    p = Operands(meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype), lora, bias, tokens, scale, inner)
+    blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None)
+    statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
+    unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
+    incoming = Incoming(vector(), vector(entropy), unit)
+    if variant.kernel == "target":
+        target_logits(p)
+    elif variant.kernel == "anchored_exp":
+        anchored_exp(p, vector(), entropy, meta(_ROWS, vocab, dtype=dtype) if "scores" in flags else None, blocks)
+    elif variant.kernel == "finish":
+        _launch_finish(variant, meta)
+    elif variant.kernel == "logsumexp":
+        logsumexp(p, entropy, blocks)
+    elif variant.kernel == "combine":
+        parts = Running(meta(_ROWS, 63), meta(_ROWS, 63), meta(_ROWS, 63) if entropy else None)
+        finished(parts, vector()) if "finish" in flags else combine(parts)
+    elif variant.kernel == "dlogits":
+        dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
+    else:
+        logits = meta(_ROWS, vocab, dtype=dtype)
+        ready = given(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags))
+        if variant.kernel == "given_logsumexp":
+            given_logsumexp(ready, entropy)
         else:
-            signature[name] = _type_of(name, dtype)
-    return function, signature, {k: v for k, v in constants.items() if k in function.arg_names}, options
+            given_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
 
 
-def _is_absent(name: str, variant: Variant) -> bool:
-    """Whether the launcher passes None."""
-    if name == "R":  # what rounding takes
-        return variant.dtype == "float32" or not (variant.kernel == "dlogits" or "scores" in variant.flags)
-    if name == "UNIT":
-        return variant.dtype != "float16"
-    if name == "LOGP" and variant.kernel != "finalize":
-        return False
-    flag = _FLAG_OF.get(name)
-    return flag is not None and flag not in variant.flags
+def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
+    from .kernels import objectives
+    from .kernels.anchored_exp import TileSums
+    from .kernels.finish import Loss, Terms, Tokens, finish, finish_with_loss
+
+    dtype, flags, tiles = DTYPES[variant.dtype], variant.flags, 501
+    scores = meta(_ROWS, _VOCAB, dtype=dtype) if "scores" in flags else None
+    rounds = scores is not None and dtype != torch.float32
+
+    def vector(present: bool = True) -> torch.Tensor | None:
+        return meta(_ROWS) if present else None
+
+    sums = TileSums(
+        meta(_ROWS, tiles), meta(_ROWS, tiles) if "entropy" in flags else None, meta(_ROWS, tiles) if rounds else None, scores,
+        None if scores is None else _VOCAB,
+    )  # fmt: skip
+    has_temperature = "temperature" in flags
+    tokens = Tokens(meta(_ROWS, dtype=torch.int64), None, vector(has_temperature), None if has_temperature else 1.0)
+    names = [name for name in flags if name in OBJECTIVES]
+    if not names:
+        finish(sums, tokens)
+        return
+    objective, kl = getattr(objectives, names[0]), next((name for name in flags if name.startswith("kl")), None)
+    bounds = objectives.bounds_of(objective, (0.8, 1.2, 3.0))
+    whole = flags == _WHOLE_LOSS
+    masked = meta(_ROWS, dtype=torch.bool) if whole else None
+    terms = Terms(masked, vector(), vector(), vector(), vector(whole), vector(kl is not None))
+    kl_function = None if kl is None else getattr(objectives, kl)
+    finish_with_loss(sums, tokens, terms, Loss(objective, bounds, kl_function, None if kl is None else 0.1, whole, whole))
 
 
-def _type_of(name: str, dtype: str) -> str:
-    if name in _OPERANDS:
-        return f"*{dtype}"
-    if name in _SIZES:
-        return "i32"
-    if name in _SCALARS:
-        return "fp32"
-    return {"TOKENS": "*i64", "MASKED": "*u8", "KEEP": "*u8", "STATE": "*i8"}.get(name, "*fp32")
+class Source(NamedTuple):
+    """What Triton's compiler is told of a kernel's arguments: by parameter the types, by path the constants and attributes."""
+
+    signature: dict[str, object]
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+
+
+def source_of(kernel: object, arguments: list[object]) -> Source:
+    """As Triton's own launch would have it: None and 1 are constants, pointers and multiples of 16 are known to be that."""
+    source = Source({}, {}, {})
+    hints = kernel.fn.__annotations__
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+        if "constexpr" in str(hints.get(name)):
+            source.signature[name] = "constexpr"
+            source.constants[(i,)] = value
+        else:
+            source.signature[name] = _type_of(value, (i,), source)
+    return source
+
+
+def _type_of(value: object, path: tuple[int, ...], source: Source) -> object:
+    if isinstance(value, tuple):
+        return type(value)(*(_type_of(item, (*path, i), source) for i, item in enumerate(value)))
+    if isinstance(value, torch.Tensor):
+        source.attributes[path] = [["tt.divisibility", 16]]
+        return f"*{_TRITON_TYPES[value.dtype]}"
+    if hasattr(value, "block_shape"):  # a descriptor
+        return f"tensordesc<{_TRITON_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+    if value is None or (isinstance(value, int) and value == 1):
+        source.constants[path] = value
+        return "constexpr"
+    if isinstance(value, int) and value % 16 == 0:
+        source.attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if isinstance(value, int) else "fp32"
 
 
 def compile_variant(variant: Variant) -> Compiled:
@@ -188,16 +248,10 @@ def compile_variant(variant: Variant) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, signature, constants, options = arguments(variant)
+    kernel, arguments, options = launched(variant)
+    found = source_of(kernel, arguments)
     backend, arch, warp_size, shared_limit, mma = TARGETS[variant.target]
-    positions = {name: i for i, name in enumerate(function.arg_names)}
-    divisible = [n for n, kind in signature.items() if kind.startswith("*") or n in _DIVISIBLE]
-    source = ASTSource(
-        fn=function,
-        signature={name: signature.get(name, "constexpr") for name in function.arg_names},
-        constexprs={(positions[name],): value for name, value in constants.items()},
-        attrs={(positions[name],): [["tt.divisibility", 16]] for name in divisible},
-    )
+    source = ASTSource(fn=kernel, signature=found.signature, constexprs=found.constants, attrs=found.attributes)
     compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
     if backend == "cuda":
         registers, spilled = _resources(compiled.asm["cubin"])

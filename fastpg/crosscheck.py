@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 
 from . import crosscheck_cases as cases
-from . import crosscheck_compile, lm_head, ops, reference
+from . import crosscheck_compile, lm_head, reference
 from .accuracy import LOSS_TOLERANCE, ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
+from .backend import tiles_of
 from .crosscheck_cases import Case, Inputs, Outcome, Settings
 from .lm_head import LMHead, as_head
 from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
@@ -408,7 +409,7 @@ def _places(args: argparse.Namespace) -> dict[str, str]:
             args.parser.error("--interpret needs triton, which is not installed: pip install triton")
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     if os.environ.get("TRITON_INTERPRET") == "1" and triton:
-        if not ops.tiles_of("triton").INTERPRETED:
+        if not tiles_of("triton").INTERPRETED:
             args.parser.error("--interpret: the kernels were imported without the interpreter; start a new process")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # numpy's, of inf
         return places | {"triton interpreter": "cpu"}

@@ -98,7 +98,7 @@ def combine(partials: Partials, tokens: torch.Tensor, vocab_size: int, group: di
     pivot = torch.where(largest == -torch.inf, 0, largest)
     shift = (maxima - pivot).clamp(min=_EXP_IS_ZERO)
     decay = shift.exp()
-    if len(weighted):
+    if weighted is not None:
         weighted = (decay * (gathered(weighted, group) + totals * shift)).sum(0)
     return Partials(largest, (decay * totals).sum(0), weighted, on_the_owner(target, tokens, vocab_size, group))
 

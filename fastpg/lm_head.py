@@ -132,7 +132,7 @@ class LMHead:
         return cls(layer.weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
 
 
-class Projection(NamedTuple):
+class Head(NamedTuple):
     """What the schedules and tile ops know of a head: its logits are softcap(logit_scale * (x . w + z . b + bias)).
 
     z (r numbers per token, in the accumulation dtype) is scale * A x, computed before; see `lora`.
@@ -145,14 +145,14 @@ class Projection(NamedTuple):
     logit_scale: float
 
 
-def lora_rank(head: Projection) -> int:
+def lora_rank(head: Head) -> int:
     """r, or 0. A function, as sizes are read from the weight: Dynamo of torch 2.9 cannot trace properties of a NamedTuple."""
     return 0 if head.lora_weight is None else head.lora_weight.shape[1]
 
 
-def projection_of(head: LMHead) -> Projection:
+def head_of(head: LMHead) -> Head:
     b = None if head.lora is None else head.lora.b
-    return Projection(head.weight, b, head.bias, head.softcap, float(head.logit_scale))
+    return Head(head.weight, b, head.bias, head.softcap, float(head.logit_scale))
 
 
 def as_head(head: torch.Tensor | LMHead) -> LMHead:

@@ -145,7 +145,15 @@ def policy_loss(
     validation.check_mask(mask, "logprobs", logprobs)
     check_sequence_ids(sequence_ids, "logprobs", logprobs)
     validation.check_policy_inputs(
-        "logprobs", logprobs, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids is not None
+        "logprobs",
+        logprobs,
+        old_logprobs,
+        advantages,
+        objective,
+        kl,
+        ref_logprobs,
+        rollout_weights,
+        packed_sequences=sequence_ids is not None,
     )
     check_reduction(reduction, logprobs.shape, denominator, sequence_ids)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
@@ -169,13 +177,24 @@ def policy_loss(
     return PolicyLossOutput(loss, kept.detach().clone(), Metrics({}, step))
 
 
-def step_of(logprobs: torch.Tensor, terms: TokenTerms, objective: object, sequences: Sequences | None = None) -> Step:
+def step_of(
+    logprobs: torch.Tensor,
+    terms: TokenTerms,
+    objective: object,
+    sequences: Sequences | None = None,
+    *,
+    eligible: torch.Tensor | None = None,
+    recomputed: torch.Tensor | None = None,
+    entropies: torch.Tensor | None = None,
+) -> Step:
     """What metrics are computed from, copied: logprobs are detached, of the tokens of `terms`."""
     mask = None if terms.masked is None else ~terms.masked
     if sequences is not None and mask is not None:
-        sequences = sequences._replace(mask=mask)
+        sequences = Sequences(mask, sequences.ids)
     logprobs, old = torch.stack([logprobs, terms.old(logprobs)])
-    return Step(logprobs, old, mask, objective if isinstance(objective, Objective) else None, sequences)
+    named = objective if isinstance(objective, Objective) else None
+    # (Dynamo of torch 2.9 cannot return what `_replace` makes)
+    return Step(logprobs, old, mask, named, sequences, eligible, recomputed, entropies)
 
 
 def id_limit(advantages: torch.Tensor, tokens: torch.Tensor) -> int:

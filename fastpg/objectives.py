@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,46 @@ from .validation import is_nonnegative_number, is_positive_number
 ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Numbers(NamedTuple):
+    """The numbers of an objective, in the order in which its device function has them."""
+
+    first: float | None = None
+    second: float | None = None
+    third: float | None = None
+
+
+class DeviceLoss(NamedTuple):
+    """A loss whose formulas are device functions of `fastpg.kernels.objectives`, by name."""
+
+    objective: str
+    numbers: Numbers
+    kl: str | None
+    kl_coef: float
+    kl_is_weighted: bool
+    show_lost: bool  # NaN for a row that has left the range of its sums
+
+
 class Objective(ABC):
     """A named objective. `ratio_bounds` is what the clip_fraction metric counts against; (None, None) for no bounds.
 
     zero_at_zero_advantage: A = 0 makes value and gradient 0, so that such tokens need not be computed.
     needs_sequences: its ratio is that of a whole sequence. It is then called with the batch's `Sequences` as a fourth
         argument, and cannot be computed token by token, as the one-pass loss does.
+    device: the name of its device function in `fastpg.kernels.objectives`, of which `numbers` are the bounds. It belongs to
+        the class that states it: a subclass with a formula of its own is computed by its `__call__`.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = False
+    device: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "device" not in vars(cls):
+            cls.device = None
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers()
 
     @property
     def needs_sequences(self) -> bool:
@@ -54,6 +85,7 @@ class Reinforce(Objective):
     """l = A logp, dl/dlogp = A. On-policy; off-policy samples are not corrected. (Williams 1992)"""
 
     zero_at_zero_advantage: ClassVar[bool] = True
+    device: ClassVar[str | None] = "reinforce"
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         return advantages * logprobs
@@ -72,6 +104,7 @@ class ImportanceWeighted(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
+    device: ClassVar[str | None] = "importance_weighted"
     level: Literal["token", "sequence", "trajectory"] = "token"
 
     def __post_init__(self) -> None:
@@ -111,6 +144,7 @@ class CISPO(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
+    device: ClassVar[str | None] = "cispo"
     ratio_max: float | None = 5.0
     ratio_min: float | None = None
 
@@ -131,6 +165,10 @@ class CISPO(Objective):
     def ratio_bounds(self) -> tuple[float | None, float | None]:
         return self.ratio_min, self.ratio_max
 
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(self.ratio_min, self.ratio_max)
+
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         ratio = (logprobs.detach() - old_logprobs).exp()
         if self.ratio_bounds != (None, None):
@@ -148,6 +186,7 @@ class PPOClip(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
+    device: ClassVar[str | None] = "ppo_clip"
     eps_low: float = 0.2
     eps_high: float = 0.2
     dual_clip: float | None = None
@@ -160,6 +199,10 @@ class PPOClip(Objective):
     @property
     def ratio_bounds(self) -> tuple[float | None, float | None]:
         return 1 - self.eps_low, 1 + self.eps_high
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(*self.ratio_bounds, self.dual_clip)
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         return _clipped_surrogate(self.log_ratio(logprobs, old_logprobs), advantages, *self.ratio_bounds, self.dual_clip)
@@ -212,6 +255,7 @@ class SAPO(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
+    device: ClassVar[str | None] = "sapo"
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
@@ -219,6 +263,10 @@ class SAPO(Objective):
         for name, tau in (("tau_pos", self.tau_pos), ("tau_neg", self.tau_neg)):
             if not is_positive_number(tau):
                 raise ValueError(f"{name} must be positive and finite; got {tau!r}")
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(self.tau_pos, self.tau_neg)
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         tau = torch.full_like(advantages, self.tau_neg).masked_fill(advantages > 0, self.tau_pos)
@@ -286,3 +334,15 @@ class KLPenalty:
         else:
             k = e.expm1() - e
         return (logprobs - old_logprobs).exp() * k if self.importance_weighted else k
+
+
+def device_loss(objective: object, kl: object | None, show_lost: bool) -> DeviceLoss | None:
+    """The loss as device functions, or None where one of its formulas is a user's, or needs sequences."""
+    name = objective.device if isinstance(objective, Objective) else None
+    if name is None or objective.needs_sequences:
+        return None
+    if kl is None:
+        return DeviceLoss(name, objective.numbers, None, 0.0, False, show_lost)
+    if type(kl) is not KLPenalty:
+        return None
+    return DeviceLoss(name, objective.numbers, f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, show_lost)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from . import buffers, ops, validation
+from . import buffers, validation
 from .agreement import one_outcome
-from .lm_head import LMHead, Projection, projection_of
+from .call import Inputs, prepare, wanted_of
+from .lm_head import Head, LMHead, head_of
 from .losses import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
 from .metrics import Metrics
-from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction
-from .one_pass_schedule import Options, TokenLosses, chunk_length, loss_gradient, one_pass, smallest_workspace
+from .objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
+from .one_pass_schedule import Options, TokenLosses, loss_gradient, one_pass
 from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction, token_weights
 from .rows import Gradients, Rows, Wanted, rows_of
-from .sequences import check_id_values, check_sequence_ids, sequences_of
-from .two_pass import needs_gradient, prepare, row_logprobs
-from .two_pass_schedule import chunk_rows
+from .sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
+from .two_pass import row_logprobs
+from .workspace import Plan, plan_policy_loss
 
 
 def linear_policy_loss(
@@ -86,67 +88,97 @@ def linear_policy_loss(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
-    with one_outcome(head) as facts:
-        hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
-        check_sequence_ids(sequence_ids, "tokens", tokens)
-        validation.check_policy_inputs(
-            "tokens", tokens, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids is not None
-        )
-        _check_objective(objective)
-        check_reduction(reduction, tokens.shape, denominator, sequence_ids)
-        if sequence_ids is not None and check:
-            check_id_values(sequence_ids, keep, id_limit(advantages, tokens))
-        fuses = backend == "triton" and head.group is None and _is_plain_cispo(objective, kl, old_logprobs)
-        options = Options(
-            _wanted(hidden, head), entropy, validation.workspace_bytes(workspace, hidden.device), check, backend,
-            objective.ratio_bounds if fuses else None, head.weight_grad is not None, head.group,
-        )  # fmt: skip
-        projection = projection_of(head)
-        if workspace is None and hidden.dtype != torch.float16:  # a default is no reason to refuse a large vocabulary
-            options = options._replace(workspace=max(options.workspace, smallest_workspace(projection, options)))
-        chunk = _check_workspace(projection, tokens.numel(), options)
-        sequences = sequences_of(keep, sequence_ids)
-        advantages = per_token(advantages.detach(), tokens.shape, sequences)
-        computed = keep
-        if check and skip_zero_weight and kl is None and getattr(objective, "zero_at_zero_advantage", False):
-            computed = keep & _has_weight(advantages, rollout_weights, old_logprobs, denominator)
-        facts.describe(
-            hidden, head, tokens, computed, temperature, backend=backend, entropy=entropy, check=check,
-            old_logprobs=old_logprobs, chunk=chunk,
-        )  # fmt: skip
-
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows, dtype = rows_of(hidden, tokens, computed, temperature, check, head), accumulation_dtype(hidden.dtype)
-        weights = token_weights(keep, reduction, denominator, dtype, sequences)
-        weights = weights.reshape(-1) if rows.indices is None else rows.of(weights)
-        terms = token_terms(rows.of, rows.masked, weights, old_logprobs, advantages, rollout_weights, ref_logprobs, dtype)
-        losses = partial(token_losses, objective=objective, kl=kl)
-        if hidden.dtype == torch.float16:
-            loss, logprobs, entropies, recomputed = _two_passes(rows, head, terms, losses, options)
-        else:
-            loss, logprobs, entropies, recomputed = _LinearPolicyLoss.apply(
-                *rows[:2], *projection[:3], *rows[2:], *terms[1:], losses, head.weight_grad, *projection[3:],
-                *options._replace(length=facts.chunk),
-            )  # fmt: skip
-    step = step_of(logprobs, terms, objective)._replace(
-        eligible=None if computed is keep else keep, recomputed=recomputed, entropies=entropies if entropy else None
+    given = LossInputs(
+        old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids, reduction, denominator
     )
-    return PolicyLossOutput(loss, _reported(logprobs, rows, keep, computed), Metrics({}, step))
+    with one_outcome(head) as agreed:
+        inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
+        _check_loss(given, inputs)
+        head, wanted = head_of(inputs.head), wanted_of(inputs)
+        plan = plan_policy_loss(
+            head, tokens.numel(), entropy=entropy, gradient=any(wanted), workspace=workspace, backend=inputs.backend
+        )
+        sequences = sequences_of(inputs.keep, sequence_ids)
+        given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequences))
+        computed = _computed(given, inputs) if skip_zero_weight else inputs.keep
+        agreed.describe(inputs, computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
+
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        rows = rows_of(inputs, computed)
+        options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
+        losses = partial(token_losses, objective=objective, kl=kl)
+        call = _Call(rows, head, _terms(given, inputs, rows, sequences), losses, options, inputs.head.weight_grad)
+        if plan.sweeps:
+            result = Result(*_LinearPolicyLoss.apply(*call.differentiable(), call.others()))
+        else:
+            result = _two_passes(call, inputs.head)
+    return _report(result, call, objective, inputs.keep, computed)
 
 
-def _has_weight(
-    advantages: torch.Tensor,
-    rollout_weights: torch.Tensor | None,
-    old_logprobs: torch.Tensor | None,
-    denominator: float | torch.Tensor | None,
-) -> torch.Tensor:
-    """(...) bool: whether a token may add to the loss; also where a value that is not finite would make it NaN."""
-    weight = advantages if rollout_weights is None else advantages * rollout_weights.detach()
-    # times 0: NaN where a value is not finite, and NaN differs from everything
-    others = 0 if old_logprobs is None else old_logprobs.detach() * 0
-    if isinstance(denominator, torch.Tensor):
-        others = others + 0 / denominator.detach()
-    return weight != others
+class LossInputs(NamedTuple):
+    """The arguments that a loss of log-probabilities has."""
+
+    old_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
+    objective: Objective | ObjectiveFunction
+    kl: KLPenalty | None
+    ref_logprobs: torch.Tensor | None
+    rollout_weights: torch.Tensor | None
+    sequence_ids: torch.Tensor | None
+    reduction: Reduction
+    denominator: float | torch.Tensor | None
+
+
+def _check_loss(given: LossInputs, inputs: Inputs) -> None:
+    tokens, ids = inputs.tokens, given.sequence_ids
+    check_sequence_ids(ids, "tokens", tokens)
+    validation.check_policy_inputs("tokens", tokens, *given[:6], packed_sequences=ids is not None)
+    if isinstance(given.objective, Objective) and given.objective.needs_sequences:
+        raise ValueError(
+            f"objective={given.objective} has one ratio for a sequence, which the one-pass loss does not know before its last "
+            "token; use linear_logprobs and policy_loss"
+        )
+    check_reduction(given.reduction, tokens.shape, given.denominator, ids)
+    if ids is not None and inputs.check:
+        check_id_values(ids, inputs.keep, id_limit(given.advantages, tokens))
+
+
+def _computed(given: LossInputs, inputs: Inputs) -> torch.Tensor:
+    """(...) bool: tokens that count, but for those that can add nothing to the loss; where a value is not finite they can."""
+    if not inputs.check or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
+        return inputs.keep
+    weight = given.advantages if given.rollout_weights is None else given.advantages * given.rollout_weights.detach()
+    # NaN where a value is not finite, else 0; and NaN differs from everything. (Not x * 0, which compilers make 0.)
+    others = 0 if given.old_logprobs is None else given.old_logprobs.detach() - given.old_logprobs.detach()
+    if isinstance(given.denominator, torch.Tensor):
+        share = 1 / given.denominator.detach()
+        others = others + (share - share)
+    return inputs.keep & (weight != others)
+
+
+def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:
+    group, loss = inputs.head.group, None
+    if inputs.backend == "triton" and group is None:
+        loss = device_loss(given.objective, given.kl, show_lost=not inputs.check)
+    wide_weight = inputs.head.weight_grad is not None
+    return Options(wanted, entropy, plan, inputs.check, inputs.backend, loss, wide_weight, group)
+
+
+def _terms(given: LossInputs, inputs: Inputs, rows: Rows, sequences: Sequences | None) -> TokenTerms:
+    dtype = accumulation_dtype(inputs.hidden.dtype)
+    weights = token_weights(inputs.keep, given.reduction, given.denominator, dtype, sequences)
+    weights = weights.reshape(-1) if rows.indices is None else rows.of(weights)
+    return token_terms(
+        rows.of, rows.masked, weights, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs, dtype
+    )
+
+
+def _report(result: Result, call: _Call, objective: object, keep: torch.Tensor, computed: torch.Tensor) -> PolicyLossOutput:
+    eligible = None if computed is keep else keep
+    step = step_of(
+        result.logprobs, call.terms, objective, eligible=eligible, recomputed=result.recomputed, entropies=result.entropies
+    )
+    return PolicyLossOutput(result.loss, _reported(result.logprobs, call.rows, keep, computed), Metrics({}, step))
 
 
 def _reported(logprobs: torch.Tensor, rows: Rows, keep: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
@@ -262,56 +294,31 @@ class LinearPolicyLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _wanted(hidden: torch.Tensor, head: LMHead) -> Wanted:
-    grad = needs_gradient(hidden, head)
-    a, b = (None, None) if head.lora is None else head.lora[:2]
+class Result(NamedTuple):
+    """Of K rows. Only the loss is differentiable."""
 
-    def needs(x: torch.Tensor | None) -> bool:
-        return grad and x is not None and x.requires_grad
-
-    of_lora = head.lora is not None and (needs(hidden) or needs(a))
-    return Wanted(needs(hidden), of_lora, needs(head.weight), needs(b), needs(head.bias))
+    loss: torch.Tensor  # ()
+    logprobs: torch.Tensor  # (K,)
+    entropies: torch.Tensor | None  # (K,)
+    recomputed: torch.Tensor  # (): how many rows were computed again
 
 
-def _check_objective(objective: object) -> None:
-    if isinstance(objective, Objective) and objective.needs_sequences:
-        raise ValueError(
-            f"objective={objective} has one ratio for a sequence, which the one-pass loss does not know before its last token; "
-            "use linear_logprobs and policy_loss"
-        )
-
-
-def _is_plain_cispo(objective: object, kl: KLPenalty | None, old_logprobs: torch.Tensor | None) -> bool:
-    """Whether the kernel that completes the rows can also compute the loss."""
-    return type(objective) is CISPO and kl is None and old_logprobs is not None
-
-
-def _check_workspace(head: Projection, count: int, options: Options) -> int:
-    """Rows of a chunk. Raises before any work where the workspace is too small for the sweep, or for the two passes of flagged
-    rows."""
-    rows = chunk_rows(ops.tiles_of(options.backend), head, options.workspace, options.entropy)
-    return rows if head.weight.dtype == torch.float16 else chunk_length(head, count, options)
-
-
-def _two_passes(
-    rows: Rows, head: LMHead, terms: TokenTerms, losses: TokenLosses, options: Options
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `_LinearPolicyLoss` returns, for float16: its E would underflow, and so would gradients that are rounded before the
-    incoming factor of a gradient scaler is known. They are computed in backward, with that factor inside."""
-    logprobs, entropies = row_logprobs(rows, head, options.entropy, options.workspace, options.backend)
+def _two_passes(call: _Call, head: LMHead) -> Result:
+    """For float16: its E would underflow, and so would gradients that are rounded before the incoming factor of a gradient
+    scaler is known. They are computed in backward, with that factor inside."""
+    options, terms, rows = call.options, call.terms, call.rows
+    logprobs, entropies = row_logprobs(rows, head, options.entropy, options.plan.two_pass_rows, options.backend)
     logprobs = terms.kept(logprobs)
-    loss = _TokenLoss.apply(logprobs, losses, *terms)
-    if options.entropy:
-        entropies = terms.kept(entropies.detach())
-    return loss, logprobs.detach(), entropies, rows.tokens.new_zeros(())
+    loss = _TokenLoss.apply(logprobs, call.losses, terms)
+    entropies = None if entropies is None else terms.kept(entropies.detach())
+    return Result(loss, logprobs.detach(), entropies, rows.tokens.new_zeros(()))
 
 
 class _TokenLoss(torch.autograd.Function):
     """The loss () of log-probabilities (K,). Gradients reach them alone, and not what an objective closes over."""
 
     @staticmethod
-    def forward(ctx, logprobs, losses, *terms):
-        terms = TokenTerms(*terms)
+    def forward(ctx, logprobs, losses, terms):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(loss_gradient(losses, logprobs, terms))
         return losses(logprobs.detach(), terms).sum()
@@ -320,7 +327,7 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         _refuse_double_backward()
         (g,) = ctx.saved_tensors
-        return g * grad_loss, *(None,) * (len(ctx.needs_input_grad) - 1)
+        return g * grad_loss, None, None
 
 
 def _refuse_double_backward() -> None:
@@ -355,34 +362,52 @@ def _graph_is_kept() -> bool:
     return ask is None or ask()
 
 
+class _Call(NamedTuple):
+    """What is computed, and how."""
+
+    rows: Rows
+    head: Head
+    terms: TokenTerms
+    losses: TokenLosses
+    options: Options
+    weight_grad: torch.Tensor | None
+
+    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
+        """Inputs that autograd has to see."""
+        return *self.rows[:2], *self.head[:3]
+
+    def others(self) -> _Call:
+        """The call without them."""
+        return self.replaced(None, None, None, None, None)
+
+    def replaced(self, hidden, lora_hidden, weight, lora_weight, bias) -> _Call:
+        rows = self.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
+        return self._replace(rows=rows, head=self.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
-    """(loss (), logprobs (K,), entropies (K,) or (0,), recomputed ()) of the rows that `rows.Rows` describes.
+    """(loss (), logprobs (K,), entropies (K,) or None, recomputed ()) of the rows of a call.
 
     Only the loss is differentiable; its gradients are computed here, where they are wanted, and scaled in backward.
     """
 
     @staticmethod
-    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, *arguments):
-        first = len(Rows._fields) - 2
-        second = first + len(TokenTerms._fields) - 1
-        rows = Rows(hidden, lora_hidden, *arguments[:first])
-        terms = TokenTerms(rows.masked, *arguments[first:second])  # Dynamo refuses a tensor that is passed twice
-        losses, weight_grad, softcap, logit_scale, *options = arguments[second:]
-        head, options = Projection(weight, lora_weight, bias, softcap, logit_scale), Options(*options)
-        result = one_pass(rows, head, terms, losses, options)
+    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
+        call = call.replaced(hidden, lora_hidden, weight, lora_weight, bias)
+        result = one_pass(call.rows, call.head, call.terms, call.losses, call.options)
         loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)
-        ctx.wanted, ctx.weight_grad = options.wanted, weight_grad
-        ctx.mark_non_differentiable(result.logprobs, result.entropy, result.recomputed)
+        ctx.weight_grad = call.weight_grad
+        others = result.logprobs, result.recomputed, *(() if result.entropy is None else (result.entropy,))
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         return loss, result.logprobs, result.entropy, result.recomputed
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         _refuse_double_backward()
-        found, wanted = Gradients(*ctx.saved_tensors), ctx.wanted
-        if wanted.weight and ctx.weight_grad is not None:
+        found = Gradients(*ctx.saved_tensors)
+        if found.weight is not None and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
-            wanted = wanted._replace(weight=False)
-        gradients = (_scaled(g, grad_loss) if w else None for g, w in zip(found, wanted, strict=True))
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(found))
+            found = found._replace(weight=None)
+        return *(None if g is None else _scaled(g, grad_loss) for g in found), None

@@ -19,12 +19,17 @@ is there by 0, which is NaN where that is NaN or infinite.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from .lm_head import Projection, lora_rank
+from .lm_head import Head
 
-_WIDENED_ROWS = 512
+if TYPE_CHECKING:
+    from .rows import Chunk
+
+WIDENED_ROWS = 512
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,12 +131,12 @@ def _tiled_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     For sums in which what the rows of W have in common may cancel elsewhere, and for a weight with gaps between its rows.
     """
     dtype = accumulation_dtype(scores.dtype)
-    columns, sums = tile_columns(weight.shape[1]), torch.empty(len(scores), weight.shape[1], dtype=dtype)
+    columns, sums = tile_columns(weight.shape[1]), scores.new_empty(len(scores), weight.shape[1], dtype=dtype)
     for v in range(0, len(weight), columns):
         w = dense(weight[v : v + columns].to(dtype))
-        for r in range(0, len(scores), _WIDENED_ROWS):
-            e = scores[r : r + _WIDENED_ROWS, v : v + columns].to(dtype)
-            product(sums[r : r + _WIDENED_ROWS], e, w, v > 0, holds_bf16=scores.dtype == torch.bfloat16)
+        for r in range(0, len(scores), WIDENED_ROWS):
+            e = scores[r : r + WIDENED_ROWS, v : v + columns].to(dtype)
+            product(sums[r : r + WIDENED_ROWS], e, w, v > 0, holds_bf16=scores.dtype == torch.bfloat16)
     return sums
 
 
@@ -144,8 +149,8 @@ def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.dtype == dtype:
         return _multiply(a, dense(b.to(dtype)))
     if a.device.type == "cpu":  # where a 16-bit product is rounded: widened a few rows at a time
-        out, b = torch.empty(len(a), b.shape[1], dtype=dtype), dense(b.to(dtype))
-        rows = max(1, _widened_entries(min(a.shape)) // a.shape[1])
+        out, b = a.new_empty(len(a), b.shape[1], dtype=dtype), dense(b.to(dtype))
+        rows = max(1, widened_entries(min(a.shape)) // a.shape[1])
         for start in range(0, len(a), rows):
             part = slice(start, start + rows)
             _multiply(a[part].to(dtype), b, out[part])
@@ -158,8 +163,8 @@ def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return sums[:, : b.shape[1]] + sums[:, b.shape[1] :]
 
 
-def _widened_entries(vocab: int) -> int:
-    return min(2**20, _WIDENED_ROWS * vocab)
+def widened_entries(vocab: int) -> int:
+    return min(2**20, WIDENED_ROWS * vocab)
 
 
 def tile_columns(hidden_size: int) -> int:
@@ -167,89 +172,93 @@ def tile_columns(hidden_size: int) -> int:
     return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
 
 
+class Sums(NamedTuple):
+    """Where a chunk's products go; None where not wanted.
+
+    hidden and lora_hidden are the chunk's own rows. dweight in the weight's dtype is written once, with one rounding; in the
+    accumulation dtype it may be added to. lora_weight and bias are in the accumulation dtype.
+    """
+
+    hidden: torch.Tensor | None  # (C, H)
+    lora_hidden: torch.Tensor | None  # (C, r) in the accumulation dtype
+    weight: torch.Tensor | None  # (V, H)
+    lora_weight: torch.Tensor | None  # (V, r)
+    bias: torch.Tensor | None  # (V,)
+
+
 def gradient_products(
     scores: torch.Tensor,  # E (C, V)
     factor: torch.Tensor,  # u (C,) in the accumulation dtype
-    residual: torch.Tensor,  # (C,) or (0,), of `anchored_exp`
-    hidden: torch.Tensor,  # (C, H) in the operand dtype
-    tokens: torch.Tensor,  # (C,)
-    weight: torch.Tensor,  # (V, H)
-    dhidden: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-    dbias: torch.Tensor | None,
-    accumulate: bool,
+    residual: torch.Tensor | None,  # (C,), of `anchored_exp`
+    chunk: Chunk,  # of these C rows, and perhaps padding after them
+    head: Head,
+    sums: Sums,
+    add: bool,
 ) -> None:
-    """Products 2 and 3: dhidden (C, H) = u (E @ W);  dweight (V, H) = or += E^T @ (u x);  dbias (V,) likewise E^T u.
+    """Products 2 and 3: hidden = u (E @ W);  weight = or += E^T @ (u x);  bias likewise E^T u.
 
-    What rounding took from the sum of a row of E is given back at its target's column, in fp32.
-
-    dweight in the weight's dtype is written once, with one rounding; in the accumulation dtype it may be added to.
+    And with LoRA lora_hidden = u (E @ B);  lora_weight = or += E^T @ (u z), so narrow that E is only read. The rounding error
+    of each row of E is added back at its target's row of W, in fp32. add: weight, lora_weight and bias are added to.
     """
-    vocab = len(weight)
-    if dhidden is not None:
-        # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
-        adds_ranks = dhidden.dtype != scores.dtype
-        tiled = scores.device.type == "cpu" and (adds_ranks or has_gaps(weight))
-        sums = _tiled_product(scores, weight) if tiled else multiply(scores, weight)
-        if len(residual):
-            inside = tokens.clamp(0, vocab - 1)
-            sums.add_(weight[inside].to(sums.dtype).mul_(residual[:, None]))
-        dhidden.copy_(sums.mul_(factor[:, None]))
-    weighted = (hidden * factor[:, None]).to(scores.dtype)
+    x, tokens = chunk.hidden[: len(factor)], chunk.tokens[: len(factor)]
+    if sums.hidden is not None:
+        _hidden_gradient(scores, factor, residual, tokens, head.weight, sums.hidden)
     # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
     widens = scores.device.type == "cpu" and scores.dtype != factor.dtype
-    if dweight is not None and widens and dweight.dtype != scores.dtype:
-        _widened_products(dweight, scores, weighted.to(dweight.dtype), accumulate, holds_bf16=True)
-    elif dweight is not None:
-        product(dweight, scores.T, weighted, accumulate, holds_bf16=False)
-    if dbias is not None and widens:
-        _widened_products(dbias[:, None], scores, factor[:, None], accumulate, holds_bf16=False)
-    elif dbias is not None:
-        sums = skinny_product(scores.T, factor[:, None])[:, 0]
-        dbias.copy_(dbias + sums if accumulate else sums)
+    if sums.weight is not None:
+        weighted = torch.mul(x, factor[:, None], out=x.new_empty(x.shape, dtype=scores.dtype))
+        if widens and sums.weight.dtype != scores.dtype:
+            _widened_products(sums.weight, scores, weighted.to(sums.weight.dtype), add, holds_bf16=True)
+        else:
+            product(sums.weight, scores.T, weighted, add, holds_bf16=False)
+    if sums.bias is not None and widens:
+        _widened_products(sums.bias[:, None], scores, factor[:, None], add, holds_bf16=False)
+    elif sums.bias is not None:
+        _store(sums.bias, skinny_product(scores.T, factor[:, None])[:, 0], add)
+    if sums.lora_hidden is not None:
+        of_rows = skinny_product(scores, head.lora_weight)
+        _add_residual(of_rows, residual, tokens, head.lora_weight)
+        torch.mul(of_rows, factor[:, None], out=sums.lora_hidden)
+    if sums.lora_weight is not None:
+        z = chunk.lora_hidden[: len(factor)]
+        _store(sums.lora_weight, skinny_product(scores.T, z * factor[:, None]), add)
+
+
+def _hidden_gradient(
+    scores: torch.Tensor,
+    factor: torch.Tensor,
+    residual: torch.Tensor | None,
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """out (C, H) = u (E @ W)."""
+    # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
+    adds_ranks = out.dtype != scores.dtype
+    tiled = scores.device.type == "cpu" and (adds_ranks or has_gaps(weight))
+    of_rows = _tiled_product(scores, weight) if tiled else multiply(scores, weight)
+    _add_residual(of_rows, residual, tokens, weight)
+    torch.mul(of_rows, factor[:, None], out=out)
+
+
+def _add_residual(out: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor, weight: torch.Tensor) -> None:
+    """out (C, ...) += residual (C,) times the token's row of the weight. A token of another rank takes any row."""
+    if residual is not None:
+        out.add_(weight[tokens.clamp(0, len(weight) - 1)].to(out.dtype).mul_(residual[:, None]))
+
+
+def _store(out: torch.Tensor, values: torch.Tensor, add: bool) -> None:
+    if add:
+        out.add_(values)
+    else:
+        out.copy_(values)
 
 
 def _widened_products(out: torch.Tensor, scores: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
     """out (V, K) = or += E^T @ x, x (C, K) in the dtype of out."""
     columns = tile_columns(x.shape[1])
     for v in range(0, scores.shape[1], columns):
-        for r in range(0, len(scores), _WIDENED_ROWS):
-            rows = slice(r, r + _WIDENED_ROWS)
+        for r in range(0, len(scores), WIDENED_ROWS):
+            rows = slice(r, r + WIDENED_ROWS)
             e = scores[rows, v : v + columns].to(out.dtype).T
             product(out[v : v + columns], e, x[rows], accumulate or r > 0, holds_bf16)
-
-
-def lora_products(
-    scores: torch.Tensor,  # E (C, V)
-    factor: torch.Tensor,  # u (C,) in the accumulation dtype
-    residual: torch.Tensor,  # (C,) or (0,), of `anchored_exp`
-    lora_hidden: torch.Tensor,  # z (C, r) in the accumulation dtype
-    tokens: torch.Tensor,  # (C,)
-    lora_weight: torch.Tensor,  # B (V, r)
-    dlora_hidden: torch.Tensor | None,
-    dlora_weight: torch.Tensor | None,
-    accumulate: bool,
-) -> None:
-    """`gradient_products` of z and B: dlora_hidden (C, r) = u (E @ B);  dlora_weight (V, r) = or += E^T @ (u z).
-
-    All of them r columns wide, so that E is only read. Results in the accumulation dtype.
-    """
-    if dlora_hidden is not None:
-        sums = skinny_product(scores, lora_weight)
-        if len(residual):
-            inside = tokens.clamp(0, len(lora_weight) - 1)
-            sums = sums + lora_weight[inside].to(sums.dtype) * residual[:, None]
-        dlora_hidden.copy_(sums * factor[:, None])
-    if dlora_weight is not None:
-        sums = skinny_product(scores.T, lora_hidden * factor[:, None])
-        dlora_weight.copy_(dlora_weight + sums if accumulate else sums)
-
-
-def widened_bytes(head: Projection) -> int:
-    """What products 2 and 3 need on a CPU where E is not in the accumulation dtype: its widened tiles."""
-    dtype = accumulation_dtype(head.weight.dtype)
-    if head.weight.dtype == dtype or head.weight.device.type != "cpu":
-        return 0
-    vocab, hidden_size = head.weight.shape
-    columns = min(tile_columns(hidden_size if head.bias is None else 1), vocab)
-    return (_WIDENED_ROWS * columns + (_widened_entries(vocab) if lora_rank(head) else 0)) * dtype.itemsize

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .lm_head import LMHead
 from .lora import lora_hidden
 from .products import accumulation_dtype, dense
+
+if TYPE_CHECKING:
+    from .call import Inputs
 
 _ROUNDED_ROWS = 512
 
@@ -91,28 +93,23 @@ class Rows(NamedTuple):
         return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), 0)
 
 
-def rows_of(
-    hidden: torch.Tensor,  # (..., H)
-    tokens: torch.Tensor,  # (...)
-    computed: torch.Tensor,  # (...) bool
-    temperature: float | torch.Tensor,  # number or (...)
-    gather: bool,
-    head: LMHead,
-) -> Rows:
-    """From checked inputs. With `gather`, one host read finds the rows to compute; without, every row is."""
-    flat, keep = hidden.reshape(-1, hidden.shape[-1]), computed.reshape(-1)
+def rows_of(inputs: Inputs, computed: torch.Tensor) -> Rows:
+    """The rows with `computed` (...) True. With checks one host read finds them; without, all rows are computed."""
+    hidden, head, keep = inputs.hidden, inputs.head, computed.reshape(-1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
     low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
     indices = masked = None
-    if gather:
+    if inputs.check:
         found = keep.nonzero()[:, 0]
         indices = None if len(found) == len(keep) else found
     else:
         masked = ~keep
-    rows = Rows(flat, low_rank, indices, masked, tokens, None)
-    own = rows.of(tokens).long()
+    rows = Rows(flat, low_rank, indices, masked, inputs.tokens, None)
+    own = rows.of(inputs.tokens).long()
     if head.group is not None:  # as this rank numbers its own
         own = own - head.vocab_start
-    return rows._replace(tokens=own, temperature=_per_row(rows, temperature, len(own), accumulation_dtype(hidden.dtype)))
+    temperature = _per_row(rows, inputs.temperature, len(own), accumulation_dtype(hidden.dtype))
+    return rows._replace(tokens=own, temperature=temperature)
 
 
 def _per_row(rows: Rows, temperature: float | torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -137,10 +134,10 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Each in its input's shape and dtype; empty (0,) where not wanted."""
+    """Each in its input's shape and dtype; None where not wanted."""
 
-    hidden: torch.Tensor
-    lora_hidden: torch.Tensor
-    weight: torch.Tensor
-    lora_weight: torch.Tensor
-    bias: torch.Tensor
+    hidden: torch.Tensor | None
+    lora_hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    lora_weight: torch.Tensor | None
+    bias: torch.Tensor | None

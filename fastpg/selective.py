@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from . import ops, validation
+from .backend import choose_backend
 from .products import accumulation_dtype
-from .row_statistics import Partials, RowStatistics, finish_rows
+from .row_statistics import Given, Incoming, RowStatistics
 from .two_pass import TokenLogprobs
 
 
@@ -41,7 +42,7 @@ def selective_logprobs(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
     """
     validation.check_given_logits(logits, tokens, mask, temperature)
-    backend = ops.choose_backend(backend, logits, "logits")
+    backend = choose_backend(backend, logits, "logits")
     keep = tokens != validation.IGNORED_TOKEN
     if mask is not None:
         keep = keep & mask
@@ -54,31 +55,29 @@ def selective_logprobs(
         dtype = accumulation_dtype(logits.dtype)
         per_row = torch.as_tensor(temperature, dtype=dtype, device=logits.device)
         per_row = torch.where(keep, per_row, 1).reshape(-1, 1)
-    logprobs, entropies = _SelectiveLogprobs.apply(flat, ids, per_row, kept, entropy, backend)
-    logprobs = torch.where(keep, logprobs.view(tokens.shape), 0)
-    return TokenLogprobs(logprobs, torch.where(keep, entropies.view(tokens.shape), 0) if entropy else None)
+    values = _SelectiveLogprobs.apply(flat, Given(None, ids, per_row, kept), entropy, backend)
+    masked = ~keep
+    return TokenLogprobs(*(None if x is None else x.view(tokens.shape).masked_fill(masked, 0) for x in values))
 
 
 class _SelectiveLogprobs(torch.autograd.Function):
-    """(logprobs (N,), entropy (N,) or (0,)) of logits (N, V)."""
+    """(logprobs (N,), entropy (N,) or None) of logits (N, V)."""
 
     @staticmethod
-    def forward(ctx, logits, tokens, temperature, keep, entropy, backend):
-        partials = Partials(*ops.given_logsumexp(logits, tokens, temperature, keep, entropy, backend))
-        statistics = finish_rows(partials, entropy)
-        ctx.save_for_backward(logits, tokens, temperature, keep, *statistics)
+    def forward(ctx, logits, given, entropy, backend):
+        given = given._replace(logits=logits)
+        statistics = ops.given_statistics(given, entropy, backend)
+        ctx.save_for_backward(*given, *statistics)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        if not entropy:
-            ctx.mark_non_differentiable(statistics.entropy)
         return statistics.logprobs, statistics.entropy
 
     # not once_differentiable, for the reason given in two_pass
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        logits, tokens, temperature, keep, *statistics = ctx.saved_tensors
+        saved, count = ctx.saved_tensors, len(Given._fields)
+        given, statistics = Given(*saved[:count]), RowStatistics(*saved[count:])
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(statistics[0])
-        statistics = list(RowStatistics(*statistics))
-        dlogits = ops.given_dlogits(logits, tokens, temperature, keep, statistics, grad_logprobs, grad_entropy, ctx.backend)
-        return dlogits, None, None, None, None, None
+            grad_logprobs = torch.zeros_like(statistics.logprobs)
+        incoming = Incoming(grad_logprobs, grad_entropy)
+        return ops.given_dlogits(given, statistics, incoming, ctx.backend), None, None, None

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lm_head import Projection, lora_rank
+from .lm_head import Head, lora_rank
 from .products import accumulation_dtype, has_gaps, inner_size, product, tile_columns, to_inner_size
-from .row_statistics import LARGEST_SUM, Partials, RowStatistics
+from .row_statistics import LARGEST_SUM, Given, Incoming, Partials, RowStatistics, RowSums, Target, finish_rows
 from .rows import Chunk
 
+LOWEST_ANCHOR = -60.0  # log-probabilities below it are anchored here: exp(60) leaves E room on both sides
 # exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
 _EXP_IS_ZERO = -1e4
 
@@ -30,7 +31,7 @@ class TileShape(NamedTuple):
     longest: int  # rows of a chunk of the two-pass schedule; longer ones gain nothing
 
 
-def tile_shape(head: Projection) -> TileShape:
+def tile_shape(head: Head) -> TileShape:
     """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
     if head.weight.device.type != "cpu":
         return TileShape(512, 8192, 512, 16384)
@@ -48,29 +49,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return accumulation_dtype(dtype)
 
 
-def one_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
-    """Transient bytes of `anchored_exp`, E and the chunk's hidden states left out: (of the call, of each row)."""
-    rows, columns, *_ = tile_shape(head)
-    columns = min(columns, head.weight.shape[0])
-    weight = head.weight
-    wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
-    # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
-    tiles = 1 + entropy + (4 if head.softcap is not None else 0)
-    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
-
-
-def two_pass_bytes(head: Projection, entropy: bool) -> tuple[int, int]:
-    """Transient bytes of `online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
-    rows, columns, *_ = tile_shape(head)
-    columns = min(columns, head.weight.shape[0])
-    weight = head.weight
-    wide, narrow = accumulation_dtype(weight.dtype).itemsize, operand_dtype(weight.dtype, weight.device).itemsize
-    tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
-    of_targets = 3 * rows * weight.shape[1] * wide  # before the tiles: rows of the weight, widened, and their products
-    return max(of_targets, columns * weight.shape[1] * narrow + tiles * rows * columns * wide), 0
-
-
-def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
+def weight_tile(head: Head, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
     """weight[start:stop] in the operand dtype, (columns, H or more): a view where that is the weight itself, else in `buffer`.
 
     On a CPU zeros fill it up to `inner_size`.
@@ -83,7 +62,7 @@ def weight_tile(head: Projection, start: int, stop: int, buffer: torch.Tensor | 
     return tile
 
 
-def weight_buffer(head: Projection) -> torch.Tensor | None:
+def weight_buffer(head: Head) -> torch.Tensor | None:
     weight = head.weight
     dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.weight.shape[1], weight.device)
     # A transposed view is multiplied in another order of sums, which on a CPU depends on a row's place.
@@ -94,7 +73,7 @@ def weight_buffer(head: Projection) -> torch.Tensor | None:
     return torch.zeros(columns, inner, dtype=dtype, device=weight.device)
 
 
-def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
+def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
     """One pass over the vocabulary: for each row, over the columns v != y,
 
         m = max z_v      s = sum exp(z_v - m)      q = sum exp(z_v - m) (z_v - m)
@@ -106,7 +85,8 @@ def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
     weight = head.weight
     dtype = accumulation_dtype(weight.dtype)
     size = len(chunk.tokens)
-    target = torch.cat([target_logits(_block_of(chunk, slice(r, r + rows)), head)[0] for r in range(0, size, rows)])
+    blocks = [slice(r, r + rows) for r in range(0, max(size, 1), rows)]
+    target = torch.cat([target_logits(_block_of(chunk, block), head).logit for block in blocks])
     buffer = weight_buffer(head)
     logits = torch.empty(rows * min(columns, head.weight.shape[0]), dtype=dtype, device=weight.device)
     maximum = torch.full((size,), -torch.inf, dtype=dtype, device=weight.device)
@@ -121,7 +101,12 @@ def online_logsumexp(chunk: Chunk, head: Projection, entropy: bool) -> Partials:
             column, inside = _target_column(chunk.tokens[block], start, stop)
             z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
             _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
-    return Partials(maximum, total, weighted if entropy else total.new_empty(0), target)
+    return Partials(maximum, total, weighted if entropy else None, target)
+
+
+def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
+    """`finish_rows` of `online_logsumexp`."""
+    return finish_rows(online_logsumexp(chunk, head, entropy), entropy)
 
 
 def _block_of(chunk: Chunk, block: slice) -> Chunk:
@@ -147,19 +132,18 @@ def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weig
 
 def dlogits(
     chunk: Chunk,
-    head: Projection,
+    head: Head,
     w: torch.Tensor,
     start: int,
     statistics: RowStatistics,
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
+    incoming: Incoming,
     unit: torch.Tensor | None,
     out: torch.Tensor,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """The gradient of the columns [start, start + len(w)), into out (C, len(w)) in the operand dtype.
 
     For a bf16 head the entries are rounded to bf16, whatever dtype `out` has. Returns the rounding error of the sum of each
-    row, (C,), or (0,) where nothing is rounded. `unit` is None here: only fp16 slices have one, and these are widened.
+    row, (C,), or None where nothing is rounded. `unit` is None here: only fp16 slices have one, and these are widened.
 
     For incoming g (logp) and h (entropy), each (C,), with log p_v = z_v - logsumexp:
 
@@ -170,12 +154,12 @@ def dlogits(
     """
     rows = tile_shape(head).rows
     scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
-    g = grad_logprobs * scale
-    h = None if grad_entropy is None else grad_entropy * scale
+    g = incoming.logprobs * scale
+    h = None if incoming.entropy is None else incoming.entropy * scale
     at_target = _target_gradient(statistics, g, h)
     wide = statistics.t.dtype
     stored = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else out.dtype
-    residual = torch.zeros(len(out) if stored != wide else 0, dtype=wide, device=out.device)
+    residual = torch.zeros(len(out), dtype=wide, device=out.device) if stored != wide else None
     for r in range(0, len(chunk.tokens), rows):
         block = slice(r, r + rows)
         z = out[block] if out.dtype == wide else torch.empty_like(out[block], dtype=wide)
@@ -223,12 +207,12 @@ def _to_gradient_(
 
 def anchored_exp(
     chunk: Chunk,
-    head: Projection,
+    head: Head,
     log_anchor: torch.Tensor,
-    entropy: bool,
+    target: Target,
     out: torch.Tensor | None,
-    target: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    entropy: bool,
+) -> RowSums:
     """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a, with z_y and the slope
     there from `target_logits`:
 
@@ -239,19 +223,18 @@ def anchored_exp(
     out (R, V) takes the first R rows, without the padding. A row whose S is not below 2^99 is stored as zeros: nothing of it
     may reach the other rows' dW.
 
-    Also returns what rounding took from the sum of each stored row, (R,), or (0,) where E is not rounded. Rows of E sum to 0
+    Also returns what rounding took from the sum of each stored row, (R,), or None where E is not rounded. Rows of E sum to 0
     (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
     the common part of real embeddings would turn that into errors of several per cent.
     """
     rows, columns, *_ = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.weight.shape[0]
     dtype = accumulation_dtype(weight.dtype)
-    z_target, target_slope = target
-    anchor = (z_target - log_anchor)[:, None]
+    anchor = (target.logit - log_anchor)[:, None]
     total = torch.zeros(size, dtype=dtype, device=weight.device)
-    weighted = torch.zeros_like(total) if entropy else total.new_empty(0)
+    weighted = torch.zeros_like(total) if entropy else None
     is_rounded = out is not None and out.dtype != dtype
-    residual = torch.zeros(len(out) if is_rounded else 0, dtype=dtype, device=weight.device)
+    residual = torch.zeros(len(out), dtype=dtype, device=weight.device) if is_rounded else None
     buffer = weight_buffer(head)
     scratch = torch.empty(rows * min(columns, vocab), dtype=dtype, device=weight.device)
     for start in range(0, vocab, columns):
@@ -279,13 +262,14 @@ def anchored_exp(
                 if is_rounded:
                     residual[block] += sums[: len(out) - r] - stored.sum(1, dtype=dtype)
     if out is not None:
-        taken = store_target(out, chunk.tokens[: len(out)], (-total * target_slope)[: len(out)])
+        entries = -total if target.slope is None else -total * target.slope
+        taken = store_target(out, chunk.tokens[: len(out)], entries[: len(out)])
         if is_rounded:
             residual += taken
         lost = ~(total[: len(out)] < LARGEST_SUM)
         _zero_rows_(out, lost)
-        residual = torch.where(lost, 0, residual) if is_rounded else residual
-    return total, weighted, residual
+        residual = torch.where(lost, 0, residual) if is_rounded else None
+    return RowSums(total, weighted, residual)
 
 
 def store_target(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -299,9 +283,8 @@ def store_target(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor
     return torch.where(inside, exact - stored.to(exact.dtype), 0)
 
 
-def target_logits(chunk: Chunk, head: Projection) -> tuple[torch.Tensor, torch.Tensor]:
-    """z_y and the softcap's slope there (1 without one), (C,) each, by one dot product per row; z_y is NaN for a token that is
-    not among the columns."""
+def target_logits(chunk: Chunk, head: Head) -> Target:
+    """z_y and the softcap's slope there, (C,) each, by one dot product per row."""
     dtype = accumulation_dtype(head.weight.dtype)
     inside = (chunk.tokens >= 0) & (chunk.tokens < head.weight.shape[0])
     tokens = torch.where(inside, chunk.tokens, 0)
@@ -313,7 +296,7 @@ def target_logits(chunk: Chunk, head: Projection) -> tuple[torch.Tensor, torch.T
     slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
     # an infinite anchor would turn a row of other infinities into an ordinary one
     z = torch.where(inside & (z[:, 0] != torch.inf), z[:, 0], torch.nan)
-    return z, torch.ones_like(z) if slope is None else slope[:, 0]
+    return Target(z, None if slope is None else slope[:, 0])
 
 
 def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
@@ -325,7 +308,7 @@ def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _logits(
-    chunk: Chunk, block: slice, w: torch.Tensor, head: Projection, start: int, out: torch.Tensor, want_slope: bool
+    chunk: Chunk, block: slice, w: torch.Tensor, head: Head, start: int, out: torch.Tensor, want_slope: bool
 ) -> torch.Tensor | None:
     """The tile's logits into out; returns the softcap's slope at them if there is one and it is wanted."""
     x = to_inner_size(chunk.hidden[block], w.shape[1])
@@ -339,9 +322,7 @@ def _logits(
     return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
 
 
-def _to_logits_(
-    scores: torch.Tensor, head: Projection, temperature: torch.Tensor | None, want_slope: bool
-) -> torch.Tensor | None:
+def _to_logits_(scores: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
     """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place; returns the softcap's slope if there is one."""
     if head.logit_scale != 1:
         scores.mul_(head.logit_scale)
@@ -375,10 +356,9 @@ def _target_column(tokens: torch.Tensor, start: int, stop: int) -> tuple[torch.T
 _GIVEN_ROWS, _GIVEN_COLUMNS = 256, 4096
 
 
-def given_logsumexp(
-    logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor | None, keep: torch.Tensor, entropy: bool
-) -> Partials:
-    """`online_logsumexp` of ready logits (N, V) / temperature (N, 1); rows with keep (N,) False count as zeros."""
+def given_statistics(given: Given, entropy: bool) -> RowStatistics:
+    """`row_statistics` of ready logits (N, V) / temperature (N, 1); rows with keep (N,) False count as zeros."""
+    logits, tokens = given.logits, given.tokens
     dtype, (size, vocab) = accumulation_dtype(logits.dtype), logits.shape
     maximum = logits.new_full((size,), -torch.inf, dtype=dtype)
     total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
@@ -386,46 +366,32 @@ def given_logsumexp(
     for r in range(0, size, _GIVEN_ROWS):
         block = slice(r, r + _GIVEN_ROWS)
         for start in range(0, vocab, _GIVEN_COLUMNS):
-            z = _given_tile(logits, temperature, keep, block, start, dtype)
+            z = _given_tile(given, block, start, dtype)
             column, inside = _target_column(tokens[block], start, start + z.shape[1])
             z_target = z.gather(1, column)
             target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
             z.scatter_(1, column, torch.where(inside, -torch.inf, z_target))
             _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
-    return Partials(maximum, total, weighted if entropy else total.new_empty(0), target)
+    return finish_rows(Partials(maximum, total, weighted if entropy else None, target), entropy)
 
 
-def given_dlogits(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    temperature: torch.Tensor | None,
-    keep: torch.Tensor,
-    statistics: RowStatistics,
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-) -> torch.Tensor:
+def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
     """The gradient of ready logits, (N, V) in their dtype; exactly 0 in rows with keep False."""
+    logits, keep, temperature = given.logits, given.keep, given.temperature
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     scale = keep.to(statistics.t.dtype) if temperature is None else keep / temperature[:, 0]
-    g = torch.where(keep, grad_logprobs * scale, 0)
-    h = None if grad_entropy is None else torch.where(keep, grad_entropy * scale, 0)
+    g = torch.where(keep, incoming.logprobs * scale, 0)
+    h = None if incoming.entropy is None else torch.where(keep, incoming.entropy * scale, 0)
     at_target = torch.where(keep, _target_gradient(statistics, g, h), 0)
     for r in range(0, len(logits), _GIVEN_ROWS):
         block = slice(r, r + _GIVEN_ROWS)
         for start in range(0, logits.shape[1], _GIVEN_COLUMNS):
-            z = _given_tile(logits, temperature, keep, block, start, statistics.t.dtype)
-            _to_gradient_(z, tokens, block, start, statistics, g, h, at_target)
+            z = _given_tile(given, block, start, statistics.t.dtype)
+            _to_gradient_(z, given.tokens, block, start, statistics, g, h, at_target)
             out[block, start : start + z.shape[1]] = z
     return out
 
 
-def _given_tile(
-    logits: torch.Tensor,
-    temperature: torch.Tensor | None,
-    keep: torch.Tensor,
-    block: slice,
-    start: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    z = torch.where(keep[block, None], logits[block, start : start + _GIVEN_COLUMNS], 0).to(dtype)
-    return z if temperature is None else z.div_(temperature[block])
+def _given_tile(given: Given, block: slice, start: int, dtype: torch.dtype) -> torch.Tensor:
+    z = torch.where(given.keep[block, None], given.logits[block, start : start + _GIVEN_COLUMNS], 0).to(dtype)
+    return z if given.temperature is None else z.div_(given.temperature[block])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from . import distributed, ops, validation
+from . import distributed, ops
 from .agreement import one_outcome
-from .lm_head import LMHead, LoRA, Projection, as_head, projection_of
-from .row_statistics import RowStatistics
+from .call import needs_gradient, prepare
+from .lm_head import Head, LMHead, head_of
+from .row_statistics import Incoming, RowStatistics
 from .rows import Gradients, Rows, Wanted, rows_of
-from .two_pass_schedule import chunk_rows
+from .two_pass_schedule import Plan
+from .workspace import plan_logprobs
 
 
 class TokenLogprobs(NamedTuple):
@@ -70,161 +71,90 @@ def linear_logprobs(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
     """
-    with one_outcome(head) as facts:
-        hidden, head, keep, backend = prepare(hidden, head, tokens, mask, temperature, backend, check)
-        workspace = validation.workspace_bytes(workspace, hidden.device)
-        projection = projection_of(head)
-        chunk_rows(ops.tiles_of(backend), projection, workspace, entropy)  # raises before any work where it is too small
-        facts.describe(hidden, head, tokens, keep, temperature, backend=backend, entropy=entropy, check=check)
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = rows_of(hidden, tokens, keep, temperature, check, head)
-        values = row_logprobs(rows, head, entropy, workspace, backend)
-    logprobs, entropies = (rows.scatter(v).reshape(tokens.shape) if len(v) == len(rows.tokens) else None for v in values)
-    return TokenLogprobs(logprobs, entropies if entropy else None)
+    with one_outcome(head) as agreed:
+        inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
+        chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
+        agreed.describe(inputs, inputs.keep, entropy=entropy)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        rows = rows_of(inputs, inputs.keep)
+        values = row_logprobs(rows, inputs.head, entropy, chunk_rows, inputs.backend)
+    return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
 
 
-def row_logprobs(rows: Rows, head: LMHead, entropy: bool, workspace: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (K,) and entropies (K,), or (0,), of the rows: differentiable where something wants a gradient."""
-    projection = projection_of(head)
+def row_logprobs(
+    rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities and entropies (K,) of the rows: differentiable where something wants a gradient."""
     if not needs_gradient(rows.hidden, head):
-        return ops.row_statistics(rows, projection, entropy, workspace, backend, head.group)[:2]
-    options = entropy, workspace, backend, head.group, head.weight_grad
-    return _LinearLogprobs.apply(*rows[:2], *projection[:3], *rows[2:], *projection[3:], *options)
+        with torch.no_grad():
+            return ops.row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
+    call = _Call(rows, head_of(head), entropy, chunk_rows, backend, head.group, head.weight_grad)
+    return _LinearLogprobs.apply(*call.differentiable(), call.others())
 
 
-def prepare(
-    hidden: torch.Tensor,
-    head: torch.Tensor | LMHead,
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    backend: str | None,
-    check: bool,
-) -> tuple[torch.Tensor, LMHead, torch.Tensor, str]:
-    """What both schedules do first: checks, casts, which tokens count, (...) bool, and the backend."""
-    head = distributed.localized(as_head(head))
-    hidden, head = _cast(hidden, head)
-    validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
-    backend = ops.choose_backend(backend, hidden)
-    keep = tokens != validation.IGNORED_TOKEN
-    if mask is not None:
-        keep = keep & mask
-    if check:
-        validation.check_values(tokens, keep, head.vocab_size if head.group is None else None, temperature)
-    return hidden, head, keep, backend
+class _Call(NamedTuple):
+    """What is computed, and how."""
 
+    rows: Rows
+    head: Head
+    entropy: bool
+    chunk_rows: int
+    backend: str
+    group: distributed.Group
+    weight_grad: torch.Tensor | None
 
-def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
-    # decided here and not by ctx.needs_input_grad, which is True under no_grad as well
-    factors = () if head.lora is None else head.lora[:2]
-    inputs = (hidden, head.weight, head.bias, *factors)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
+        """Inputs that autograd has to see."""
+        return *self.rows[:2], *self.head[:3]
 
+    def others(self) -> _Call:
+        """The call without them."""
+        return self.replaced(None, None, None, None, None)
 
-def _cast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
-    """hidden and head in the dtype that is asked for; unchanged where none is."""
-    dtype = _asked_dtype(hidden, head)
-    if dtype is None:
-        return hidden, head
-    bias, weight = None if head.bias is None else head.bias.to(dtype), head.weight.to(dtype)
-    # under no_grad the cast weight requires no gradient, and nothing will be added
-    weight_grad = head.weight_grad if weight.requires_grad else None
-    lora = _in_dtype(head.lora, dtype)
-    return hidden.to(dtype), replace(head, weight=weight, bias=bias, lora=lora, weight_grad=weight_grad)
-
-
-def _asked_dtype(hidden: torch.Tensor, head: LMHead) -> torch.dtype | None:
-    """float32 with head.fp32_head, else that of autocast where it is on. float64 stays, as in torch's own products."""
-    if not isinstance(hidden, torch.Tensor) or hidden.dtype not in validation.FLOATING_DTYPES:
-        return None
-    if torch.float64 in (hidden.dtype, head.weight.dtype):
-        return None
-    if head.fp32_head:
-        return torch.float32
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(hidden.device.type):
-        return None  # (Dynamo of torch 2.9 cannot ask)
-    on = torch.is_autocast_enabled(hidden.device.type)
-    return torch.get_autocast_dtype(hidden.device.type) if on else None
-
-
-def _in_dtype(lora: LoRA | None, dtype: torch.dtype) -> LoRA | None:
-    """Factors in fp32 stay: they are used as they are."""
-    if lora is None:
-        return None
-    a, b = (x if x.dtype == torch.float32 else x.to(dtype) for x in lora[:2])
-    return LoRA(a, b, lora.scale)
+    def replaced(self, hidden, lora_hidden, weight, lora_weight, bias) -> _Call:
+        rows = self.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
+        return self._replace(rows=rows, head=self.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """(logprobs (K,), entropy (K,) or (0,)) of the rows that `rows.Rows` describes."""
+    """(logprobs (K,), entropy (K,) or None) of the rows of a call."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        rows, head, options = _put_together(arguments)
-        entropy, workspace, backend, group, _ = options
-        statistics = ops.row_statistics(rows, head, entropy, workspace, backend, group)
-        tensors = arguments[: -len(options) - 2]
-        ctx.save_for_backward(*tensors, *statistics)
-        ctx.numbers = head.softcap, head.logit_scale
-        ctx.options = options
+    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
+        whole = call.replaced(hidden, lora_hidden, weight, lora_weight, bias)
+        statistics = ops.row_statistics(
+            whole.rows, whole.head, call.entropy, call.chunk_rows, call.backend, call.group
+        )  # fmt: skip
+        ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)
+        ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # what is saved must not be held twice
         ctx.set_materialize_grads(False)
-        if not entropy:
-            ctx.mark_non_differentiable(statistics[1])
-        return statistics[0], statistics[1]
+        return statistics.logprobs, statistics.entropy
 
     # Not once_differentiable, which would drop a second derivative silently where the incoming gradient is a constant: the
     # operator called here has no derivative, and says so when one is asked for.
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        count = len(RowStatistics._fields)
         saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
-        tensors, statistics = saved[:-count], saved[-count:]
-        rows, head, options = _put_together((*tensors, *ctx.numbers, *ctx.options))
-        entropy, workspace, backend, group, weight_grad = options
-        if not entropy:  # compiled, an empty result that is marked as not differentiable has an empty gradient, and not None
-            grad_entropy = None
+        count = len(Rows._fields)
+        rows, statistics = Rows(*saved[:count]), RowStatistics(*saved[count + 3 :])
+        call = ctx.call._replace(rows=rows, head=Head(*saved[count : count + 3], *ctx.call.head[3:]))
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(statistics[0])
+            grad_logprobs = torch.zeros_like(statistics.logprobs)
         wanted = Wanted(*ctx.needs_input_grad[:5])
-        gradients = gradients_of(
-            rows, head, statistics, grad_logprobs, grad_entropy, wanted, workspace, backend, group, weight_grad
-        )
-        wanted = wanted._replace(weight=wanted.weight and weight_grad is None)
-        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (len(ctx.needs_input_grad) - 5)
+        return *gradients_of(call, statistics, Incoming(grad_logprobs, grad_entropy), wanted), None
 
 
-def gradients_of(
-    rows: Rows,
-    head: Projection,
-    statistics: tuple[torch.Tensor, ...],
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    wanted: Wanted,
-    workspace: int,
-    backend: str,
-    group: distributed.Group,
-    weight_grad: torch.Tensor | None = None,
-) -> Gradients:
+def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:
     """The two-pass backward; dX complete on every rank of the group."""
+    rows, group = call.rows, call.group
+    plan = Plan(call.chunk_rows, call.backend, group is not None)
     with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under it
-        gradients = Gradients(
-            *ops.two_pass_backward(
-                *rows, *head, list(statistics), grad_logprobs, grad_entropy, list(wanted), workspace, backend, weight_grad,
-                group is not None,
-            )
-        )  # fmt: skip
+        gradients = ops.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)
     if group is None:
         return gradients
-    dhidden, dlora_hidden = (distributed.all_reduced(x, group) for x in gradients[:2])
-    if wanted.hidden:
+    dhidden, dlora_hidden = (None if x is None else distributed.all_reduced(x, group) for x in gradients[:2])
+    if dhidden is not None:
         dhidden = rows.scatter_rounded(dhidden)
-    if wanted.lora_hidden:
+    if dlora_hidden is not None:
         dlora_hidden = rows.scatter(dlora_hidden)
     return gradients._replace(hidden=dhidden, lora_hidden=dlora_hidden)
-
-
-def _put_together(arguments: tuple) -> tuple[Rows, Projection, tuple]:
-    """Autograd takes tensors one by one, those with a gradient first: (hidden, lora_hidden, weight, B, bias, ...)."""
-    hidden, lora_hidden, weight, lora_weight, bias, indices, masked, tokens, temperature, softcap, scale, *options = arguments
-    rows = Rows(hidden, lora_hidden, indices, masked, tokens, temperature)
-    return rows, Projection(weight, lora_weight, bias, softcap, scale), tuple(options)

@@ -26,6 +26,7 @@ which brings the largest of these factors into fp16's range.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -33,169 +34,178 @@ import torch
 import torch.nn.functional as F
 
 from . import buffers
-from .lm_head import Projection, lora_rank
+from .lm_head import Head, lora_rank
 from .products import accumulation_dtype, product, skinny_product, weight_product
-from .row_statistics import Partials, RowStatistics
+from .row_statistics import Incoming, Partials, RowStatistics
 from .rows import Gradients, Rows, Wanted
 
 # Rows that are finished at a time, after all slices: few, because their targets' rows of W are copied in fp32.
 _FINISHED_ROWS = 512
 
 
-def chunk_rows(tiles: ModuleType, head: Projection, workspace: int, entropy: bool) -> int:
-    """How many tokens a chunk may have so that everything the two passes allocate fits `workspace` bytes.
+class Plan(NamedTuple):
+    """How a call is computed; not what."""
 
-    Raises ValueError where not even one tile fits.
-    """
-    rows, columns, _, longest = tiles.tile_shape(head)
-    columns = min(columns, head.weight.shape[0])
-    dtype, device = head.weight.dtype, head.weight.device
-    wide, narrow = accumulation_dtype(dtype).itemsize, tiles.operand_dtype(dtype, device).itemsize
-    fixed, per_row = tiles.two_pass_bytes(head, entropy)
-    fixed += columns * head.weight.shape[1] * wide  # a tile of dW
-    # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
-    per_row += 2 * (head.weight.shape[1] + 3 * lora_rank(head)) * wide + columns * narrow + 20 * wide
-    fixed += 4 * columns * lora_rank(head) * wide
-    if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
-        per_row += 2 * (columns + head.weight.shape[1])
-        fixed += 2 * columns * head.weight.shape[1]
-    fitting = (workspace - fixed) // per_row // rows
-    if fitting < 1:
-        raise ValueError(
-            f"workspace={workspace} bytes is too small: one tile of a {tuple(head.weight.shape)} {dtype} head "
-            f"on {device.type} needs {fixed + rows * per_row}"
-        )
-    return min(fitting * rows, longest)
+    chunk_rows: int
+    backend: str
+    partial: bool  # other ranks hold other columns: dX is returned of the K rows and unrounded, to be summed with theirs
 
 
-def two_pass_forward(tiles: ModuleType, rows: Rows, head: Projection, entropy: bool, workspace: int) -> Partials:
-    """What the columns of `head` leave of every row: Partials of (K,) vectors, for `finish_rows`."""
-    count, longest = len(rows.tokens), chunk_rows(tiles, head, workspace, entropy)
+def two_pass_statistics(tiles: ModuleType, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> RowStatistics:
+    """What is known of every row: vectors (K,)."""
+    return RowStatistics(*_forward(tiles.row_statistics, tiles, rows, head, entropy, chunk_rows))
+
+
+def two_pass_partials(tiles: ModuleType, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> Partials:
+    """What the columns of `head` leave of every row: vectors (K,), for `finish_rows`."""
+    return Partials(*_forward(tiles.online_logsumexp, tiles, rows, head, entropy, chunk_rows))
+
+
+def _forward(tile_op: Callable, tiles: ModuleType, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> list:
+    count = len(rows.tokens)
     dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
     parts = []
-    for start in range(0, count, longest):
-        stop = min(start + longest, count)
-        chunk = rows.chunk(start, stop, dtype, multiple=padding)
-        parts.append(Partials(*(s[: stop - start] for s in tiles.online_logsumexp(chunk, head, entropy))))
-    if not parts:
-        dtype = accumulation_dtype(head.weight.dtype)
-        return Partials(*(head.weight.new_empty(0, dtype=dtype) for _ in Partials._fields))
-    return Partials(*(torch.cat(s) for s in zip(*parts, strict=True)))
+    for start in range(0, max(count, 1), chunk_rows):  # without rows, one chunk of none
+        stop = min(start + chunk_rows, count)
+        found = tile_op(rows.chunk(start, stop, dtype, multiple=padding), head, entropy)
+        parts.append([None if x is None else x[: stop - start] for x in found])
+    if len(parts) == 1:
+        return parts[0]
+    return [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
 
 
 def two_pass_backward(
     tiles: ModuleType,
     rows: Rows,
-    head: Projection,
+    head: Head,
     statistics: RowStatistics,
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
+    incoming: Incoming,
     wanted: Wanted,
-    workspace: int,
+    plan: Plan,
     weight_grad: torch.Tensor | None = None,
-    partial: bool = False,
 ) -> Gradients:
     """Gradients for incoming gradients (K,) of the log-probabilities and entropies.
 
-    weight_grad (V, H) in the accumulation dtype: dW is added to it, and not returned. partial: other ranks hold other columns;
-    the gradients of hidden (K, H) and lora_hidden (K, r) are returned unrounded, to be summed with theirs.
+    weight_grad (V, H) in the accumulation dtype: dW is added to it, and not returned.
     """
-    count, weight = len(rows.tokens), head.weight
-    longest = chunk_rows(tiles, head, workspace, grad_entropy is not None)
-    wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
-    parts = [slice(start, min(start + longest, count)) for start in range(0, count, longest)]
-    half = None
-    if narrow == torch.float16:
-        half = _half_scales(rows, head, statistics, grad_logprobs, grad_entropy, parts)
-
-    def zeros(is_wanted: bool, *shape: int) -> torch.Tensor:
-        return weight.new_zeros(shape if is_wanted else 0, dtype=wide)
-
-    dweight = weight_grad
-    if weight_grad is None:  # written tile by tile, if there are rows
-        dweight = weight.new_zeros(weight.shape if wanted.weight and not count else 0)
-        if wanted.weight and count:
-            dweight = buffers.empty(weight.shape, weight.dtype, weight.device)
-    rounds = narrow != wide or weight.dtype == torch.bfloat16
-    sums = _Sums(
-        zeros(wanted.hidden, count, head.weight.shape[1]),
-        zeros(wanted.lora_hidden, count, lora_rank(head)),
-        zeros(rounds, count),
-        dweight,
-        zeros(wanted.lora_weight, head.weight.shape[0], lora_rank(head)),
-        zeros(wanted.bias, head.weight.shape[0]),
-    )
-    if count:
-        adds = weight_grad is not None
-        _add_slices(tiles, rows, head, statistics, grad_logprobs, grad_entropy, wanted, parts, half, sums, adds)
-    return _finish(rows, head, wanted, sums, half, weight_grad is None, partial)
+    backward = _Backward(tiles, rows, head, statistics, incoming, wanted, plan, weight_grad)
+    backward.add_slices()
+    return backward.finish()
 
 
-class _Sums(NamedTuple):
-    """What the slices add to, (0,) where not wanted; in the accumulation dtype but for dweight."""
+class _Backward:
+    """One call: its chunks, and the sums that slices add to; None where not wanted."""
 
-    dhidden: torch.Tensor  # (K, H)
-    dlora_hidden: torch.Tensor  # (K, r)
-    residual: torch.Tensor  # (K,): the rounding error of the sum of each row of D
-    dweight: torch.Tensor  # (V, H) in its own dtype: every tile is written once; or the caller's buffer
-    dlora_weight: torch.Tensor  # (V, r)
-    dbias: torch.Tensor  # (V,)
+    def __init__(
+        self,
+        tiles: ModuleType,
+        rows: Rows,
+        head: Head,
+        statistics: RowStatistics,
+        incoming: Incoming,
+        wanted: Wanted,
+        plan: Plan,
+        weight_grad: torch.Tensor | None,
+    ) -> None:
+        self.tiles, self.rows, self.head, self.statistics, self.incoming = tiles, rows, head, statistics, incoming
+        self.wanted, self.partial, self.adds = wanted, plan.partial, weight_grad is not None
+        weight, count = head.weight, len(rows.tokens)
+        self.wide, self.narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
+        self.parts = [slice(start, min(start + plan.chunk_rows, count)) for start in range(0, count, plan.chunk_rows)]
+        self.half = None
+        if self.narrow == torch.float16:
+            self.half = _half_scales(rows, head, statistics, incoming, self.parts)
 
+        def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
+            return weight.new_zeros(shape, dtype=self.wide) if is_wanted else None
 
-def _add_slices(
-    tiles: ModuleType,
-    rows: Rows,
-    head: Projection,
-    statistics: RowStatistics,
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    wanted: Wanted,
-    parts: list[slice],
-    half: _HalfScales | None,
-    sums: _Sums,
-    adds: bool,
-) -> None:
-    """The loops: slice after slice of the vocabulary, chunk after chunk of the rows. adds: dW to what is there."""
-    weight, holds_bf16 = head.weight, head.weight.dtype == torch.bfloat16
-    wide, narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
-    columns = min(tiles.tile_shape(head).columns, head.weight.shape[0])
-    buffer = tiles.weight_buffer(head)
-    dlogits = torch.empty(parts[0].stop * columns, dtype=narrow, device=weight.device)
-    by_tile = wanted.weight and (adds or weight.dtype != wide)
-    dw_buffer = torch.empty(columns if by_tile else 0, head.weight.shape[1], dtype=wide, device=weight.device)
-    for v in range(0, head.weight.shape[0], columns):
-        width = min(columns, head.weight.shape[0] - v)
-        w = tiles.weight_tile(head, v, v + width, buffer)
-        dw = dw_buffer[:width] if by_tile else sums.dweight[v : v + width]
-        for part in parts:
-            chunk = rows.chunk(part.start, part.stop, narrow)
-            d = dlogits[: len(chunk.tokens) * width].view(-1, width)
-            taken = tiles.dlogits(
-                chunk, head, w, v, RowStatistics(*(s[part] for s in statistics)), grad_logprobs[part],
-                None if grad_entropy is None else grad_entropy[part], None if half is None else half.unit[part], d,
-            )  # fmt: skip
-            if len(taken):
-                sums.residual[part] += taken
-            if wanted.hidden:
-                product(sums.dhidden[part], d, w[:, : head.weight.shape[1]], v > 0, holds_bf16)
-            if wanted.weight:
-                x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(narrow)
-                weight_product(dw, d, x, part.start > 0, holds_bf16, single=len(parts) == 1 and not adds)
-            if wanted.bias and half is None:
-                sums.dbias[v : v + width] += d.sum(0, dtype=wide)
-            elif wanted.bias:
-                product(sums.dbias[v : v + width, None], d.T, half.share[part, None].to(narrow), part.start > 0, False)
-            if wanted.lora_hidden:
-                sums.dlora_hidden[part] += skinny_product(d, head.lora_weight[v : v + width])
-            if wanted.lora_weight:
-                z = chunk.lora_hidden if half is None else chunk.lora_hidden * half.share[part, None]
-                sums.dlora_weight[v : v + width] += skinny_product(d.T, z)
-        if half is not None and wanted.weight:
-            dw.div_(half.scale)
-        if by_tile and adds:
-            sums.dweight[v : v + width] += dw
-        elif by_tile:
-            sums.dweight[v : v + width] = dw
+        # (K, H) and (K, r), added up slice by slice
+        self.dhidden = zeros(wanted.hidden and not count, 0, weight.shape[1])
+        if wanted.hidden and count:  # the first slice writes it
+            self.dhidden = weight.new_empty(count, weight.shape[1], dtype=self.wide)
+        self.dlora_hidden = zeros(wanted.lora_hidden, count, lora_rank(head))
+        self.residual: torch.Tensor | None = None  # (K,): the rounding error of the sum of each row of D
+        self.dlora_weight = zeros(wanted.lora_weight, weight.shape[0], lora_rank(head))
+        self.dbias = zeros(wanted.bias, weight.shape[0])
+        self.dweight = weight_grad
+        if weight_grad is None and wanted.weight:  # written tile by tile, if there are rows
+            self.dweight = buffers.empty(weight.shape, weight.dtype, weight.device) if count else weight.new_zeros(weight.shape)
+
+    def add_slices(self) -> None:
+        """Slice after slice of the vocabulary, chunk after chunk of the rows."""
+        if not self.parts:
+            return
+        weight = self.head.weight
+        columns = min(self.tiles.tile_shape(self.head).columns, weight.shape[0])
+        buffer = self.tiles.weight_buffer(self.head)
+        dlogits = torch.empty(self.parts[0].stop * columns, dtype=self.narrow, device=weight.device)
+        by_tile = self.wanted.weight and (self.adds or weight.dtype != self.wide)
+        tile_of_dw = torch.empty(columns if by_tile else 0, weight.shape[1], dtype=self.wide, device=weight.device)
+        for v in range(0, weight.shape[0], columns):
+            into = slice(v, min(v + columns, weight.shape[0]))
+            w = self.tiles.weight_tile(self.head, into.start, into.stop, buffer)
+            dw = None
+            if self.wanted.weight:
+                dw = tile_of_dw[: into.stop - v] if by_tile else self.dweight[into]
+            for part in self.parts:
+                self._add(part, into, w, dw, dlogits)
+            if self.half is not None and dw is not None:
+                dw.div_(self.half.scale)
+            if by_tile and self.adds:
+                self.dweight[into] += dw
+            elif by_tile:
+                self.dweight[into] = dw
+
+    def _add(self, part: slice, into: slice, w: torch.Tensor, dw: torch.Tensor | None, dlogits: torch.Tensor) -> None:
+        """One chunk of rows and one slice of columns, `into`: its D, and what it adds to the sums."""
+        head, wanted, half, holds_bf16 = self.head, self.wanted, self.half, self.head.weight.dtype == torch.bfloat16
+        chunk = self.rows.chunk(part.start, part.stop, self.narrow)
+        d = dlogits[: len(chunk.tokens) * len(w)].view(-1, len(w))
+        unit = None if half is None else half.unit[part]
+        taken = self.tiles.dlogits(
+            chunk, head, w, into.start, self.statistics.select(part), self.incoming.select(part), unit, d
+        )
+        if taken is not None:
+            self._add_residual(part, taken)
+        if wanted.hidden:
+            product(self.dhidden[part], d, w[:, : head.weight.shape[1]], into.start > 0, holds_bf16)
+        if dw is not None:
+            x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(self.narrow)
+            weight_product(dw, d, x, part.start > 0, holds_bf16, single=len(self.parts) == 1 and not self.adds)
+        if wanted.bias and half is None:
+            self.dbias[into] += d.sum(0, dtype=self.wide)
+        elif wanted.bias:
+            product(self.dbias[into, None], d.T, half.share[part, None].to(self.narrow), part.start > 0, False)
+        if wanted.lora_hidden:
+            self.dlora_hidden[part] += skinny_product(d, head.lora_weight[into])
+        if wanted.lora_weight:
+            z = chunk.lora_hidden if half is None else chunk.lora_hidden * half.share[part, None]
+            self.dlora_weight[into] += skinny_product(d.T, z)
+
+    def _add_residual(self, part: slice, taken: torch.Tensor) -> None:
+        if len(self.parts) == 1:
+            self.residual = taken if self.residual is None else self.residual + taken
+            return
+        if self.residual is None:
+            self.residual = taken.new_zeros(len(self.rows.tokens))
+        self.residual[part] += taken
+
+    def finish(self) -> Gradients:
+        """From sums to gradients: each rounded once to the dtype of its input, and over all N rows, unless it is partial."""
+        rows, head, half = self.rows, self.head, self.half
+        dhidden, dlora_hidden, dlora_weight, dbias = self.dhidden, self.dlora_hidden, self.dlora_weight, self.dbias
+        if dhidden is not None:
+            _finish_rows(dhidden, head.weight, self.residual, half, rows.tokens)
+            dhidden = dhidden if self.partial else rows.scatter_rounded(dhidden)
+        if dlora_hidden is not None:
+            _finish_rows(dlora_hidden, head.lora_weight, self.residual, half, rows.tokens)
+            dlora_hidden = dlora_hidden if self.partial else rows.scatter(dlora_hidden)
+        scale = 1 if half is None else half.scale
+        if dlora_weight is not None:
+            dlora_weight = (dlora_weight / scale).to(head.lora_weight.dtype)
+        if dbias is not None:
+            dbias = (dbias / scale).to(head.weight.dtype)
+        return Gradients(dhidden, dlora_hidden, None if self.adds else self.dweight, dlora_weight, dbias)
 
 
 class _HalfScales(NamedTuple):
@@ -208,17 +218,16 @@ class _HalfScales(NamedTuple):
 
 def _half_scales(
     rows: Rows,
-    head: Projection,
+    head: Head,
     statistics: RowStatistics,
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
+    incoming: Incoming,
     parts: list[slice],
 ) -> _HalfScales:
     """|D_nv| <= m_n = sigmoid(t) (|g| + |h| (|t| + Ho + 1)) logit_scale / T, rounded up to a power of two."""
-    bound = grad_logprobs.abs()
-    if grad_entropy is not None:
+    bound = incoming.logprobs.abs()
+    if incoming.entropy is not None:
         log_odds = torch.where(statistics.t.isinf(), 0, statistics.t.abs())
-        bound = bound + grad_entropy.abs() * (log_odds + statistics.others_entropy + 1)
+        bound = bound + incoming.entropy.abs() * (log_odds + statistics.others_entropy + 1)
     bound = bound * F.logsigmoid(statistics.t).exp() * head.logit_scale
     unit = _to_2_14(bound if rows.temperature is None else bound / rows.temperature)
     largest = bound.new_ones(len(bound))
@@ -238,38 +247,18 @@ def _to_2_14(x: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(x), 14 - exponent)
 
 
-def _finish(
-    rows: Rows, head: Projection, wanted: Wanted, sums: _Sums, half: _HalfScales | None, returns_weight: bool, partial: bool
-) -> Gradients:
-    """From sums to gradients: each rounded once to the dtype of its input, and over all N rows, unless it is partial."""
-    weight = head.weight
-    dhidden, dlora_hidden, dweight, dlora_weight, dbias = (weight.new_empty(0) for _ in Gradients._fields)
-    if wanted.hidden:
-        _finish_rows(sums.dhidden, weight, sums.residual, half, rows.tokens)
-        dhidden = sums.dhidden if partial else rows.scatter_rounded(sums.dhidden)
-    if wanted.lora_hidden:
-        _finish_rows(sums.dlora_hidden, head.lora_weight, sums.residual, half, rows.tokens)
-        dlora_hidden = sums.dlora_hidden if partial else rows.scatter(sums.dlora_hidden)
-    scale = 1 if half is None else half.scale
-    if wanted.lora_weight:
-        dlora_weight = (sums.dlora_weight / scale).to(head.lora_weight.dtype)
-    if wanted.bias:
-        dbias = (sums.dbias / scale).to(weight.dtype)
-    return Gradients(dhidden, dlora_hidden, sums.dweight if returns_weight else dweight, dlora_weight, dbias)
-
-
 def _finish_rows(
-    sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, half: _HalfScales | None, tokens: torch.Tensor
+    sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, half: _HalfScales | None, tokens: torch.Tensor
 ) -> None:
     """Adds the rounding error of each row of D back to D @ weight, (K, ...) in place, and divides by fp16's units.
 
     Any row of the weight serves for a token that is on another rank: it is what the rows have in common that must cancel.
     """
-    if not len(residual) and half is None:
+    if residual is None and half is None:
         return
     for start in range(0, len(sums), _FINISHED_ROWS):
         part = slice(start, start + _FINISHED_ROWS)
-        if len(residual):
+        if residual is not None:
             at_target = weight[tokens[part].clamp(0, len(weight) - 1)].to(sums.dtype)
             sums[part].add_(at_target.mul_(residual[part, None]))
         if half is not None:

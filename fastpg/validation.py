@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 IGNORED_TOKEN = -100
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DEFAULT_WORKSPACE = {"cpu": 256 * 2**20}
-_DEFAULT_ACCELERATOR_WORKSPACE = 2**30
 
 
 def is_positive_number(value: object) -> bool:
@@ -153,15 +151,6 @@ def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
         torch._assert_async(holds.all())
 
 
-def workspace_bytes(workspace: int | None, device: torch.device) -> int:
-    """`workspace` in bytes, or the device's default: 256 MiB on a CPU, 1 GiB on accelerators."""
-    if workspace is None:
-        return _DEFAULT_WORKSPACE.get(device.type, _DEFAULT_ACCELERATOR_WORKSPACE)
-    if not isinstance(workspace, numbers.Integral) or not is_positive_number(workspace):
-        raise ValueError(f"workspace must be a positive number of bytes; got {workspace!r}")
-    return int(workspace)
-
-
 def check_policy_inputs(
     like_name: str,
     like: torch.Tensor,  # (...): what the others must match
@@ -171,7 +160,8 @@ def check_policy_inputs(
     kl: object | None,
     ref_logprobs: torch.Tensor | None,
     rollout_weights: torch.Tensor | None,
-    packed_sequences: bool = False,  # whether sequence_ids were given
+    *,
+    packed_sequences: bool,  # whether sequence_ids were given
 ) -> None:
     """Shapes, dtypes and devices of old_logprobs, ref_logprobs and rollout_weights (...), advantages (...) or per sequence."""
     shape = tuple(like.shape)

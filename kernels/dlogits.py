@@ -11,196 +11,157 @@ A 16-bit slice is rounded entry by entry; what rounding takes from a row is retu
 W (see kernel 2). An fp16 slice is stored times unit_n, a power of two that brings the row's largest entry to fp16's range.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .blocks import Blocks
-from .logits import (
+from .operands import Operands, tile_arguments
+from .tile import (
     EXP_IS_ZERO,
     LOG2E,
     add_bias,
-    add_lora,
     halves,
     log_sigmoid,
     logits,
-    operands,
     part_columns,
     product_tile,
     round_to,
+    row_scale,
+    row_token,
     tile_position,
 )
 
 
-@triton.jit
-def store_gradient(
-    score,  # (ROWS, COLUMNS)
-    start,  # its first column
-    rows,
-    C,
-    V,
-    token,
-    scale,
-    lse,
-    g,  # (ROWS,), as the next two: of the score and not of z
-    h,
-    at_target,
-    entropy,
-    BIAS,
-    D,
-    R,
-    inner,
-    stride_d,
-    HAS_ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    RUN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Stores the gradient of a tile, or of each of its parts; returns what rounding took from its rows, (ROWS,)."""
-    if PARTS > 1:
-        left, right = halves(score, GROUPS)
-        r = store_gradient(
-            left, start, rows, C, V, token, scale, lse, g, h, at_target, entropy, BIAS, D, R, inner, stride_d,
-            HAS_ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS, WIDEN,
-        )  # fmt: skip
-        return r + store_gradient(
-            right, start + right.shape[1] // GROUPS, rows, C, V, token, scale, lse, g, h, at_target, entropy, BIAS, D, R,
-            inner, stride_d, HAS_ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS, WIDEN,
-        )  # fmt: skip
-    columns = part_columns(start, score.shape[1], RUN, GROUPS)
-    z, slope = logits(add_bias(score, BIAS, columns, V), scale[:, None], inner, SOFTCAP)
-    log_p = z - lse[:, None]
-    p = tl.exp2(log_p * LOG2E)
-    if HAS_ENTROPY:
-        # log p = -inf only where p = 0
-        surprise = tl.maximum(log_p, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL) + entropy[:, None]
-        d = (-h[:, None] * surprise - g[:, None]) * p
-    else:
-        d = -g[:, None] * p
-    d = tl.where(columns[None, :] == token[:, None], at_target[:, None], d)
-    if SOFTCAP:
-        d = d * slope
-    stored = round_to(d, D.dtype.element_ty, WIDEN)
-    r = g
-    if R is not None:
-        r = tl.sum(tl.where((columns < V)[None, :], d - stored.to(tl.float32), 0.0), 1)
-    pointers = D + rows.to(tl.int64)[:, None] * stride_d + columns[None, :]
-    tl.store(pointers, stored, mask=(rows < C)[:, None] & (columns < V)[None, :])
-    return r
+class Statistics(NamedTuple):
+    """Of a row, (C,) each: `fastpg.row_statistics`."""
+
+    LOGP: Any
+    ENTROPY: Any  # or None
+    T: Any
+    LOGSUMEXP: Any
+    OTHERS: Any  # entropy of the others alone, or None
+
+
+class Incoming(NamedTuple):
+    """Incoming gradients, (C,) each, and what fp16 entries are stored times."""
+
+    G: Any  # of logp
+    H: Any = None  # of the entropy, or None
+    UNIT: Any = None  # (C,), or None
+
+
+class Slice(NamedTuple):
+    D: Any  # (C, V) out
+    stride_d: Any
+    R: Any = None  # (C, column tiles) out, or None where D is not rounded
+
+
+class Lane(NamedTuple):
+    """What the epilogue knows of its rows, (ROWS,) each; gradients are of the score and not of z."""
+
+    r: Any
+    token: Any
+    scale: Any
+    lse: Any
+    g: Any
+    h: Any
+    entropy: Any
+    at_target: Any
 
 
 @triton.jit
-def row_terms(rows, in_chunk, factor, LOGP, T, G, H_GRAD, ENTROPY, OTHERS):
-    """(ROWS,) each: g and h of the score, H, and the gradient in the target's column."""
-    g = tl.load(G + rows, mask=in_chunk, other=0.0) * factor
-    t = tl.load(T + rows, mask=in_chunk, other=0.0)
+def row_terms(r, inside, token, scale, factor, statistics, incoming):
+    """The Lane of rows r: `factor` turns a gradient of z into one of the score."""
+    g = tl.load(incoming.G + r, mask=inside, other=0.0) * factor
+    t = tl.load(statistics.T + r, mask=inside, other=0.0)
     log_1mp = log_sigmoid(t)
     at_target = g * tl.exp(log_1mp)
     h = g
     entropy = g
-    if H_GRAD is not None:
-        h = tl.load(H_GRAD + rows, mask=in_chunk, other=0.0) * factor
-        entropy = tl.load(ENTROPY + rows, mask=in_chunk, other=0.0)
-        p_q = tl.exp(tl.load(LOGP + rows, mask=in_chunk, other=0.0) + log_1mp)
-        from_entropy = h * p_q * (t - tl.load(OTHERS + rows, mask=in_chunk, other=0.0))
+    if incoming.H is not None:
+        h = tl.load(incoming.H + r, mask=inside, other=0.0) * factor
+        entropy = tl.load(statistics.ENTROPY + r, mask=inside, other=0.0)
+        p_q = tl.exp(tl.load(statistics.LOGP + r, mask=inside, other=0.0) + log_1mp)
+        from_entropy = h * p_q * (t - tl.load(statistics.OTHERS + r, mask=inside, other=0.0))
         at_target += tl.where(tl.abs(t) == float("inf"), 0.0, from_entropy)
-    return g, h, entropy, at_target
+    lse = tl.load(statistics.LOGSUMEXP + r, mask=inside, other=0.0)
+    return Lane(r, token, scale, lse, g, h, entropy, at_target)
 
 
 @triton.jit
-def dlogits_kernel(
-    X,  # (C, H)
-    W,  # (V, H): the slice's rows of the weight
-    L,  # (C, rank) or None: of LoRA
-    B,  # (V, rank) or None: the slice's rows
-    BIAS,  # (V,) the slice's, or None
-    TOKENS,  # (C,) as positions in the slice
-    SCALE,  # (C,)
-    LOGP,  # (C,), as the next five
-    T,
-    LOGSUMEXP,
-    G,
-    H_GRAD,  # or None
-    ENTROPY,  # or None
-    OTHERS,  # or None
-    UNIT,  # (C,) or None
-    D,  # (C, V) out
-    R,  # (C, column tiles) out, or None where D is not rounded
-    inner,
-    C,
-    V,
-    H,
-    rank,
-    stride_x,
-    stride_w,
-    stride_h,
-    stride_l,
-    stride_b,
-    stride_d,
-    SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EVEN_H: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WIDEN: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    column_tiles = tl.cdiv(V, COLUMNS)
-    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(C, ROWS), column_tiles)
-    score = product_tile(
-        X, W, row_tile * ROWS, column_tile * COLUMNS, C, V, H, stride_x, stride_w, stride_h,
-        ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
-    )  # fmt: skip
-    score = add_lora(score, L, B, row_tile * ROWS, column_tile * COLUMNS, C, V, rank, stride_l, stride_b, RANK, WIDEN)
-    rows = row_tile * ROWS + tl.arange(0, ROWS)
-    in_chunk = rows < C
-    token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)
-    scale = tl.load(SCALE + rows, mask=in_chunk, other=0.0)
-    lse = tl.load(LOGSUMEXP + rows, mask=in_chunk, other=0.0)
+def gradient_entries(z, columns, mine, HAS_ENTROPY: tl.constexpr):
+    """dL/dz of a tile, times `factor`."""
+    log_p = z - mine.lse[:, None]
+    p = tl.exp2(log_p * LOG2E)
+    if HAS_ENTROPY:
+        # log p = -inf only where p = 0
+        surprise = tl.maximum(log_p, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL) + mine.entropy[:, None]
+        d = (-mine.h[:, None] * surprise - mine.g[:, None]) * p
+    else:
+        d = -mine.g[:, None] * p
+    return tl.where(columns[None, :] == mine.token[:, None], mine.at_target[:, None], d)
+
+
+@triton.jit
+def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """Stores the gradient of a tile (ROWS, COLUMNS), or of each of its parts; returns what rounding took from its rows."""
+    if PARTS > 1:
+        left, right = halves(score, TILE.GROUPS)
+        taken = _epilogue(left, start, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
+        middle = start + right.shape[1] // TILE.GROUPS
+        return taken + _epilogue(right, middle, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
+    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.GROUPS, TILE.GROUPS)
+    z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
+    d = gradient_entries(z, columns, mine, HAS_ENTROPY)
+    if head.inner is not None:
+        d = d * slope
+    stored = round_to(d, out.D.dtype.element_ty, TILE.WIDEN)
+    taken = mine.g
+    if out.R is not None:
+        taken = tl.sum(tl.where((columns < head.V)[None, :], d - stored.to(tl.float32), 0.0), 1)
+    pointers = out.D + mine.r.to(tl.int64)[:, None] * out.stride_d + columns[None, :]
+    tl.store(pointers, stored, mask=(mine.r < rows.C)[:, None] & (columns < head.V)[None, :])
+    return taken
+
+
+@triton.jit
+def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constexpr):
+    column_tiles = tl.cdiv(head.V, TILE.COLUMNS)
+    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), column_tiles)
+    score = product_tile(X, W, row_tile * TILE.ROWS, column_tile * TILE.COLUMNS, rows, head, TILE)
+    r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    inside = r < rows.C
+    token = row_token(rows, r, inside).to(tl.int32)
+    scale = row_scale(rows, r, inside)
     factor = scale
-    if SOFTCAP:
-        factor = factor * inner
-    if UNIT is not None:
-        factor = factor * tl.load(UNIT + rows, mask=in_chunk, other=0.0)
-    g, h, entropy, at_target = row_terms(rows, in_chunk, factor, LOGP, T, G, H_GRAD, ENTROPY, OTHERS)
-    r = store_gradient(
-        score, column_tile * COLUMNS, rows, C, V, token, scale, lse, g, h, at_target, entropy, BIAS, D, R, inner, stride_d,
-        H_GRAD is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS, WIDEN,
+    if head.inner is not None:
+        factor = factor * head.inner
+    if incoming.UNIT is not None:
+        factor = factor * tl.load(incoming.UNIT + r, mask=inside, other=0.0)
+    mine = row_terms(r, inside, token, scale, factor, statistics, incoming)
+    taken = _epilogue(
+        score, column_tile * TILE.COLUMNS, mine, rows, head, out, incoming.H is not None, TILE.PARTS, TILE
     )  # fmt: skip
-    if R is not None:
-        tl.store(R + rows.to(tl.int64) * column_tiles + column_tile, r, mask=in_chunk)
+    if out.R is not None:
+        tl.store(out.R + r.to(tl.int64) * column_tiles + column_tile, taken, mask=inside)
 
 
 def dlogits(
-    hidden: torch.Tensor,  # (C, H)
-    weight: torch.Tensor,  # (width, H): the slice's rows
-    lora: tuple[torch.Tensor, torch.Tensor] | None,  # l (C, rank) fp32 with contiguous rows, B (width, rank)
-    bias: torch.Tensor | None,  # (width,)
-    tokens: torch.Tensor,  # (C,), as positions in the slice; anything outside [0, width) has no column there
-    scale: torch.Tensor,  # (C,) fp32, as the next five
-    inner: float | None,
-    logprobs: torch.Tensor,
-    t: torch.Tensor,
-    logsumexp: torch.Tensor,
-    grad_logprobs: torch.Tensor,
-    for_entropy: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,  # incoming gradient, H, Ho: (C,) each
-    unit: torch.Tensor | None,  # (C,)
-    out: torch.Tensor,  # (C, width)
+    p: Operands,  # weight, bias and B: the slice's rows; tokens: as positions in the slice
+    statistics: Statistics,
+    incoming: Incoming,
+    out: torch.Tensor,  # (C, V)
     blocks: Blocks,
-) -> torch.Tensor:
-    """Writes the slice into `out`; returns what rounding took from each row of it, (C,), or (0,) where it is not rounded."""
-    shape = len(tokens), triton.cdiv(len(weight), blocks.columns)
-    residual = scale.new_empty(shape) if out.dtype != scale.dtype else None
-    h, entropy, others = (None, None, None) if for_entropy is None else for_entropy
-    if len(tokens):
-        dlogits_kernel[(triton.cdiv(shape[0], blocks.rows) * shape[1],)](
-            BIAS=bias, TOKENS=tokens, SCALE=scale, LOGP=logprobs, T=t, LOGSUMEXP=logsumexp, G=grad_logprobs, H_GRAD=h,
-            ENTROPY=entropy, OTHERS=others, UNIT=unit, D=out, R=residual, inner=inner or 1.0, stride_d=out.stride(0),
-            SOFTCAP=inner is not None, **operands(hidden, weight, lora, blocks), **blocks.options(),
-        )  # fmt: skip
-    return scale.new_empty(0) if residual is None else residual.sum(1)
+) -> torch.Tensor | None:
+    """Writes the slice into `out`; returns what rounding took from each row of it, (C,), or None where it is not rounded."""
+    tiles = triton.cdiv(len(p.weight), blocks.columns)
+    residual = p.partials(tiles) if out.dtype != torch.float32 else None
+    if len(p.tokens):
+        *first, tile = tile_arguments(p, blocks)
+        grid = (triton.cdiv(len(p.tokens), blocks.rows) * tiles,)
+        into = Slice(out, out.stride(0), residual)
+        dlogits_kernel[grid](*first, statistics, incoming, into, tile, **blocks.options())
+    return None if residual is None else residual.sum(1)

@@ -7,28 +7,34 @@ For each row, over the columns v != y, split by split:
 z_y comes from kernel 1: the accumulators of tensor cores lose bits that its dot product keeps, and z_y enters a
 log-probability alone. A split is a fixed number of column tiles, so a row's bits do not depend on the batch size; a program
 keeps m, s, q of its rows in registers (Milakov and Gimelshein, arXiv 1805.02867). Moving the pivot from m to m' by
-d = m - m' turns s into s e^d and q into e^d (q + s d). `combine` does the same across splits, in their order.
+d = m - m' turns s into s e^d and q into e^d (q + s d). `combine_kernel` does the same across splits, in their order. Where
+the columns are all there are, it also finishes the row: its log-probability, and its entropy.
 
 A column that counts for nothing (the target, or beyond the vocabulary) enters as z = -inf; while nothing has counted yet the
 pivot is 0, since -inf - -inf would be NaN. NaN logits reach s, whatever the maximum makes of them.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .blocks import Blocks
-from .logits import (
+from .operands import Operands, tile_arguments
+from .tile import (
     EXP_IS_ZERO,
     LOG2E,
     ROWS_PER_PROGRAM,
     add_bias,
-    add_lora,
+    entropy_from_log_odds,
     halves,
+    log_sigmoid,
     logits,
-    operands,
     part_columns,
     product_tile,
+    row_scale,
+    row_token,
     tile_position,
 )
 
@@ -37,36 +43,27 @@ _TILES_PER_SPLIT = 8
 _BLOCK = 128
 
 
-@triton.jit
-def fold(
-    score,  # (ROWS, COLUMNS)
-    start,  # its first column
-    m,  # (ROWS,), as the next two: the running statistics
-    s,
-    q,
-    V,
-    token,
-    scale,
-    BIAS,
-    inner,
-    ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    RUN: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """The running statistics of the rows after a tile, or after each of its parts in turn."""
-    if PARTS > 1:
-        left, right = halves(score, GROUPS)
-        m, s, q = fold(left, start, m, s, q, V, token, scale, BIAS, inner, ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS)
-        return fold(
-            right, start + right.shape[1] // GROUPS, m, s, q, V, token, scale, BIAS, inner,
-            ENTROPY, SOFTCAP, PARTS // 2, RUN, GROUPS,
-        )  # fmt: skip
-    columns = part_columns(start, score.shape[1], RUN, GROUPS)
-    z, _ = logits(add_bias(score, BIAS, columns, V), scale[:, None], inner, SOFTCAP)
-    z = tl.where((columns[None, :] == token[:, None]) | (columns >= V)[None, :], float("-inf"), z)
+class Running(NamedTuple):
+    """m, s, q of rows: of each split (C, splits), or of all columns (C,). Q is None without an entropy."""
 
+    M: Any
+    S: Any
+    Q: Any = None
+
+
+class Finished(NamedTuple):
+    """What is known of a row, (C,) each: `fastpg.row_statistics`, which has the formulas."""
+
+    LOGP: Any
+    ENTROPY: Any  # or None
+    T: Any
+    LOGSUMEXP: Any
+    OTHERS: Any  # or None
+
+
+@triton.jit
+def fold(z, m, s, q, ENTROPY: tl.constexpr):
+    """The running statistics (ROWS,) of the rows after the logits z (ROWS, COLUMNS), in which -inf counts for nothing."""
     larger = tl.maximum(m, tl.max(z, 1), propagate_nan=tl.PropagateNan.ALL)
     pivot = tl.where(larger == float("-inf"), 0.0, larger)
     shift = tl.maximum(m - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
@@ -80,93 +77,82 @@ def fold(
 
 
 @triton.jit
-def store_partials(M, S, Q, place, in_chunk, m, s, q):
-    tl.store(M + place, m, mask=in_chunk)
-    tl.store(S + place, s, mask=in_chunk)
-    if Q is not None:
-        tl.store(Q + place, q, mask=in_chunk)
+def others_only(z, columns, token, V):
+    """z with -inf in the target's column and beyond the vocabulary."""
+    return tl.where((columns[None, :] == token[:, None]) | (columns >= V)[None, :], float("-inf"), z)
 
 
 @triton.jit
-def logsumexp_kernel(
-    X,  # (C, H)
-    W,  # (V, H)
-    L,  # (C, rank) or None: of LoRA
-    B,  # (V, rank) or None
-    BIAS,  # (V,) or None
-    TOKENS,  # (C,)
-    SCALE,  # (C,)
-    M,  # (C, splits) out
-    S,  # (C, splits) out
-    Q,  # (C, splits) out, or None
-    inner,
-    C,
-    V,
-    H,
-    rank,
-    stride_x,
-    stride_w,
-    stride_h,
-    stride_l,
-    stride_b,
-    SOFTCAP: tl.constexpr,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EVEN_H: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WIDEN: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    splits = tl.cdiv(V, COLUMNS * TILES)
-    row_tile, split = tile_position(tl.program_id(0), tl.cdiv(C, ROWS), splits)
-    rows = row_tile * ROWS + tl.arange(0, ROWS)
-    in_chunk = rows < C
-    token = tl.load(TOKENS + rows, mask=in_chunk, other=-1).to(tl.int32)
-    scale = tl.load(SCALE + rows, mask=in_chunk, other=0.0)
+def _fold_parts(score, start, m, s, q, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """The running statistics after a tile, or after each of its parts in turn."""
+    if PARTS > 1:
+        left, right = halves(score, TILE.GROUPS)
+        m, s, q = _fold_parts(left, start, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
+        middle = start + right.shape[1] // TILE.GROUPS
+        return _fold_parts(right, middle, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
+    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.GROUPS, TILE.GROUPS)
+    z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
+    return fold(others_only(z, columns, token, head.V), m, s, q, ENTROPY)
 
+
+@triton.jit
+def store_running(out, place, inside, m, s, q):
+    tl.store(out.M + place, m, mask=inside)
+    tl.store(out.S + place, s, mask=inside)
+    if out.Q is not None:
+        tl.store(out.Q + place, q, mask=inside)
+
+
+@triton.jit
+def logsumexp_kernel(X, W, rows, head, out, TILES: tl.constexpr, TILE: tl.constexpr):
+    splits = tl.cdiv(head.V, TILE.COLUMNS * TILES)
+    row_tile, split = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), splits)
+    r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    inside = r < rows.C
+    token = row_token(rows, r, inside).to(tl.int32)
+    scale = row_scale(rows, r, inside)
+    ROWS: tl.constexpr = TILE.ROWS
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
-    for tile in range(0, tl.minimum(TILES, tl.cdiv(V, COLUMNS) - split * TILES)):
-        start = (split * TILES + tile) * COLUMNS
-        score = product_tile(
-            X, W, row_tile * ROWS, start, C, V, H, stride_x, stride_w, stride_h,
-            ROWS, COLUMNS, DEPTH, EVEN_H, DESCRIPTORS, WIDEN,
-        )  # fmt: skip
-        score = add_lora(score, L, B, row_tile * ROWS, start, C, V, rank, stride_l, stride_b, RANK, WIDEN)
-        m, s, q = fold(
-            score, start, m, s, q, V, token, scale, BIAS, inner,
-            Q is not None, SOFTCAP, PARTS, COLUMNS // GROUPS, GROUPS,
-        )  # fmt: skip
-
-    store_partials(M, S, Q, rows.to(tl.int64) * splits + split, in_chunk, m, s, q)
+    for tile in range(0, tl.minimum(TILES, tl.cdiv(head.V, TILE.COLUMNS) - split * TILES)):
+        start = (split * TILES + tile) * TILE.COLUMNS
+        score = product_tile(X, W, row_tile * TILE.ROWS, start, rows, head, TILE)
+        m, s, q = _fold_parts(score, start, m, s, q, token, scale, head, out.Q is not None, TILE.PARTS, TILE)
+    store_running(out, r.to(tl.int64) * splits + split, inside, m, s, q)
 
 
 @triton.jit
-def combine_kernel(
-    M,  # (C, splits), as the next two
-    S,
-    Q,  # or None
-    MAXIMUM,  # (C,) out, as the next two
-    TOTAL,
-    WEIGHTED,  # or None
-    C,
-    splits,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_chunk = rows < C
-    first = rows[:, None] * splits
+def finish_row(m, s, q, target, out, r, inside):
+    """Stores what is known of the rows r: from m, s, q of all other columns and z_y, as `fastpg.row_statistics.finish_rows`."""
+    # +inf against others of -inf is no certainty: softmax has no value there
+    target = tl.where(target == float("inf"), float("nan"), target)
+    pivot = tl.where(m == float("-inf"), 0.0, m)
+    some = tl.where(s == 0, 1.0, s)
+    log_s = tl.where(s == 0, float("-inf"), tl.log(some))
+    t = (pivot - target) + log_s
+    log_p = log_sigmoid(-t)
+    log_1mp = log_sigmoid(tl.where(t < 0, 0.0, t))
+    tl.store(out.LOGP + r, log_p, mask=inside)
+    tl.store(out.T + r, t, mask=inside)
+    tl.store(out.LOGSUMEXP + r, tl.where(t < 0, target - log_p, (pivot + log_s) - log_1mp), mask=inside)
+    if out.ENTROPY is not None:
+        others = tl.where(s == 0, 0.0, log_s - q / some)
+        tl.store(out.OTHERS + r, others, mask=inside)
+        tl.store(out.ENTROPY + r, entropy_from_log_odds(t, others), mask=inside)
+
+
+@triton.jit
+def combine_kernel(parts, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """parts: Running of (C, splits). out: with FINISH, which needs z_y in TARGET (C,), Finished; else Running of (C,)."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_chunk = r < C
+    first = r[:, None] * splits
     offsets = tl.arange(0, BLOCK)[None, :]
     largest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     for start in range(0, splits, BLOCK):
         inside = in_chunk[:, None] & (start + offsets < splits)
-        m = tl.load(M + first + start + offsets, mask=inside, other=float("-inf"))
+        m = tl.load(parts.M + first + start + offsets, mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, m, propagate_nan=tl.PropagateNan.ALL)
     maximum = tl.max(largest, 1)
     pivot = tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]
@@ -176,55 +162,55 @@ def combine_kernel(
     for start in range(0, splits, BLOCK):
         inside = in_chunk[:, None] & (start + offsets < splits)
         places = first + start + offsets
-        part = tl.load(S + places, mask=inside, other=0.0)
-        shift = tl.load(M + places, mask=inside, other=float("-inf")) - pivot
+        part = tl.load(parts.S + places, mask=inside, other=0.0)
+        shift = tl.load(parts.M + places, mask=inside, other=float("-inf")) - pivot
         shift = tl.maximum(shift, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         decay = tl.exp2(shift * LOG2E)
-        if Q is not None:
-            q += decay * (tl.load(Q + places, mask=inside, other=0.0) + part * shift)
+        if parts.Q is not None:
+            q += decay * (tl.load(parts.Q + places, mask=inside, other=0.0) + part * shift)
         s += decay * part
-    tl.store(MAXIMUM + rows, maximum, mask=in_chunk)
-    tl.store(TOTAL + rows, tl.sum(s, 1), mask=in_chunk)
-    if Q is not None:
-        tl.store(WEIGHTED + rows, tl.sum(q, 1), mask=in_chunk)
+    if FINISH:
+        target = tl.load(TARGET + r, mask=in_chunk, other=0.0)
+        finish_row(maximum, tl.sum(s, 1), tl.sum(q, 1), target, out, r, in_chunk)
+    else:
+        store_running(out, r, in_chunk, maximum, tl.sum(s, 1), tl.sum(q, 1))
 
 
 def split_count(vocab: int, columns: int) -> int:
     return triton.cdiv(vocab, columns * _TILES_PER_SPLIT)
 
 
-def logsumexp(
-    hidden: torch.Tensor,  # (C, H)
-    weight: torch.Tensor,  # (V, H)
-    lora: tuple[torch.Tensor, torch.Tensor] | None,  # l (C, rank) fp32 with contiguous rows, B (V, rank)
-    bias: torch.Tensor | None,  # (V,)
-    tokens: torch.Tensor,  # (C,)
-    scale: torch.Tensor,  # (C,) fp32
-    inner: float | None,
-    entropy: bool,
-    blocks: Blocks,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """m, s, q (None unless `entropy`) of the other columns; each (C,) fp32."""
-    count, splits = len(tokens), split_count(len(weight), blocks.columns)
-    names = ("m", "s", "q") if entropy else ("m", "s")
-    partials = {name: scale.new_empty(count, splits) for name in names}
-    if count:
-        logsumexp_kernel[(triton.cdiv(count, blocks.rows) * splits,)](
-            BIAS=bias, TOKENS=tokens, SCALE=scale, M=partials["m"], S=partials["s"], Q=partials.get("q"),
-            inner=inner or 1.0, SOFTCAP=inner is not None, TILES=_TILES_PER_SPLIT,
-            **operands(hidden, weight, lora, blocks), **blocks.options(),
-        )  # fmt: skip
-    return combine(partials)
+def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
+    """m, s, q of the other columns of each row and split, (C, splits) fp32: for `combine` or `finished`."""
+    splits = split_count(len(p.weight), blocks.columns)
+    out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
+    if len(p.tokens):
+        *first, tile = tile_arguments(p, blocks)
+        grid = (triton.cdiv(len(p.tokens), blocks.rows) * splits,)
+        logsumexp_kernel[grid](*first, out, _TILES_PER_SPLIT, tile, **blocks.options())
+    return out
 
 
-def combine(partials: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """m, s, q (None where there is none), (C,) each, from those of the splits, (C, splits) each."""
-    count, splits = partials["m"].shape
-    results = {name: partials["m"].new_empty(count) for name in partials}
-    order = ("m", "s", "q")
+def combine(parts: Running) -> Running:
+    """m, s, q (C,) of all splits."""
+    return _combined(parts, None, Running(*_vectors(parts, (True, True, parts.Q is not None))))
+
+
+def finished(parts: Running, target: torch.Tensor) -> Finished:
+    """The rows' statistics, (C,) each, from those of the splits and z_y (C,)."""
+    entropy = parts.Q is not None
+    return _combined(parts, target, Finished(*_vectors(parts, (True, entropy, True, True, entropy))))
+
+
+def _vectors(parts: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
+    return [parts.M.new_empty(len(parts.M)) if is_wanted else None for is_wanted in wanted]
+
+
+def _combined(parts: Running, target: torch.Tensor | None, out):
+    count, splits = parts.M.shape
     if count:
-        combine_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
-            *(partials.get(name) for name in order), *(results.get(name) for name in order), count, splits,
-            ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
+        grid = (triton.cdiv(count, ROWS_PER_PROGRAM),)
+        combine_kernel[grid](
+            parts, target, out, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK
         )  # fmt: skip
-    return results["m"], results["s"], results.get("q")
+    return out

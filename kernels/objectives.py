@@ -181,3 +181,11 @@ def token_loss(
             k, k_slope = weighted_kl(k, k_and_slope, logp, old)
         value, slope = value - kl_coef * k, slope - kl_coef * k_slope
     return -value * weight, -slope * weight
+
+
+def bounds_of(objective, numbers):
+    """The bounds of an objective from its numbers, in the order of their fields."""
+    kind = {cispo: RatioBounds, ppo_clip: ClipBounds, sapo: Temperatures}.get(objective)
+    if kind is None:
+        return None
+    return kind(*(None if x is None else float(x) for x in numbers[: len(kind._fields)]))

@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import KernelInterface
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 PRODUCTS = ("mm", "addmm")
@@ -40,15 +39,18 @@ class Operations(TorchDispatchMode):
     def total(self) -> int:
         return self.counts.total()
 
-    def launch(self, run):
-        """`run` of Triton's functions, counted; what an interpreter does inside is no operation of ours."""
+    def launches(self, getitem):
+        """`kernel[grid]` of Triton, whose calls are counted; what an interpreter does inside is no operation of ours."""
 
-        def counted(kernel, *args, **kwargs):
-            self.counts[f"launch of {kernel.fn.__name__}"] += 1
-            with _disable_current_modes():
-                return run(kernel, *args, **kwargs)
+        def with_grid(kernel, grid):
+            def launch(*args, **kwargs):
+                self.counts[f"launch of {kernel.fn.__name__}"] += 1
+                with _disable_current_modes():
+                    return getitem(kernel, grid)(*args, **kwargs)
 
-        return counted
+            return launch
+
+        return with_grid
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastpg":  # a call of one of our operators is what it does inside
@@ -84,8 +86,7 @@ def counted() -> Iterator[Operations]:
     """`with counted() as step:` counts into step.counts what happens inside."""
     operations = Operations()
     with pytest.MonkeyPatch.context() as patch, operations:
-        for function in (InterpretedFunction, JITFunction):
-            patch.setattr(function, "run", operations.launch(function.run))
+        patch.setattr(KernelInterface, "__getitem__", operations.launches(KernelInterface.__getitem__))
         yield operations
 
 

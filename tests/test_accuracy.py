@@ -9,8 +9,8 @@ from problems import random_problem
 
 from fastpg import linear_logprobs, tile_ops
 from fastpg.accuracy import logprob_tolerance
-from fastpg.lm_head import projection_of
-from fastpg.ops import tiles_of
+from fastpg.backend import tiles_of
+from fastpg.lm_head import head_of
 from fastpg.rows import Chunk
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -58,10 +58,10 @@ def test_the_targets_logit_of_two_passes_is_that_of_one(backend):
         pytest.skip("on CPU tensors, in the interpreter")
     tiles = tiles_of(backend)
     problem = random_problem(256, 300, torch.bfloat16, hidden_size=4096, bias=True, softcap=30.0, lora=4)
-    head = projection_of(problem.head)
+    head = head_of(problem.head)
     low_rank = torch.randn(256, 4)
     chunk = Chunk(problem.hidden.to(tiles.operand_dtype(torch.bfloat16, problem.hidden.device)), low_rank, problem.tokens, None)
-    target, _ = tiles.target_logits(chunk, head)
+    target = tiles.target_logits(chunk, head).logit
     for entropy in (False, True):
         assert torch.equal(tiles.online_logsumexp(chunk, head, entropy).target, target)
 

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from problems import random_problem
+from problems import opcheck, random_problem
 from torch.utils.checkpoint import checkpoint
 
 from fastpg import LMHead, linear_logprobs
-from fastpg.ops import two_pass_backward, two_pass_forward
+from fastpg.lm_head import Head
+from fastpg.ops import two_pass_backward, two_pass_partials, two_pass_statistics
 from fastpg.products import product
-from fastpg.row_statistics import Partials, finish_rows
+from fastpg.row_statistics import Incoming, finish_rows
+from fastpg.rows import Rows, Wanted
+from fastpg.two_pass_schedule import Plan
 
 
 def small_inputs(dtype=torch.float64, rows=7, vocab=9, hidden_size=4):
@@ -32,7 +35,7 @@ def test_gradcheck(softcap, temperature):
     assert torch.autograd.gradcheck(values, (hidden, weight, bias))
 
 
-def op_arguments(dtype, gather, entropy, rank=None):
+def rows_and_head(dtype, gather, rank=None):
     hidden, weight, bias, tokens = small_inputs(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     lora_hidden, b = (None, None) if rank is None else (torch.randn(7, rank).to(wide), torch.randn(9, rank).to(dtype))
@@ -40,27 +43,30 @@ def op_arguments(dtype, gather, entropy, rank=None):
     keep = None if gather else torch.tensor([True, False, True, True, True, True, True])
     rows = tokens[indices] if gather else tokens
     temperature = torch.rand(len(rows)) + 0.5
-    return (
-        hidden.detach(), lora_hidden, indices, keep, rows, temperature.to(wide), weight.detach(), b, bias.detach(), 3.0,
-        0.8, entropy, 2**24, "torch",
-    )  # fmt: skip
+    masked = None if keep is None else ~keep
+    rows = Rows(hidden.detach(), lora_hidden, indices, masked, rows, temperature.to(wide))
+    return rows, Head(weight.detach(), b, bias.detach(), 3.0, 0.8)
 
 
 @pytest.mark.parametrize("gather", [True, False], ids=["gathered", "all-rows"])
 @pytest.mark.parametrize("entropy", [True, False], ids=["entropy", "logprobs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck_two_pass(dtype, gather, entropy):
-    arguments = op_arguments(dtype, gather, entropy, 2 if entropy else None)
-    torch.library.opcheck(two_pass_forward, arguments)
-    statistics = list(finish_rows(Partials(*two_pass_forward(*arguments)), entropy))
-    g = torch.randn_like(statistics[0])
-    h = torch.randn_like(g) if entropy else None
-    buffer = torch.zeros_like(arguments[6], dtype=g.dtype)
+    rows, head = rows_and_head(dtype, gather, 2 if entropy else None)
+    statistics = opcheck(two_pass_statistics, rows, head, entropy, 2**24, "torch")
+    partials = opcheck(two_pass_partials, rows, head, entropy, 2**24, "torch")
+    for x, y in zip(finish_rows(partials, entropy), statistics, strict=True):
+        assert x is y is None or torch.equal(x, y)
+    g = torch.randn_like(statistics.t)
+    incoming = Incoming(g, torch.randn_like(g) if entropy else None)
+    buffer = torch.zeros_like(head.weight, dtype=g.dtype)
     for hidden, weight, bias in ((True, True, True), (False, True, False), (True, False, False)):
-        wanted = [hidden, hidden and entropy, weight, weight and entropy, bias]
-        rest = statistics, g, h, wanted, 2**24, "torch"
-        torch.library.opcheck(two_pass_backward, (*arguments[:11], *rest, None, False))
-        torch.library.opcheck(two_pass_backward, (*arguments[:11], *rest, buffer if weight else None, True))
+        wanted = Wanted(hidden, hidden and entropy, weight, weight and entropy, bias)
+        for partial, weight_grad in ((False, None), (True, buffer if weight else None)):
+            plan = Plan(2**24, "torch", partial)
+            found = opcheck(two_pass_backward, rows, head, statistics, incoming, wanted, plan, weight_grad)
+            given = wanted._replace(weight=weight and weight_grad is None)
+            assert [x is not None for x in found] == list(given)
 
 
 def test_the_precision_switch_is_restored():

@@ -11,15 +11,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import oracle, random_problem, relative_error, row_errors
-from test_parity import ALL_DTYPES, KERNEL_DEVICE, moderate_problem, one_pass_triton
+from problems import opcheck, oracle, random_problem, relative_error, row_errors
+from test_parity import KERNEL_DEVICE, moderate_problem, one_pass_triton
 from torch.profiler import ProfilerActivity, profile
 
 from fastpg import (
     CISPO,
+    SAPO,
     ImportanceWeighted,
+    KLPenalty,
     LMHead,
+    PPOClip,
     Reinforce,
+    backend,
     linear_logprobs,
     linear_policy_loss,
     ops,
@@ -27,9 +31,14 @@ from fastpg import (
     products,
     reference,
 )
-from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
+from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, operands, target
+from fastpg.lm_head import Head
+from fastpg.losses import TokenTerms
+from fastpg.objectives import device_loss
 from fastpg.one_pass_schedule import _LARGEST_FACTOR, _SMALLEST_FACTOR, _SMALLEST_SUM
 from fastpg.row_statistics import LARGEST_SUM
+from fastpg.rows import Chunk
+from fastpg.tile_ops import LOWEST_ANCHOR
 
 # ---- Which backend --------------------------------------------------------------------------------------------------
 
@@ -43,7 +52,7 @@ def small(dtype=torch.float32, **options):
 def test_unknown_backends_are_errors(monkeypatch):
     with pytest.raises(ValueError, match='backend must be "torch", "triton" or None; got \'cuda\''):
         small(backend="cuda")
-    monkeypatch.setattr(ops, "_ENVIRONMENT", "cuda")
+    monkeypatch.setattr(backend, "_ENVIRONMENT", "cuda")
     with pytest.raises(ValueError, match='FASTPG_BACKEND must be "torch" or "triton"; got \'cuda\''):
         small()
 
@@ -51,7 +60,7 @@ def test_unknown_backends_are_errors(monkeypatch):
 def test_float64_takes_torch_unless_triton_is_asked_for(monkeypatch):
     with pytest.raises(TypeError, match='"triton" has no float64 kernels'):
         small(torch.float64, backend="triton")
-    monkeypatch.setattr(ops, "_ENVIRONMENT", "triton")
+    monkeypatch.setattr(backend, "_ENVIRONMENT", "triton")
     assert torch.equal(small(torch.float64), small(torch.float64, backend="torch"))
 
 
@@ -60,7 +69,7 @@ def test_the_environment_replaces_the_default_and_an_argument_goes_before_it(mon
     monkeypatch.setattr(ops, "tiles_of", lambda backend, original=ops.tiles_of: (chosen.append(backend), original(backend))[1])
     small()
     assert set(chosen) == {"torch"}
-    monkeypatch.setattr(ops, "_ENVIRONMENT", "triton")
+    monkeypatch.setattr(backend, "_ENVIRONMENT", "triton")
     if KERNEL_DEVICE == "cpu":
         chosen.clear()
         small()
@@ -80,7 +89,7 @@ def test_triton_on_cpu_tensors_outside_the_interpreter_says_what_to_do(tmp_path)
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(ops, "_TRITON_IS_INSTALLED", False)
+    monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
     with pytest.raises(ModuleNotFoundError, match="pip install triton"):
         small(backend="triton")
 
@@ -88,7 +97,7 @@ def test_triton_that_is_not_installed_is_named(monkeypatch):
 # ---- Counts ---------------------------------------------------------------------------------------------------------
 
 MULTIPLYING = {"anchored_exp_kernel": anchored_exp, "logsumexp_kernel": logsumexp, "dlogits_kernel": dlogits}
-OTHERS = {"target_kernel": target, "finalize_kernel": finalize, "combine_kernel": logsumexp}
+OTHERS = {"target_kernel": target, "finish_kernel": finish, "combine_kernel": logsumexp}
 
 
 class Launches:
@@ -99,7 +108,7 @@ class Launches:
 
     def __getitem__(self, grid):
         def launch(*arguments, **named):
-            self.noted.append((self.name, grid, named))
+            self.noted.append((self.name, grid, arguments))
             return self.kernel[grid](*arguments, **named)
 
         return launch
@@ -119,10 +128,12 @@ def multiplications(launches: list, call) -> float:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         call()
     flops = 0
-    for name, (programs,), named in launches:
+    for name, (programs,), arguments in launches:
         if name in MULTIPLYING:
-            tiles = programs * (named.get("TILES", 1))
-            flops += 2 * tiles * named["ROWS"] * named["COLUMNS"] * named["H"]
+            (head,) = (x for x in arguments if isinstance(x, operands.Head))
+            (tile,) = (x for x in arguments if isinstance(x, operands.Tile))
+            tiles = programs * (logsumexp._TILES_PER_SPLIT if name == "logsumexp_kernel" else 1)
+            flops += 2 * tiles * tile.ROWS * tile.COLUMNS * head.H
     factors = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
     for event in profiler.events():
         if event.name in factors and (event.cpu_parent is None or event.cpu_parent.name not in factors):
@@ -148,9 +159,10 @@ def test_counts_of_products_from_launches(launches):
 
         return multiplications(launches, step) / one
 
-    assert one_pass(True, True) == one_pass(True, True, objective=Reinforce()) == 3
+    mine = lambda logp, old, a: logp * a  # noqa: E731
+    assert one_pass(True, True) == one_pass(True, True, objective=Reinforce()) == one_pass(True, True, objective=mine) == 3
     # one launch of each kernel for a chunk, whatever the objective
-    assert Counter(name for name, *_ in launches) == {"target_kernel": 1, "anchored_exp_kernel": 1, "finalize_kernel": 1}
+    assert Counter(name for name, *_ in launches) == {"target_kernel": 1, "anchored_exp_kernel": 1, "finish_kernel": 1}
     assert one_pass(True, False) == one_pass(False, True) == 2
     assert one_pass(False, False) == 1
     assert one_pass(True, True, torch.where(torch.arange(rows) % 2 == 0, 0, advantages)) == 1.5
@@ -195,13 +207,34 @@ def test_a_skinny_product_with_a_16_bit_chunk_keeps_the_digits_of_its_other_fact
 # ---- The fused loss -------------------------------------------------------------------------------------------------
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("bounds", [(5.0, None), (1.2, 0.8), (None, 0.5), (None, None)], ids=str)
-def test_the_fused_loss_is_the_objectives(dtype, bounds):
-    """CISPO in the kernel against the same objective as a user's function, which takes the general path."""
-    problem = replace(moderate_problem(100, dtype), ref_logprobs=None, mask=torch.rand(100) > 0.2)
-    plain = CISPO(*bounds)
-    fused, general = (one_pass_triton(problem, f, "token-mean") for f in (plain, lambda logp, old, a: plain(logp, old, a)))
+OBJECTIVES = [
+    *(CISPO(*bounds) for bounds in ((5.0, None), (1.2, 0.8), (None, 0.5), (None, None))),
+    Reinforce(),
+    ImportanceWeighted(),
+    PPOClip(),
+    PPOClip(0.1, 0.3, dual_clip=1.5),
+    SAPO(),
+    SAPO(2.0, 0.5),
+]
+KLS = [None, *(KLPenalty(0.3, estimator) for estimator in ("k1", "k2", "k3")), KLPenalty(0.3, "k3", importance_weighted=True)]
+
+
+LOSSES = [(objective, None) for objective in OBJECTIVES] + [(f, kl) for f in (CISPO(), PPOClip()) for kl in KLS[1:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])  # float16 takes two passes
+@pytest.mark.parametrize(("objective", "kl"), LOSSES, ids=str)
+def test_the_fused_loss_is_the_objectives(dtype, objective, kl):
+    """In the kernel against the same objective as a user's function, which takes the general path."""
+    problem = replace(moderate_problem(100, dtype), mask=torch.rand(100) > 0.2)
+    problem = replace(problem, rollout_weights=torch.rand(100).to(problem.advantages) * 2)
+    if kl is None:
+        problem = replace(problem, ref_logprobs=None)
+    assert device_loss(objective, kl, show_lost=False) is not None
+    assert device_loss(lambda *x: objective(*x), kl, show_lost=False) is None
+    fused, general = (
+        one_pass_triton(problem, f, "token-mean", kl=kl) for f in (objective, lambda logp, old, a: objective(logp, old, a))
+    )
     assert torch.allclose(fused.loss, general.loss, rtol=1e-5)
     # of a certain token relative to 1 - p, whose logarithm, up to 28, is rounded
     assert ((fused.logprobs - general.logprobs).abs() <= 4e-6 * general.logprobs.abs().clamp(min=1e-30)).all()
@@ -209,21 +242,51 @@ def test_the_fused_loss_is_the_objectives(dtype, bounds):
     assert relative_error(fused.dweight, general.dweight.double()) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_which_losses_are_fused():
+    """By the class that states a device function; a subclass may have another formula."""
+
+    class Mine(CISPO):
+        def __call__(self, logprobs, old_logprobs, advantages):
+            return 2 * super().__call__(logprobs, old_logprobs, advantages)
+
+    class MyKL(KLPenalty):
+        pass
+
+    assert device_loss(CISPO(), None, False) == ("cispo", (None, 5.0, None), None, 0.0, False, False)
+    assert device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True), True)[2:] == ("kl_k2", 0.1, True, True)
+    assert device_loss(Mine(), None, False) is None
+    assert device_loss(ImportanceWeighted("sequence"), None, False) is None
+    assert device_loss(CISPO(), MyKL(0.1), False) is None
+    assert device_loss(lambda logp, old, a: logp, None, False) is None
+
+
 def test_the_kernels_ranges_are_the_schedules():
-    kernel = finalize.SMALLEST_SUM, finalize.LARGEST_SUM, finalize.SMALLEST_FACTOR, finalize.LARGEST_FACTOR
+    kernel = finish.SMALLEST_SUM, finish.LARGEST_SUM, finish.SMALLEST_FACTOR, finish.LARGEST_FACTOR
     assert tuple(c.value for c in kernel) == (_SMALLEST_SUM, LARGEST_SUM, _SMALLEST_FACTOR, _LARGEST_FACTOR)
+    assert finish.LOWEST_ANCHOR.value == LOWEST_ANCHOR
 
 
 @pytest.mark.parametrize(("dtype", "entropy"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_opcheck_of_the_fused_operator(dtype, entropy):
     rows, vocab = 70, 33
     hidden, weight, bias = torch.randn(rows, 8).to(dtype), torch.randn(vocab, 8).to(dtype), torch.randn(vocab).to(dtype)
-    tokens, anchor, temperature = torch.randint(0, vocab, (rows,)), -torch.rand(rows), torch.rand(rows, 1) + 0.5
-    rest = torch.rand(rows) > 0.3, -torch.rand(rows), torch.randn(rows), -torch.rand(rows), None, 5.0
-    for scores in (torch.zeros(rows, vocab, dtype=dtype), None):
-        arguments = (hidden, None, tokens, temperature, anchor, weight, None, bias, 5.0, 0.9, entropy, scores, *rest)
-        moved = tuple(x.to(KERNEL_DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
-        torch.library.opcheck(ops.cispo_scores, moved)
+
+    def on_device(x):
+        return x.to(KERNEL_DEVICE)
+
+    tokens, temperature = torch.randint(0, vocab, (rows,)), torch.rand(rows, 1) + 0.5
+    chunk = Chunk(on_device(hidden), None, on_device(tokens), on_device(temperature))
+    head = Head(on_device(weight), None, on_device(bias), 5.0, 0.9)
+    masked, old, advantages, weights, rollout, ref = (
+        torch.rand(rows) > 0.7, -torch.rand(rows), torch.randn(rows), torch.rand(rows), torch.rand(rows), -torch.rand(rows)
+    )  # fmt: skip
+    terms = TokenTerms(*map(on_device, (masked, old, advantages, weights, rollout, ref)))
+    loss = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k3"), show_lost=True)
+    for scores in (torch.zeros(rows, vocab, dtype=dtype, device=KERNEL_DEVICE), None):
+        found = opcheck(ops.scored_rows, chunk, head, terms, loss, scores, entropy)
+        assert (found.entropy is not None, found.factor is not None) == (entropy, scores is not None)
+    plain = TokenTerms(None, None, terms.advantages, terms.weights, None, None)
+    opcheck(ops.scored_rows, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

@@ -13,7 +13,7 @@ from fastpg.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, Varian
 
 # the matrix in parts that take seconds each
 PARTS = {
-    "one-pass": ("target", "anchored_exp", "finalize"),
+    "one-pass": ("target", "anchored_exp", "finish"),
     "logsumexp": ("logsumexp", "combine"),
     "dlogits": ("dlogits", "given_logsumexp", "given_dlogits"),
 }
@@ -48,7 +48,7 @@ def test_the_whole_matrix(tmp_path, target, part):
 
 def test_what_the_matrix_asks_for():
     assert sorted(kernel for part in PARTS.values() for kernel in part) == sorted(KERNELS)
-    assert len(list(compile_report.variants())) <= 232
+    assert len(list(compile_report.variants())) <= 276
     count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
     assert count["anchored_exp", "bfloat16"] == 7  # plain, five flags alone, all
     assert count["logsumexp", "float16"] == count["dlogits", "float32"] == 2  # plain, all
@@ -56,21 +56,51 @@ def test_what_the_matrix_asks_for():
 
 
 def test_a_variant_is_what_its_launcher_would_compile():
-    """Flags reach the kernel as constants or as arguments, and nothing is left without a type."""
+    """Flags reach the kernel as arguments that are there, and nothing is left without a type."""
     for variant in compile_report.variants(targets=["cuda:80", "cuda:90"]):
-        kernel, signature, constants, _ = compile_report.arguments(variant)
-        names = set(kernel.arg_names)
-        assert set(signature) | set(constants) == names
-        assert not set(signature) & set(constants)
-        if "BIAS" in names:
-            assert ("BIAS" in signature) == ("bias" in variant.flags)
-        if "SOFTCAP" in names:
-            assert constants["SOFTCAP"] == ("softcap" in variant.flags)
-        if "Q" in names:
-            assert ("Q" in signature) == ("entropy" in variant.flags)
+        kernel, arguments, _ = compile_report.launched(variant)
+        given = dict(zip(kernel.arg_names, arguments, strict=True))
+        source = compile_report.source_of(kernel, arguments)
+        assert list(source.signature) == list(kernel.arg_names)
+        if "head" in given:
+            assert (given["head"].BIAS is not None) == ("bias" in variant.flags)
+            assert (given["head"].inner is not None) == ("softcap" in variant.flags)
+            assert (given["head"].B is not None) == ("lora" in variant.flags)
+            assert (given["rows"].SCALE is not None) == ("temperature" in variant.flags)
         if variant.kernel in MULTIPLIES:
-            is_descriptor = signature["X"].startswith("tensordesc")
-            assert is_descriptor == (variant.target == "cuda:90" and variant.dtype != "float32")
+            assert source.signature["W"].startswith("tensordesc") == given["TILE"].DESCRIPTORS
+            assert (variant.target == "cuda:90" and variant.dtype != "float32") == given["TILE"].DESCRIPTORS
+            assert given["TILE"].EVEN_H
+        if variant.kernel == "finish":
+            named = [flag for flag in variant.flags if flag in compile_report.OBJECTIVES]
+            assert (given["OBJECTIVE"] is None) == (not named)
+            assert given["sums"].E is None or "scores" in variant.flags
+
+
+def test_no_kernel_has_more_than_14_parameters():
+    names = {}
+    for variant in compile_report.variants(targets=["cuda:90"]):
+        kernel, *_ = compile_report.launched(variant)
+        names[variant.kernel] = kernel.arg_names
+    assert set(names) == set(KERNELS)
+    assert max(len(arguments) for arguments in names.values()) <= 14
+
+
+def test_pointers_and_multiples_of_16_are_known_and_1_is_a_constant():
+    (variant,) = [v for v in compile_report.variants(["dlogits"], ["cuda:80"]) if v.dtype == "bfloat16" and not v.flags]
+    kernel, arguments, options = compile_report.launched(variant)
+    source = compile_report.source_of(kernel, arguments)
+    position = {name: i for i, name in enumerate(kernel.arg_names)}
+    head, place = source.signature["head"], position["head"]
+    fields = {field: (place, i) for i, field in enumerate(type(head)._fields)}
+    assert head.H == head.stride_w == "i32"
+    assert fields["H"] in source.attributes
+    assert source.constants[fields["stride_h"]] == 1
+    assert source.constants[fields["BIAS"]] is None
+    rows = source.signature["rows"]
+    assert (rows.TOKENS, rows.C, rows.SCALE, rows.scale) == ("*i64", "i32", "constexpr", "fp32")
+    assert (position["rows"], type(rows)._fields.index("C")) not in source.attributes
+    assert options == {"num_warps": 8, "num_stages": 3}
 
 
 def test_problems_are_named():
@@ -89,7 +119,7 @@ def test_tables(tmp_path):
     assert "entropy" in printed.stdout
     markdown = fastpg("compile-report", *options, "--markdown", folder=tmp_path).stdout.splitlines()
     assert markdown[0].startswith("| kernel | dtype | flags | cuda:80 |")
-    assert len(markdown) == 4  # plain and entropy
+    assert len(markdown) == 6  # plain, entropy, finish, both
     assert all(line.count("|") == 8 for line in markdown)
 
 

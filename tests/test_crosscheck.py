@@ -132,21 +132,22 @@ def test_the_interpreter_needs_triton(tmp_path):
 
 MUTATIONS = {
     "the target stays in the sum": (
-        "anchored_exp.py", "(columns < V)[None, :] & (columns[None, :] != token[:, None])", "(columns < V)[None, :]",
+        "anchored_exp.py", "(columns < head.V)[None, :] & (columns[None, :] != mine.token[:, None])",
+        "(columns < head.V)[None, :]",
         "linear_cispo_loss", "fp32", "logp",
     ),
     "no anchor": (
-        "anchored_exp.py", "(z - anchor[:, None]) * LOG2E", "z * LOG2E", "linear_cispo_loss", "fp32", "logp",
+        "anchored_exp.py", "(z - mine.anchor[:, None]) * LOG2E", "z * LOG2E", "linear_cispo_loss", "fp32", "logp",
     ),
     "the softcap's slope": (
-        "logits.py", "slope = 4.0 * q", "slope = 3.9 * q", "linear_logprobs", "fp32", "dX, a row",
+        "tile.py", "slope = 4.0 * q", "slope = 3.9 * q", "linear_logprobs", "fp32", "dX, a row",
     ),
     "what rounding takes": (
         "anchored_exp.py", "r = tl.sum(e - stored.to(tl.float32), 1)", "r = tl.sum(e - e, 1)",
         "linear_cispo_loss", "bf16", "dX, a row",
     ),
     "the sign of the entropy's gradient": (
-        "dlogits.py", "(-h[:, None] * surprise - g[:, None]) * p", "(h[:, None] * surprise - g[:, None]) * p",
+        "dlogits.py", "(-mine.h[:, None] * surprise - mine.g", "(mine.h[:, None] * surprise - mine.g",
         "linear_logprobs", "fp32", "dX, a row",
     ),
 }  # fmt: skip

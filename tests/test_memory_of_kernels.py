@@ -6,20 +6,21 @@ left out; what is allocated at a time is counted as it would be there.
 
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastpg import CISPO, LMHead, Reinforce, one_pass_schedule, products, triton_tile_ops, two_pass_schedule
-from fastpg.kernels import anchored_exp, dlogits, finalize, logsumexp, target
-from fastpg.lm_head import Projection, projection_of
+from fastpg import CISPO, LMHead, products, triton_tile_ops, two_pass_schedule
+from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, target
+from fastpg.lm_head import head_of
 from fastpg.losses import TokenTerms, token_losses
-from fastpg.one_pass_schedule import Options, chunk_length, one_pass
-from fastpg.row_statistics import RowStatistics
-from fastpg.rows import Chunk, Rows, Wanted
+from fastpg.objectives import device_loss
+from fastpg.one_pass_schedule import Options, one_pass
+from fastpg.row_statistics import Incoming, RowStatistics
+from fastpg.rows import Rows, Wanted
+from fastpg.workspace import plan_logprobs, plan_policy_loss
 
 GIB = 2**30
 SHAPES = {  # N, H, V
@@ -63,37 +64,20 @@ class NoKernel:
 @pytest.fixture(autouse=True)
 def _without_kernels_and_products(monkeypatch):
     names = {
-        anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finalize: ["finalize_kernel"],
+        anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finish: ["finish_kernel"],
         logsumexp: ["logsumexp_kernel", "combine_kernel"], target: ["target_kernel"],
     }  # fmt: skip
     for module, kernels in names.items():
         for name in kernels:
             monkeypatch.setattr(module, name, NoKernel())
-        if hasattr(module, "operands"):
-            monkeypatch.setattr(module, "operands", lambda *arguments: {})
+        if hasattr(module, "tile_arguments"):
+            monkeypatch.setattr(module, "tile_arguments", lambda *arguments: (None,) * 5)
     monkeypatch.setattr(triton_tile_ops, "target_of", lambda device: "cuda:90")
 
     def no_product(a, b, out=None, accumulate=False, dtype=None):
         return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
 
     monkeypatch.setattr(products, "_multiply", no_product)
-
-    def anchored(function):
-        def scores(hidden, low_rank, tokens, temperature, log_anchor, weight, b, bias, softcap, logit_scale, *rest):
-            head, chunk = Projection(weight, b, bias, softcap, logit_scale), Chunk(hidden, low_rank, tokens, temperature)
-            entropy, *others = rest
-            return function(chunk, head, log_anchor, entropy, *(x for x in others if not isinstance(x, str)))
-
-        return scores
-
-    bodies = SimpleNamespace(  # a registered operator would answer with its fake
-        tiles_of=lambda backend: triton_tile_ops,
-        target_logits=lambda *x: triton_tile_ops.target_logits(Chunk(*x[:4]), Projection(*x[4:-1])),
-        anchored_scores=anchored(lambda *x: triton_tile_ops.anchored_exp(*x[:-2], x[-2:])),
-        cispo_scores=anchored(lambda *x: triton_tile_ops.anchored_cispo(*x)),
-        gradient_products=products.gradient_products,
-    )
-    monkeypatch.setattr(one_pass_schedule, "ops", bodies)
 
 
 def problem(shape, dtype, gather):
@@ -105,12 +89,12 @@ def problem(shape, dtype, gather):
 
     indices = meta(rows, dtype=torch.int64) if gather else None
     hidden = meta(rows + gather, size, dtype=dtype)
-    head = projection_of(LMHead(meta(vocab, size, dtype=dtype)))
+    head = head_of(LMHead(meta(vocab, size, dtype=dtype)))
     return Rows(hidden, None, indices, None, meta(rows, dtype=torch.int64), None), head, partial(meta, rows)
 
 
 def beyond_results(call, rows, head, inputs):
-    with Allocations([rows.hidden, rows.tokens, head.weight, *inputs]) as allocations:
+    with torch.no_grad(), Allocations([rows.hidden, rows.tokens, head.weight, *inputs]) as allocations:
         call()
     return allocations.peak - rows.hidden.nbytes - head.weight.nbytes
 
@@ -122,17 +106,20 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=s
 @DTYPES
 @GATHER
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("objective", [CISPO(), Reinforce()], ids=["fused", "any"])
+@pytest.mark.parametrize("objective", [CISPO(), lambda logp, old, a: logp * a], ids=["fused", "any"])
 @pytest.mark.parametrize("workspace", [GIB, 24 * GIB], ids=["default", "one-chunk"])
 def test_one_pass(shape, dtype, gather, objective, workspace):
     rows, head, vector = problem(shape, dtype, gather)
     terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
-    bounds = objective.ratio_bounds if isinstance(objective, CISPO) else None
-    options = Options(Wanted(True, False, True, False, False), False, workspace, False, "triton", bounds)
+    loss = device_loss(objective, None, show_lost=True)
+    plan = plan_policy_loss(
+        head, len(rows.tokens), entropy=False, gradient=True, workspace=workspace, backend="triton"
+    )  # fmt: skip
+    options = Options(Wanted(True, False, True, False, False), False, plan, False, "triton", loss)
     losses = partial(token_losses, objective=objective, kl=None)
     inputs = [*(x for x in terms if x is not None), *([rows.indices] if gather else [])]
     used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
-    several = chunk_length(head, len(rows.tokens), options) < len(rows.tokens)
+    several = plan.sweep_rows < len(rows.tokens)
     assert several == (workspace == GIB)
     copy = head.weight.numel() * 4 if several and dtype != torch.float32 else 0
     vectors = 40 * 4 * len(rows.tokens)
@@ -150,7 +137,9 @@ def test_two_passes(shape, dtype, gather, entropy):
     wanted = Wanted(True, False, True, False, False)
 
     def backward():
-        two_pass_schedule.two_pass_backward(triton_tile_ops, rows, head, statistics, g, h, wanted, GIB)
+        chunk_rows = plan_logprobs(head, entropy=entropy, workspace=GIB, backend="triton")
+        plan = two_pass_schedule.Plan(chunk_rows, "triton", partial=False)
+        two_pass_schedule.two_pass_backward(triton_tile_ops, rows, head, statistics, Incoming(g, h), wanted, plan)
 
     inputs = [g, *statistics, *([h] if entropy else []), *([rows.indices] if gather else [])]
     used = beyond_results(backward, rows, head, inputs)

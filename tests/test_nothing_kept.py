@@ -6,6 +6,7 @@ What is kept over a denominator of 0 stays loud. Ranks without tokens are in tes
 from __future__ import annotations
 
 import math
+import shutil
 from itertools import product
 
 import pytest
@@ -253,3 +254,20 @@ def test_a_head_of_the_whole_batch_masked_by_tokens():
     """All tokens -100, as padding is."""
     out = linear_logprobs(torch.randn(4, 8), LMHead(torch.randn(20, 8)), torch.full((4,), -100), entropy=True)
     assert masked_mean(out.entropy, torch.zeros(4).bool()) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from its compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler for CPUs needs one of C++")
+@pytest.mark.parametrize("spoilt", [math.inf, -math.inf, math.nan])
+def test_compilers_do_not_hide_an_old_logprob_that_is_not_finite(spoilt):
+    """x * 0 is 0 for torch's compiler, whatever x is; the loss is NaN all the same."""
+    logprobs, old, advantages = -torch.rand(8), -torch.rand(8), torch.zeros(8)
+
+    def loss(logprobs, old):
+        return policy_loss(logprobs, old, advantages, objective=CISPO()).loss
+
+    compiled = torch.compile(loss)
+    assert torch.equal(compiled(logprobs, old), loss(logprobs, old))
+    old[3] = spoilt
+    assert compiled(logprobs, old).isnan()
+    assert loss(logprobs, old).isnan()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, check_result, oracle, random_problem, relative_error, row_errors
+from problems import Problem, check_result, opcheck, oracle, random_problem, relative_error, row_errors
 from test_parity import ALL_DTYPES, BACKENDS, coefficient_conditioning, one_pass, one_pass_triton, two_pass
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +23,11 @@ from fastpg import (
     policy_loss,
     reference,
 )
-from fastpg.ops import anchored_scores, gradient_products, lora_products, target_logits
+from fastpg.lm_head import Head
+from fastpg.ops import anchored_scores, gradient_products, target_logits
+from fastpg.products import Sums
 from fastpg.profiling import transient_bytes
+from fastpg.rows import Chunk
 
 # names what a test calls `one_pass`
 ONE_PASS = pytest.mark.parametrize("one_pass", [one_pass, one_pass_triton], ids=["torch", "triton"])
@@ -672,26 +675,24 @@ def test_the_module_and_the_cispo_function_are_the_same_loss():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(dtype, entropy):
     wide = torch.promote_types(dtype, torch.float32)
-    hidden, tokens = torch.randn(256, 8).to(dtype).to(wide), torch.randint(0, 33, (256,))
-    weight, bias = torch.randn(33, 8).to(dtype), torch.randn(33).to(dtype)
-    temperature, anchor = torch.rand(256, 1).to(wide) + 0.5, -torch.rand(256).to(wide)
-    scores = torch.zeros(256, 33, dtype=dtype)
     lora_hidden, b = (torch.randn(256, 3).to(wide), torch.randn(33, 3).to(dtype)) if entropy else (None, None)
-    head = weight, b, bias, 5.0, 0.9
-    torch.library.opcheck(target_logits, (hidden, lora_hidden, tokens, temperature, *head, "torch"))
-    target = target_logits(hidden, lora_hidden, tokens, temperature, *head, "torch")
-    arguments = (hidden, lora_hidden, tokens, temperature, anchor, *head, entropy, "torch")
-    torch.library.opcheck(anchored_scores, (*arguments, scores, *target))
-    torch.library.opcheck(anchored_scores, (*arguments, None, *target))
+    temperature = torch.rand(256, 1).to(wide) + 0.5
+    chunk = Chunk(torch.randn(256, 8).to(dtype).to(wide), lora_hidden, torch.randint(0, 33, (256,)), temperature)
+    softcap = 5.0 if entropy else None
+    head = Head(torch.randn(33, 8).to(dtype), b, torch.randn(33).to(dtype), softcap, 0.9)
+    scores, anchor = torch.zeros(256, 33, dtype=dtype), -torch.rand(256).to(wide)
+    target = opcheck(target_logits, chunk, head, "torch")
+    assert (target.slope is None) == (softcap is None)
+    opcheck(anchored_scores, chunk, head, anchor, target, None, entropy, "torch")
+    sums = opcheck(anchored_scores, chunk, head, anchor, target, scores, entropy, "torch")
+    assert (sums.weighted is not None, sums.residual is not None) == (entropy, dtype == torch.bfloat16)
     factor = torch.randn(256).to(wide)
-    residual = torch.randn(256 if dtype == torch.bfloat16 else 0).to(wide)
-    for sums in (dtype, wide):
-        targets = (torch.zeros(256, 8, dtype=dtype), torch.zeros(33, 8, dtype=sums), torch.zeros(33, dtype=wide))
-        torch.library.opcheck(gradient_products, (scores, factor, residual, hidden, tokens, weight, *targets, sums == wide))
-    if entropy:
-        targets = torch.zeros(256, 3, dtype=wide), torch.zeros(33, 3, dtype=wide)
-        for accumulate in (False, True):
-            torch.library.opcheck(lora_products, (scores, factor, residual, lora_hidden, tokens, b, *targets, accumulate))
+    for of_weight in (dtype, wide):
+        lora = (torch.zeros(256, 3, dtype=wide), torch.zeros(33, 3, dtype=wide)) if entropy else (None, None)
+        into = Sums(
+            torch.zeros(256, 8, dtype=dtype), lora[0], torch.zeros(33, 8, dtype=of_weight), lora[1], torch.zeros(33, dtype=wide)
+        )
+        opcheck(gradient_products, scores, factor, sums.residual, chunk, head, into, of_weight == wide)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from problems import opcheck
 from test_parity import KERNEL_DEVICE
 
 from fastpg import linear_logprobs, reference, selective_logprobs
-from fastpg.ops import given_dlogits, given_logsumexp
+from fastpg.ops import given_dlogits, given_statistics
 from fastpg.profiling import transient_bytes
-from fastpg.row_statistics import Partials, finish_rows
+from fastpg.row_statistics import Given, Incoming
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -134,11 +135,10 @@ def test_gradcheck_and_no_second_derivative():
 def test_opcheck(backend, entropy):
     logits, tokens = given(9, 40, torch.bfloat16)
     temperature, keep = torch.rand(9, 1, device=tokens.device) + 0.5, torch.rand(9, device=tokens.device) > 0.3
-    arguments = logits, tokens, temperature, keep
-    torch.library.opcheck(given_logsumexp, (*arguments, entropy, backend))
-    statistics = list(finish_rows(Partials(*given_logsumexp(*arguments, entropy, backend)), entropy))
-    g = torch.randn_like(statistics[0])
-    torch.library.opcheck(given_dlogits, (*arguments, statistics, g, g if entropy else None, backend))
+    rows = Given(logits, tokens, temperature, keep)
+    statistics = opcheck(given_statistics, rows, entropy, backend)
+    g = torch.randn_like(statistics.t)
+    opcheck(given_dlogits, rows, statistics, Incoming(g, g if entropy else None), backend)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

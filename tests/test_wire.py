@@ -30,8 +30,9 @@ def counted(rank: int) -> dict[str, dict[str, list[int]]]:
     found = {}
 
     def head(lora: bool) -> LMHead:
-        update = (factors[0], factors[1][rows], 0.1) if lora else None
-        return LMHead(weight[rows].requires_grad_(), lora=update, group=dist.group.WORLD, vocab_start=rows.start)
+        update, softcap = ((factors[0], factors[1][rows], 0.1), 5.0) if lora else (None, None)
+        shard = weight[rows].requires_grad_()
+        return LMHead(shard, softcap=softcap, lora=update, group=dist.group.WORLD, vocab_start=rows.start)
 
     for entropy in (False, True):
         for lora in (False, True):
@@ -56,14 +57,15 @@ def log(request):
     return ranks[0]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora and softcap"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
 def test_bytes_are_those_of_the_page(log, entropy, lora):
     K = N - MASKED
     padded = -(-K // 256) * 256  # PyTorch tiles pad a chunk's rows
     gradients = [4 * K * H, 4 * K * RANK][: 1 + lora]
     one, forward, backward = (log[f"{name} {entropy} {lora}"] for name in ("one pass", "forward", "backward"))
-    assert one == {"gather": [AGREEMENT, 12 * padded, (8 if entropy else 4) * padded], "reduce": gradients}
+    of_target = 12 if lora else 8  # the head with LoRA has a softcap
+    assert one == {"gather": [AGREEMENT, of_target * padded, (8 if entropy else 4) * padded], "reduce": gradients}
     assert forward["gather"][0] == AGREEMENT
     assert sum(forward["gather"][1:]) == (20 if entropy else 16) * K
     assert "reduce" not in forward

@@ -11,10 +11,8 @@ So in both cases d z / d score = scale_n * (1, or inner * slope), with slope = 1
 Everything after `product_tile` is elementwise on fp32 registers; logits are never rounded to 16 bits.
 """
 
-import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,83 +38,73 @@ def tile_position(pid, row_tiles, column_tiles):
 
 
 @triton.jit
-def product_tile(
-    X,  # (C, H), pointer or descriptor
-    W,  # (V, H), pointer or descriptor
-    row_start,
-    column_start,
-    C,
-    V,
-    H,
-    stride_x,
-    stride_w,
-    stride_h,  # of W along H; 1 unless W is a transposed view
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN_H: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """x @ w^T of one tile, (ROWS, COLUMNS) fp32. Rows and columns beyond the edge hold anything: the caller masks them."""
+def product_tile(X, W, row_start, column_start, rows, head, TILE: tl.constexpr):
+    """x @ w^T of one tile, (ROWS, COLUMNS) fp32, with LoRA's update. Rows and columns beyond the edge hold anything: the caller
+    masks them. X (C, H) and W (V, H) are pointers or descriptors."""
+    ROWS: tl.constexpr = TILE.ROWS
+    COLUMNS: tl.constexpr = TILE.COLUMNS
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    depth = tl.arange(0, DEPTH)
-    if not DESCRIPTORS:
+    depth = tl.arange(0, TILE.DEPTH)
+    if not TILE.DESCRIPTORS:
         # wrapped around instead of masked, which keeps the loop free of masks
-        rows = (row_start + tl.arange(0, ROWS)) % C
-        columns = (column_start + tl.arange(0, COLUMNS)) % V
-        x_pointers = X + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
-        w_pointers = W + columns.to(tl.int64)[:, None] * stride_w + depth.to(tl.int64)[None, :] * stride_h
-    for k in range(0, tl.cdiv(H, DEPTH)):
-        if DESCRIPTORS:
-            x = X.load([row_start, k * DEPTH])
-            w = W.load([column_start, k * DEPTH])
-        elif EVEN_H:
+        r = (row_start + tl.arange(0, TILE.ROWS)) % rows.C
+        v = (column_start + tl.arange(0, TILE.COLUMNS)) % head.V
+        x_pointers = X + r.to(tl.int64)[:, None] * rows.stride_x + depth[None, :]
+        w_pointers = W + v.to(tl.int64)[:, None] * head.stride_w + depth.to(tl.int64)[None, :] * head.stride_h
+    for k in range(0, tl.cdiv(head.H, TILE.DEPTH)):
+        if TILE.DESCRIPTORS:
+            x = X.load([row_start, k * TILE.DEPTH])
+            w = W.load([column_start, k * TILE.DEPTH])
+        elif TILE.EVEN_H:
             x = tl.load(x_pointers)
             w = tl.load(w_pointers)
         else:
-            inside = depth[None, :] < H - k * DEPTH
+            inside = depth[None, :] < head.H - k * TILE.DEPTH
             x = tl.load(x_pointers, mask=inside, other=0.0)
             w = tl.load(w_pointers, mask=inside, other=0.0)
-        if WIDEN:
+        if TILE.WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        if not DESCRIPTORS:
-            x_pointers += DEPTH
-            w_pointers += DEPTH * stride_h
+        if not TILE.DESCRIPTORS:
+            x_pointers += TILE.DEPTH
+            w_pointers += TILE.DEPTH * head.stride_h
+    if head.B is not None:
+        acc = add_lora(acc, row_start, column_start, rows, head, TILE)
     return acc
 
 
 @triton.jit
-def add_lora(
-    score,  # (ROWS, COLUMNS)
-    L,  # (C, rank), or None
-    B,  # (V, rank)
-    row_start,
-    column_start,
-    C,
-    V,
-    rank,
-    stride_l,
-    stride_b,
-    RANK: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+def add_lora(score, row_start, column_start, rows, head, TILE: tl.constexpr):
     """score + l @ B^T, as one more loop over a few columns."""
-    if L is not None:
-        place = tl.arange(0, RANK)
-        rows = (row_start + tl.arange(0, score.shape[0])) % C
-        columns = (column_start + tl.arange(0, score.shape[1])) % V
-        l_pointers = L + rows.to(tl.int64)[:, None] * stride_l + place[None, :]
-        b_pointers = B + columns.to(tl.int64)[:, None] * stride_b + place[None, :]
-        for start in range(0, rank, RANK):
-            inside = (place < rank - start)[None, :]
-            ax = tl.load(l_pointers + start, mask=inside, other=0.0)
-            b = tl.load(b_pointers + start, mask=inside, other=0.0)
-            if WIDEN:
-                ax, b = ax.to(tl.float32), b.to(tl.float32)
-            score = tl.dot(ax, b.T, score, input_precision="ieee")
+    place = tl.arange(0, TILE.RANK)
+    r = (row_start + tl.arange(0, TILE.ROWS)) % rows.C
+    v = (column_start + tl.arange(0, TILE.COLUMNS)) % head.V
+    l_pointers = rows.L + r.to(tl.int64)[:, None] * rows.stride_l + place[None, :]
+    b_pointers = head.B + v.to(tl.int64)[:, None] * head.stride_b + place[None, :]
+    for start in range(0, head.rank, TILE.RANK):
+        inside = (place < head.rank - start)[None, :]
+        low_rank = tl.load(l_pointers + start, mask=inside, other=0.0)
+        b = tl.load(b_pointers + start, mask=inside, other=0.0)
+        if TILE.WIDEN:
+            low_rank, b = low_rank.to(tl.float32), b.to(tl.float32)
+        score = tl.dot(low_rank, b.T, score, input_precision="ieee")
     return score
+
+
+@triton.jit
+def row_scale(rows, r, inside):
+    """scale_n of the rows r, (ROWS,)."""
+    if rows.SCALE is not None:
+        scale = tl.load(rows.SCALE + r, mask=inside, other=0.0)
+    else:
+        scale = tl.where(inside, rows.scale, 0.0)
+    return scale
+
+
+@triton.jit
+def row_token(rows, r, inside):
+    """The token of the rows r, -1 for a row beyond the edge."""
+    return tl.load(rows.TOKENS + r, mask=inside, other=-1)
 
 
 @triton.jit
@@ -142,9 +130,9 @@ def part_columns(start, WIDTH: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.const
 
 
 @triton.jit
-def logits(score, scale, inner, SOFTCAP: tl.constexpr):
-    """score -> (z, slope of the softcap). Without a softcap the slope is 1."""
-    if SOFTCAP:
+def logits(score, scale, inner):
+    """score -> (z, slope of the softcap). Without a softcap, inner None, the slope is 1."""
+    if inner is not None:
         tanh, slope = softcap_tanh(score * inner)
         z = tanh * scale
     else:
@@ -172,10 +160,10 @@ def softcap_tanh(x):
 
 
 @triton.jit
-def add_bias(score, BIAS, columns, V):
-    """score (ROWS, COLUMNS) + b; BIAS is None where the head has none."""
-    if BIAS is not None:
-        score += tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+def add_bias(score, head, columns):
+    """score (ROWS, COLUMNS) + b."""
+    if head.BIAS is not None:
+        score += tl.load(head.BIAS + columns, mask=columns < head.V, other=0.0).to(tl.float32)[None, :]
     return score
 
 
@@ -188,6 +176,16 @@ def log_sigmoid(x):
     rounded = u - 1.0
     log1p = tl.where(rounded == 0, y, tl.log(u) * (y / tl.where(rounded == 0, 1.0, rounded)))
     return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - log1p
+
+
+@triton.jit
+def entropy_from_log_odds(t, others):
+    """H = p softplus(t) + (1 - p) (Ho + softplus(-t)), p = sigmoid(-t); at an infinite t the share with p = 0 is 0."""
+    log_p = tl.where(t == float("inf"), 0.0, log_sigmoid(-t))
+    log_1mp = tl.where(t == float("-inf"), 0.0, log_sigmoid(t))
+    target_share = tl.where(t == float("inf"), 0.0, tl.exp(log_p) * -log_p)
+    others_share = tl.where(t == float("-inf"), 0.0, tl.exp(log_1mp) * (others - log_1mp))
+    return target_share + others_share
 
 
 @triton.jit
@@ -211,58 +209,3 @@ def round_to(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
         quiet = (bits >> 16) | tl.where((bits & 0x7FFFFF) != 0, 0x40, 0)
         return tl.where(special, quiet, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
-
-
-def operands(x, w, lora, blocks):
-    """The arguments of `product_tile` for x (C, H) and w (V, H): tensors or descriptors, sizes, strides, constants. And of
-    `add_lora` for lora = (l (C, rank), B (V, rank)) or None."""
-    depth = x.shape[1]
-    assert x.stride(1) == 1 or depth == 1, "rows of x must be contiguous"
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, w))
-    descriptors = blocks.descriptors and aligned
-    if descriptors:
-        x_operand = TensorDescriptor.from_tensor(x, [blocks.rows, blocks.depth])
-        w_operand = TensorDescriptor.from_tensor(w, [blocks.columns, blocks.depth])
-    else:
-        x_operand, w_operand = x, w
-    sizes = {"C": x.shape[0], "V": w.shape[0], "H": depth}
-    strides = {"stride_x": x.stride(0), "stride_w": w.stride(0), "stride_h": w.stride(1)}
-    constants = {
-        "ROWS": blocks.rows,
-        "COLUMNS": blocks.columns,
-        "DEPTH": blocks.depth,
-        "PARTS": blocks.parts,
-        "GROUPS": blocks.groups,
-        "EVEN_H": depth % blocks.depth == 0,
-        "DESCRIPTORS": descriptors,
-        "WIDEN": INTERPRETED,
-    }
-    return {"X": x_operand, "W": w_operand, **sizes, **strides, **constants, **_lora_operands(lora, x.dtype)}
-
-
-def _lora_operands(lora, dtype):
-    if lora is None:
-        return {"L": None, "B": None, "rank": 0, "stride_l": 0, "stride_b": 0, "RANK": 16}
-    ax, b = lora if dtype != torch.float32 else (lora[0], lora[1].to(dtype).contiguous())
-    if dtype != torch.float32:
-        ax, b = _bf16_operands(ax, b)
-    depth = 16 if dtype == torch.float32 else min(32, max(16, triton.next_power_of_2(b.shape[1])))
-    return {"L": ax, "B": b, "rank": b.shape[1], "stride_l": ax.stride(0), "stride_b": b.stride(0), "RANK": depth}
-
-
-def _bf16_operands(ax, b):
-    """l (C, rank) fp32 and B (V, rank) as bf16 operands (C, n rank), (V, n rank) of the same product, exact to fp32.
-
-    With both as sums of three bf16 parts, six of the nine products of parts matter in fp32; three where B is bf16 itself.
-    """
-    x1, x2, x3 = _bf16_parts(ax)
-    if b.dtype == torch.bfloat16:
-        return torch.cat([x1, x2, x3], 1), torch.cat([b, b, b], 1)
-    b1, b2, b3 = _bf16_parts(b.float())
-    return torch.cat([x1, x2, x3, x1, x2, x1], 1), torch.cat([b1, b1, b1, b2, b2, b3], 1)
-
-
-def _bf16_parts(x):
-    high = x.bfloat16()
-    middle = (x - high.float()).bfloat16()
-    return high, middle, (x - high.float() - middle.float()).bfloat16()

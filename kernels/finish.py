@@ -1,0 +1,259 @@
+"""Kernel 3: completes a row from its partial sums; with an objective, all the way to its gradient's factor.
+
+    S = sum of the partials in a fixed order (Q, R likewise)
+    E_y = -S slope_y                                          the gradient of the target's own column, which kernel 2 left at 0
+
+A row whose sum is not below 2^99 has lost its entries to overflow or NaN: it is stored as zeros, so that nothing of it
+reaches products 2 and 3 (the schedule computes it again, or makes the result NaN). With an objective of `objectives` also
+
+    a = clamp(old, -60, 0)                                    the anchor's log-probability; S e^-a = (1 - p_y) / p_y
+    t = log S - a        logp = logsigmoid(-t)                and the entropy, from t, S and Q
+    loss, g = token_loss(logp, old, A, ...)                   g = dloss/dlogp
+    u = -g logit_scale / (T (S + e^a))                        the row's factor: dX = u (E @ W), dW = E^T (u x)
+
+and whether S and u are in the range where 16-bit exponents and fp32 sums are safe. A user's own objective takes S, Q and R from
+here and does the rest in PyTorch, on vectors.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .anchored_exp import TileSums
+from .objectives import token_loss
+from .tile import INTERPRETED, ROWS_PER_PROGRAM, entropy_from_log_odds, log_sigmoid, round_to, row_sums
+
+_BLOCK = 512
+
+LOWEST_ANCHOR = tl.constexpr(-60.0)
+SMALLEST_SUM, LARGEST_SUM = tl.constexpr(2.0**-90), tl.constexpr(2.0**99)
+SMALLEST_FACTOR, LARGEST_FACTOR = tl.constexpr(2.0**-110), tl.constexpr(2.0**110)
+
+
+class RowSums(NamedTuple):
+    """(C,) each: S; Q, or None; what rounding took from the row of E, or None."""
+
+    TOTAL: Any
+    WEIGHTED: Any
+    RESIDUAL: Any
+
+
+class Tokens(NamedTuple):
+    """The rows' tokens and slopes (C,), None for slopes of 1, and logit_scale / T: (C,) or, where SCALE is None, one number."""
+
+    TOKENS: Any
+    SLOPE: Any
+    SCALE: Any
+    scale: Any
+
+
+class Terms(NamedTuple):
+    """What a loss knows of its tokens, (C,) each: the fields of `fastpg.losses.TokenTerms`."""
+
+    MASKED: Any  # uint8: rows that add nothing; None for none
+    OLD: Any  # None: on-policy
+    ADVANTAGES: Any
+    WEIGHTS: Any
+    ROLLOUT: Any  # or None
+    REF: Any  # or None
+
+
+class Results(NamedTuple):
+    """Of each row, (C,) each."""
+
+    LOGP: Any
+    LOSS: Any
+    ENTROPY: Any  # or None
+    FACTOR: Any  # u, 0 where a row is masked or flagged; None without a gradient
+    STATE: Any  # int8: 0 in range, 1 the factor is not, 2 the sum is not
+
+
+class Loss(NamedTuple):
+    """Which loss: device functions of `objectives`, and their numbers."""
+
+    objective: Callable
+    bounds: Any
+    kl: Callable | None
+    kl_coef: float | None
+    kl_is_weighted: bool
+    show_lost: bool  # NaN where a row's sum or factor has left its range; else such a row is left to be computed again
+
+
+class Tile(NamedTuple):
+    """Constants: rows and columns that a program takes at a time."""
+
+    ROWS: int
+    BLOCK: int
+    EMULATE: bool
+    KL_IS_WEIGHTED: bool
+    SHOW_LOST: bool
+
+
+@triton.jit
+def _complete_scores(sums, total, r, inside, tokens, tiles, V, RESIDUAL, TILE: tl.constexpr):
+    """Writes the target's entry of E, or zeros where the row is lost; stores what rounding took from the row."""
+    ROWS: tl.constexpr = TILE.ROWS
+    BLOCK: tl.constexpr = TILE.BLOCK
+    kept = total < LARGEST_SUM
+    token = tl.load(tokens.TOKENS + r, mask=inside, other=-1).to(tl.int64)
+    is_here = (token >= 0) & (token < V)  # with a sharded vocabulary another rank may have it
+    entry = -total
+    if tokens.SLOPE is not None:
+        entry = entry * tl.load(tokens.SLOPE + r, mask=inside, other=0.0)
+    stored = round_to(entry, sums.E.dtype.element_ty, TILE.EMULATE)
+    if RESIDUAL is not None:
+        residual = row_sums(sums.R, r, inside, tiles, TILE.ROWS, TILE.BLOCK)
+        residual += tl.where(is_here, entry - stored.to(tl.float32), 0.0)
+        tl.store(RESIDUAL + r, tl.where(kept, residual, 0.0), mask=inside)
+    tl.store(sums.E + r * sums.stride_e + token, stored, mask=kept & is_here)
+    lost = inside & ~kept
+    if tl.max(lost.to(tl.int32), 0) > 0:
+        for start in range(0, V, TILE.BLOCK):
+            columns = (start + tl.arange(0, TILE.BLOCK))[None, :]
+            pointers = sums.E + r[:, None] * sums.stride_e + columns
+            zeros = tl.zeros((ROWS, BLOCK), sums.E.dtype.element_ty)
+            tl.store(pointers, zeros, mask=lost[:, None] & (columns < V))
+
+
+@triton.jit
+def _load(P, r, inside):
+    """P[r], or None."""
+    if P is not None:
+        return tl.load(P + r, mask=inside, other=0.0)
+    else:
+        return None
+
+
+@triton.jit
+def log_anchor(old):
+    """clamp(old, -60, 0); NaN stays."""
+    a = tl.maximum(old, LOWEST_ANCHOR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, SHOW_LOST: tl.constexpr):
+    """u, whether it is in range, and whether it is lost."""
+    if tokens.SCALE is not None:
+        scale = tl.load(tokens.SCALE + r, mask=inside, other=0.0)
+    else:
+        scale = tl.where(inside, tokens.scale, 0.0)
+    factor = -g * scale / (total + tl.exp(anchor))
+    size = tl.abs(factor)
+    # g and not u: a u that underflows is no zero
+    factor_in_range = (g == 0) | ~keep | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
+    lost = ~(total < LARGEST_SUM) | ~(size < float("inf"))
+    if SHOW_LOST:
+        factor = tl.where(keep, tl.where(lost, float("nan"), factor), 0.0)
+    else:
+        factor = tl.where(keep & in_range & factor_in_range, factor, 0.0)
+    return factor, factor_in_range, lost
+
+
+@triton.jit
+def _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bounds, KL, kl_coef, TILE: tl.constexpr):
+    """Log-probability, entropy, loss, factor and state of the rows r, from their sums."""
+    keep = inside
+    if terms.MASKED is not None:
+        keep = tl.load(terms.MASKED + r, mask=inside, other=1) == 0
+    old = _load(terms.OLD, r, inside)
+    anchor = tl.zeros_like(total)
+    if terms.OLD is not None:
+        anchor = log_anchor(old)
+    some = tl.where(total == 0, 1.0, total)
+    log_total = tl.where(total == 0, float("-inf"), tl.log(some))
+    t = log_total - anchor
+    logp = log_sigmoid(-t)
+    loss, g = token_loss(
+        logp, old, _load(terms.ADVANTAGES, r, inside), _load(terms.WEIGHTS, r, inside), _load(terms.ROLLOUT, r, inside),
+        _load(terms.REF, r, inside), OBJECTIVE, bounds, KL, kl_coef, TILE.KL_IS_WEIGHTED,
+    )  # fmt: skip
+    in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
+    factor_in_range = inside
+    lost = ~(total < LARGEST_SUM)
+    if results.FACTOR is not None:
+        factor, factor_in_range, lost = _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, TILE.SHOW_LOST)
+        tl.store(results.FACTOR + r, factor, mask=inside)
+    if TILE.SHOW_LOST:
+        logp = tl.where(lost, float("nan"), logp)
+        loss = tl.where(lost, float("nan"), loss)
+    tl.store(results.LOGP + r, tl.where(keep, logp, 0.0), mask=inside)
+    tl.store(results.LOSS + r, tl.where(keep, loss, 0.0), mask=inside)
+    tl.store(results.STATE + r, tl.where(in_range, tl.where(factor_in_range, 0, 1), 2).to(tl.int8), mask=inside)
+    if results.ENTROPY is not None:
+        entropy = entropy_from_log_odds(t, tl.where(total == 0, 0.0, log_total - weighted / some))
+        if TILE.SHOW_LOST:
+            entropy = tl.where(lost, float("nan"), entropy)
+        tl.store(results.ENTROPY + r, tl.where(keep, entropy, 0.0), mask=inside)
+
+
+@triton.jit
+def finish_kernel(
+    sums,
+    tokens,
+    C,
+    tiles,
+    V,
+    out,
+    terms,  # None without an objective, as all that follows
+    results,
+    OBJECTIVE: tl.constexpr,
+    bounds,
+    KL: tl.constexpr,
+    kl_coef,
+    TILE: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    inside = r < C
+    total = row_sums(sums.S, r, inside, tiles, TILE.ROWS, TILE.BLOCK)
+    tl.store(out.TOTAL + r, total, mask=inside)
+    weighted = total
+    if sums.Q is not None:
+        weighted = row_sums(sums.Q, r, inside, tiles, TILE.ROWS, TILE.BLOCK)
+        if out.WEIGHTED is not None:
+            tl.store(out.WEIGHTED + r, weighted, mask=inside)
+    if sums.E is not None:
+        _complete_scores(sums, total, r, inside, tokens, tiles, V, out.RESIDUAL, TILE)
+    if OBJECTIVE is not None:
+        _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bounds, KL, kl_coef, TILE)
+
+
+def finish(sums: TileSums, tokens: Tokens) -> RowSums:
+    """S, Q and what rounding took from the rows of E; completes E in place."""
+    out = _row_sums(sums, sums.Q is not None)
+    _launch(sums, tokens, out, None, None, None)
+    return out
+
+
+def finish_with_loss(sums: TileSums, tokens: Tokens, terms: Terms, loss: Loss) -> tuple[RowSums, Results]:
+    """`finish`, and of each row its log-probability, loss, entropy, factor and state."""
+    out = _row_sums(sums, False)
+    entropy, factor = (None if x is None else torch.empty_like(out.TOTAL) for x in (sums.Q, sums.E))
+    state = torch.empty_like(out.TOTAL, dtype=torch.int8)
+    results = Results(torch.empty_like(out.TOTAL), torch.empty_like(out.TOTAL), entropy, factor, state)
+    if terms.MASKED is not None:
+        terms = terms._replace(MASKED=terms.MASKED.view(torch.uint8))
+    _launch(sums, tokens, out, terms, results, loss)
+    return out, results
+
+
+def _row_sums(sums: TileSums, weighted: bool) -> RowSums:
+    count = len(sums.S)
+    return RowSums(*(sums.S.new_empty(count) if wanted else None for wanted in (True, weighted, sums.R is not None)))
+
+
+def _launch(
+    sums: TileSums, tokens: Tokens, out: RowSums, terms: Terms | None, results: Results | None, loss: Loss | None
+) -> None:
+    count, tiles = sums.S.shape
+    if not count:
+        return
+    loss = Loss(None, None, None, None, False, False) if loss is None else loss
+    tile = Tile(ROWS_PER_PROGRAM, _BLOCK, INTERPRETED, loss.kl_is_weighted, loss.show_lost)
+    vocab = 1 if sums.E is None else sums.E.shape[1]
+    finish_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
+        sums, tokens, count, tiles, vocab, out, terms, results, loss.objective, loss.bounds, loss.kl, loss.kl_coef, tile
+    )

@@ -1,0 +1,135 @@
+"""What launchers take and what kernels get: structures that are built once and passed whole.
+
+A launcher takes `Operands`: the tensors of a chunk and of a head. A kernel gets `Rows`, `Head` and a `Tile`, which go on into
+its device functions. A field of None is a constant to the compiler, so `if head.BIAS is not None` costs nothing. Tensor
+descriptors (X, W) cannot be inside a structure: Triton looks for them among a kernel's own parameters.
+
+Names in capitals are pointers or constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .blocks import Blocks
+from .tile import INTERPRETED
+
+
+class Operands(NamedTuple):
+    """What every launcher that sees logits takes first: C rows of hidden states, and a head of V rows."""
+
+    hidden: torch.Tensor  # (C, H) with contiguous rows
+    weight: torch.Tensor  # (V, H)
+    lora: tuple[torch.Tensor, torch.Tensor] | None  # l (C, rank) fp32 with contiguous rows, B (V, rank)
+    bias: torch.Tensor | None  # (V,)
+    tokens: torch.Tensor  # (C,); anything outside [0, V) has no column here
+    scale: torch.Tensor | float  # (C,) fp32, or one for all rows; of `tile`, as the next
+    inner: float | None
+
+    def vector(self) -> torch.Tensor:
+        """An empty (C,) fp32."""
+        return self.hidden.new_empty(len(self.tokens), dtype=torch.float32)
+
+    def partials(self, tiles: int) -> torch.Tensor:
+        """An empty (C, tiles) fp32."""
+        return self.hidden.new_empty(len(self.tokens), tiles, dtype=torch.float32)
+
+
+class Rows(NamedTuple):
+    TOKENS: Any  # (C,)
+    SCALE: Any  # (C,), or None where `scale` serves all rows
+    scale: Any
+    L: Any  # (C, rank) or None: of LoRA
+    stride_x: Any
+    stride_l: Any
+    C: Any
+
+
+class Head(NamedTuple):
+    B: Any  # (V, rank) or None: of LoRA
+    BIAS: Any  # (V,) or None
+    inner: Any  # None without a softcap
+    stride_w: Any
+    stride_h: Any  # of W along H; 1 unless W is a transposed view
+    stride_b: Any
+    V: Any
+    H: Any
+    rank: Any
+
+
+class Tile(NamedTuple):
+    """A program's tile, all of it constant; see `blocks.Blocks`."""
+
+    ROWS: int
+    COLUMNS: int
+    DEPTH: int
+    PARTS: int
+    GROUPS: int
+    EVEN_H: bool
+    DESCRIPTORS: bool
+    WIDEN: bool
+    RANK: int
+
+
+def tile_arguments(p: Operands, blocks: Blocks) -> tuple[Any, Any, Rows, Head, Tile]:
+    """What every kernel that multiplies matrices gets first, and the tile it gets last."""
+    x, w, depth = p.hidden, p.weight, p.hidden.shape[1]
+    assert x.stride(1) == 1 or depth == 1, "rows of hidden must be contiguous"
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, w))
+    descriptors = blocks.descriptors and aligned
+    low_rank, b = (None, None) if p.lora is None else _lora_operands(*p.lora, x.dtype)
+    rank_step = 16 if b is None or x.dtype == torch.float32 else min(32, max(16, triton.next_power_of_2(b.shape[1])))
+    tile = Tile(
+        blocks.rows, blocks.columns, blocks.depth, blocks.parts, blocks.groups, depth % blocks.depth == 0, descriptors,
+        INTERPRETED, rank_step,
+    )  # fmt: skip
+    rows, head = rows_of(p, low_rank), head_of(p, b)
+    if descriptors:
+        x = TensorDescriptor.from_tensor(x, [blocks.rows, blocks.depth])
+        w = TensorDescriptor.from_tensor(w, [blocks.columns, blocks.depth])
+    return x, w, rows, head, tile
+
+
+def rows_of(p: Operands, low_rank: torch.Tensor | None) -> Rows:
+    vector, number = (p.scale, None) if isinstance(p.scale, torch.Tensor) else (None, float(p.scale))
+    stride_l = None if low_rank is None else low_rank.stride(0)
+    return Rows(p.tokens, vector, number, low_rank, p.hidden.stride(0), stride_l, len(p.tokens))
+
+
+def head_of(p: Operands, b: torch.Tensor | None) -> Head:
+    stride_b, rank = (None, None) if b is None else (b.stride(0), b.shape[1])
+    inner = None if p.inner is None else float(p.inner)
+    return Head(b, p.bias, inner, *p.weight.stride(), stride_b, *p.weight.shape, rank)
+
+
+def _lora_operands(low_rank: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return (low_rank, b.to(dtype).contiguous()) if dtype == torch.float32 else _bf16_operands(low_rank, b)
+
+
+def _bf16_operands(low_rank: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """l (C, rank) fp32 and B (V, rank) as bf16 operands (C, n rank), (V, n rank) of the same product, exact to fp32.
+
+    With both as sums of three bf16 parts, six of the nine products of parts matter in fp32; three where B is bf16 itself. Zeros
+    fill them up to a multiple of 16 columns, whose rows are aligned for any rank.
+    """
+    x1, x2, x3 = _bf16_parts(low_rank)
+    if b.dtype == torch.bfloat16:
+        return _side_by_side(x1, x2, x3), _side_by_side(b, b, b)
+    b1, b2, b3 = _bf16_parts(b.float())
+    return _side_by_side(x1, x2, x3, x1, x2, x1), _side_by_side(b1, b1, b1, b2, b2, b3)
+
+
+def _side_by_side(*parts: torch.Tensor) -> torch.Tensor:
+    missing = -sum(part.shape[1] for part in parts) % 16
+    zeros = [parts[0].new_zeros(len(parts[0]), missing)] if missing else []
+    return torch.cat([*parts, *zeros], 1)
+
+
+def _bf16_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    high = x.bfloat16()
+    middle = (x - high.float()).bfloat16()
+    return high, middle, (x - high.float() - middle.float()).bfloat16()
