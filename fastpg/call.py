@@ -60,6 +60,20 @@ def wanted_of(inputs: Inputs) -> Wanted:
     return Wanted(needs(hidden), of_lora, needs(head.weight), needs(b), needs(head.bias))
 
 
+# A call, a NamedTuple with `rows` and `head`, goes through autograd as the five inputs that may have a gradient, which autograd
+# has to see one by one, and the rest of it whole.
+
+
+def differentiable(call: NamedTuple) -> tuple[torch.Tensor | None, ...]:
+    return *call.rows[:2], *call.head[:3]
+
+
+def with_inputs(call: NamedTuple, hidden=None, lora_hidden=None, weight=None, lora_weight=None, bias=None) -> NamedTuple:
+    """The call with these in place of its own."""
+    rows = call.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
+    return call._replace(rows=rows, head=call.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
+
+
 def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
     # decided here and not by ctx.needs_input_grad, which is True under no_grad as well
     factors = () if head.lora is None else head.lora[:2]

@@ -9,7 +9,7 @@ import torch
 
 from . import buffers, validation
 from .agreement import one_outcome
-from .call import Inputs, prepare, wanted_of
+from .call import Inputs, differentiable, prepare, wanted_of, with_inputs
 from .lm_head import Head, LMHead, head_of
 from .losses import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
 from .metrics import Metrics
@@ -109,7 +109,7 @@ def linear_policy_loss(
         losses = partial(token_losses, objective=objective, kl=kl)
         call = _Call(rows, head, _terms(given, inputs, rows, sequences), losses, options, inputs.head.weight_grad)
         if plan.sweeps:
-            result = Result(*_LinearPolicyLoss.apply(*call.differentiable(), call.others()))
+            result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
             result = _two_passes(call, inputs.head)
     return _report(result, call, objective, inputs.keep, computed)
@@ -372,18 +372,6 @@ class _Call(NamedTuple):
     options: Options
     weight_grad: torch.Tensor | None
 
-    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
-        """Inputs that autograd has to see."""
-        return *self.rows[:2], *self.head[:3]
-
-    def others(self) -> _Call:
-        """The call without them."""
-        return self.replaced(None, None, None, None, None)
-
-    def replaced(self, hidden, lora_hidden, weight, lora_weight, bias) -> _Call:
-        rows = self.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
-        return self._replace(rows=rows, head=self.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
-
 
 class _LinearPolicyLoss(torch.autograd.Function):
     """(loss (), logprobs (K,), entropies (K,) or None, recomputed ()) of the rows of a call.
@@ -393,7 +381,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
-        call = call.replaced(hidden, lora_hidden, weight, lora_weight, bias)
+        call = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
         result = one_pass(call.rows, call.head, call.terms, call.losses, call.options)
         loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)

@@ -8,7 +8,7 @@ import torch
 
 from . import distributed, ops
 from .agreement import one_outcome
-from .call import needs_gradient, prepare
+from .call import differentiable, needs_gradient, prepare, with_inputs
 from .lm_head import Head, LMHead, head_of
 from .row_statistics import Incoming, RowStatistics
 from .rows import Gradients, Rows, Wanted, rows_of
@@ -89,7 +89,7 @@ def row_logprobs(
         with torch.no_grad():
             return ops.row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
     call = _Call(rows, head_of(head), entropy, chunk_rows, backend, head.group, head.weight_grad)
-    return _LinearLogprobs.apply(*call.differentiable(), call.others())
+    return _LinearLogprobs.apply(*differentiable(call), with_inputs(call))
 
 
 class _Call(NamedTuple):
@@ -103,25 +103,13 @@ class _Call(NamedTuple):
     group: distributed.Group
     weight_grad: torch.Tensor | None
 
-    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
-        """Inputs that autograd has to see."""
-        return *self.rows[:2], *self.head[:3]
-
-    def others(self) -> _Call:
-        """The call without them."""
-        return self.replaced(None, None, None, None, None)
-
-    def replaced(self, hidden, lora_hidden, weight, lora_weight, bias) -> _Call:
-        rows = self.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
-        return self._replace(rows=rows, head=self.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
-
 
 class _LinearLogprobs(torch.autograd.Function):
     """(logprobs (K,), entropy (K,) or None) of the rows of a call."""
 
     @staticmethod
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
-        whole = call.replaced(hidden, lora_hidden, weight, lora_weight, bias)
+        whole = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
         statistics = ops.row_statistics(
             whole.rows, whole.head, call.entropy, call.chunk_rows, call.backend, call.group
         )  # fmt: skip
