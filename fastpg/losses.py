@@ -165,7 +165,7 @@ def policy_loss(
     masked = None if mask is None else ~mask
 
     def select(x: torch.Tensor) -> torch.Tensor:
-        return x if masked is None else x.masked_fill(masked, 0)
+        return x.clone() if masked is None else x.masked_fill(masked, 0)
 
     terms = token_terms(
         select, masked, token_weights(every, reduction, denominator, dtype, sequences), old_logprobs,

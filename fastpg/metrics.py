@@ -69,6 +69,9 @@ class Metrics(Mapping):
             raise KeyError(name)
         return _metric(self._step, name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names())
 

@@ -48,20 +48,20 @@ class Objective(ABC):
     zero_at_zero_advantage: A = 0 makes value and gradient 0, so that such tokens need not be computed.
     needs_sequences: its ratio is that of a whole sequence. It is then called with the batch's `Sequences` as a fourth
         argument, and cannot be computed token by token, as the one-pass loss does.
-    device: the name of its device function in `fastpg.kernels.objectives`, of which `numbers` are the bounds. It belongs to
-        the class that states it: a subclass with a formula of its own is computed by its `__call__`.
+    device_function: the name of its device function in `fastpg.kernels.objectives`, whose bounds are `device_numbers`. It
+        belongs to the class that states it: a subclass with a formula of its own is computed by its `__call__`.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = False
-    device: ClassVar[str | None] = None
+    device_function: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "device" not in vars(cls):
-            cls.device = None
+        if "device_function" not in vars(cls):
+            cls.device_function = None
 
     @property
-    def numbers(self) -> Numbers:
+    def device_numbers(self) -> Numbers:
         return Numbers()
 
     @property
@@ -85,7 +85,7 @@ class Reinforce(Objective):
     """l = A logp, dl/dlogp = A. On-policy; off-policy samples are not corrected. (Williams 1992)"""
 
     zero_at_zero_advantage: ClassVar[bool] = True
-    device: ClassVar[str | None] = "reinforce"
+    device_function: ClassVar[str | None] = "reinforce"
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         return advantages * logprobs
@@ -104,7 +104,7 @@ class ImportanceWeighted(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
-    device: ClassVar[str | None] = "importance_weighted"
+    device_function: ClassVar[str | None] = "importance_weighted"
     level: Literal["token", "sequence", "trajectory"] = "token"
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class CISPO(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
-    device: ClassVar[str | None] = "cispo"
+    device_function: ClassVar[str | None] = "cispo"
     ratio_max: float | None = 5.0
     ratio_min: float | None = None
 
@@ -166,7 +166,7 @@ class CISPO(Objective):
         return self.ratio_min, self.ratio_max
 
     @property
-    def numbers(self) -> Numbers:
+    def device_numbers(self) -> Numbers:
         return Numbers(self.ratio_min, self.ratio_max)
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ class PPOClip(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
-    device: ClassVar[str | None] = "ppo_clip"
+    device_function: ClassVar[str | None] = "ppo_clip"
     eps_low: float = 0.2
     eps_high: float = 0.2
     dual_clip: float | None = None
@@ -201,7 +201,7 @@ class PPOClip(Objective):
         return 1 - self.eps_low, 1 + self.eps_high
 
     @property
-    def numbers(self) -> Numbers:
+    def device_numbers(self) -> Numbers:
         return Numbers(*self.ratio_bounds, self.dual_clip)
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -255,7 +255,7 @@ class SAPO(Objective):
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
-    device: ClassVar[str | None] = "sapo"
+    device_function: ClassVar[str | None] = "sapo"
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
@@ -265,7 +265,7 @@ class SAPO(Objective):
                 raise ValueError(f"{name} must be positive and finite; got {tau!r}")
 
     @property
-    def numbers(self) -> Numbers:
+    def device_numbers(self) -> Numbers:
         return Numbers(self.tau_pos, self.tau_neg)
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -338,11 +338,11 @@ class KLPenalty:
 
 def device_loss(objective: object, kl: object | None, show_lost: bool) -> DeviceLoss | None:
     """The loss as device functions, or None where one of its formulas is a user's, or needs sequences."""
-    name = objective.device if isinstance(objective, Objective) else None
+    name = type(objective).device_function if isinstance(objective, Objective) else None
     if name is None or objective.needs_sequences:
         return None
     if kl is None:
-        return DeviceLoss(name, objective.numbers, None, 0.0, False, show_lost)
+        return DeviceLoss(name, objective.device_numbers, None, 0.0, False, show_lost)
     if type(kl) is not KLPenalty:
         return None
-    return DeviceLoss(name, objective.numbers, f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, show_lost)
+    return DeviceLoss(name, objective.device_numbers, f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, show_lost)

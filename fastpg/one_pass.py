@@ -147,11 +147,17 @@ def _computed(given: LossInputs, inputs: Inputs) -> torch.Tensor:
     """(...) bool: tokens that count, but for those that can add nothing to the loss; where a value is not finite they can."""
     if not inputs.check or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
         return inputs.keep
-    weight = given.advantages if given.rollout_weights is None else given.advantages * given.rollout_weights.detach()
+    dtype = accumulation_dtype(inputs.hidden.dtype)  # that of the loss: a product in 16 bits may be 0 where this one is not
+    weight = given.advantages.to(dtype)
+    if given.rollout_weights is not None:
+        weight = weight * given.rollout_weights.detach().to(dtype)
     # NaN where a value is not finite, else 0; and NaN differs from everything. (Not x * 0, which compilers make 0.)
-    others = 0 if given.old_logprobs is None else given.old_logprobs.detach() - given.old_logprobs.detach()
+    others: float | torch.Tensor = 0
+    if given.old_logprobs is not None:
+        old = given.old_logprobs.detach().to(dtype)
+        others = old - old
     if isinstance(given.denominator, torch.Tensor):
-        share = 1 / given.denominator.detach()
+        share = (1 / given.denominator.detach()).to(dtype)
         others = others + (share - share)
     return inputs.keep & (weight != others)
 
@@ -394,6 +400,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         _refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 6
         found = Gradients(*ctx.saved_tensors)
         if found.weight is not None and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))

@@ -175,7 +175,7 @@ def tile_columns(hidden_size: int) -> int:
 class Sums(NamedTuple):
     """Where a chunk's products go; None where not wanted.
 
-    hidden and lora_hidden are the chunk's own rows. dweight in the weight's dtype is written once, with one rounding; in the
+    hidden and lora_hidden are the chunk's own rows. weight in the head's dtype is written once, with one rounding; in the
     accumulation dtype it may be added to. lora_weight and bias are in the accumulation dtype.
     """
 

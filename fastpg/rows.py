@@ -70,8 +70,8 @@ class Rows(NamedTuple):
         flat = values.reshape(-1)
         if self.indices is not None:
             return flat[self.indices]
-        # kernels read vectors without a stride
-        return flat.contiguous() if self.masked is None else flat.masked_fill(self.masked, 0)
+        # a copy, which later changes of the caller's do not reach; and kernels read vectors without a stride
+        return flat.clone(memory_format=torch.contiguous_format) if self.masked is None else flat.masked_fill(self.masked, 0)
 
     def scatter_rounded(self, values: torch.Tensor) -> torch.Tensor:
         """`scatter` of (K, H), rounded to the dtype of hidden a few rows at a time."""
@@ -120,7 +120,9 @@ def _per_row(rows: Rows, temperature: float | torch.Tensor, count: int, dtype: t
     of_rows = temperature.expand(count) if temperature.dim() == 0 else temperature.reshape(-1)
     if rows.masked is not None:
         return of_rows.masked_fill(rows.masked, 1)
-    return of_rows.contiguous() if rows.indices is None or temperature.dim() == 0 else of_rows[rows.indices]
+    if rows.indices is None or temperature.dim() == 0:
+        return of_rows.clone(memory_format=torch.contiguous_format)
+    return of_rows[rows.indices]
 
 
 class Wanted(NamedTuple):

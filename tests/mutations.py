@@ -179,7 +179,7 @@ MUTATIONS = [
     Mutation(
         "objectives: a subclass takes its parent's formula",
         "fastpg/objectives.py",
-        "            cls.device = None\n",
+        "            cls.device_function = None\n",
         "            pass\n",
         "backends",
         "which_losses",
@@ -500,8 +500,8 @@ MUTATIONS = [
     Mutation(
         "one pass: a token without weight hides an old log-probability that is not finite",
         "fastpg/one_pass.py",
-        "others = 0 if given.old_logprobs is None else given.old_logprobs.detach() - given.old_logprobs.detach()",
-        "others = 0",
+        "others = old - old",
+        "others = torch.zeros_like(old)",
         "one_pass traps",
     ),
     Mutation(
