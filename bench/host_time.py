@@ -6,8 +6,8 @@
 On a GPU the host queues a step's kernels while the device works; where the host is slower, the device waits. Here the products
 are so small (64 tokens, H = 16, V = 64) that the host is all there is, and launches of Triton kernels are replaced: the first
 step is done for real and what each launch wrote is kept, later ones copy that to where it belongs. The time of these copies is
-left out, and so is Triton's own binding of arguments (4 to 8 us a kernel). With CPU tensors the products, reductions and so on
-of torch run here and are part of the figures; only ratios between checkouts mean something.
+left out, and so is Triton's own binding of arguments. With CPU tensors the products, reductions and so on of torch run here and
+are part of the figures; only ratios between checkouts mean something.
 
 Only public names of fastpg are used, so that any checkout since 0.1 can be measured. Each has processes of its own; the figure
 is the least median of them, as whatever disturbs makes a step slower. Run it on an idle machine.

@@ -109,7 +109,7 @@ def _metric(step: Step, name: str) -> torch.Tensor:
     if name == "skipped_tokens":
         return torch.zeros_like(_count(step)) if step.eligible is None else step.eligible.sum() - _count(step)
     if name == "recomputed_tokens":
-        return torch.zeros_like(_count(step)) if step.recomputed is None else step.recomputed
+        return torch.zeros_like(_count(step)) if step.recomputed is None else step.recomputed.clone()
     if name == "entropy":
         return _mean(step, step.entropies)
     d = _kept(step, step.logprobs - step.old_logprobs)

@@ -18,7 +18,7 @@ from .one_pass_schedule import Options, TokenLosses, loss_gradient, one_pass
 from .products import accumulation_dtype
 from .reductions import Reduction, check_reduction, token_weights
 from .rows import Gradients, Rows, Wanted, rows_of
-from .sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
+from .sequences import check_id_values, check_sequence_ids, sequences_of
 from .two_pass import row_logprobs
 from .workspace import Plan, plan_policy_loss
 
@@ -100,14 +100,15 @@ def linear_policy_loss(
         )
         sequences = sequences_of(inputs.keep, sequence_ids)
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequences))
-        computed = _computed(given, inputs) if skip_zero_weight else inputs.keep
+        weights = token_weights(inputs.keep, reduction, denominator, accumulation_dtype(inputs.hidden.dtype), sequences)
+        computed = _computed(given, inputs, weights) if skip_zero_weight else inputs.keep
         agreed.describe(inputs, computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
 
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         rows = rows_of(inputs, computed)
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
-        call = _Call(rows, head, _terms(given, inputs, rows, sequences), losses, options, inputs.head.weight_grad)
+        call = _Call(rows, head, _terms(given, rows, weights), losses, options, inputs.head.weight_grad)
         if plan.sweeps:
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
@@ -143,23 +144,20 @@ def _check_loss(given: LossInputs, inputs: Inputs) -> None:
         check_id_values(ids, inputs.keep, id_limit(given.advantages, tokens))
 
 
-def _computed(given: LossInputs, inputs: Inputs) -> torch.Tensor:
+def _computed(given: LossInputs, inputs: Inputs, weights: torch.Tensor) -> torch.Tensor:
     """(...) bool: tokens that count, but for those that can add nothing to the loss; where a value is not finite they can."""
     if not inputs.check or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
         return inputs.keep
-    dtype = accumulation_dtype(inputs.hidden.dtype)  # that of the loss: a product in 16 bits may be 0 where this one is not
-    weight = given.advantages.to(dtype)
+    dtype = weights.dtype  # that of the loss: a product in 16 bits may be 0 where this one is not
+    factor = given.advantages.to(dtype)
     if given.rollout_weights is not None:
-        weight = weight * given.rollout_weights.detach().to(dtype)
+        factor = factor * given.rollout_weights.detach().to(dtype)
     # NaN where a value is not finite, else 0; and NaN differs from everything. (Not x * 0, which compilers make 0.)
-    others: float | torch.Tensor = 0
+    others = weights - weights
     if given.old_logprobs is not None:
         old = given.old_logprobs.detach().to(dtype)
-        others = old - old
-    if isinstance(given.denominator, torch.Tensor):
-        share = (1 / given.denominator.detach()).to(dtype)
-        others = others + (share - share)
-    return inputs.keep & (weight != others)
+        others = others + (old - old)
+    return inputs.keep & (factor != others)
 
 
 def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:
@@ -170,13 +168,12 @@ def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, p
     return Options(wanted, entropy, plan, inputs.check, inputs.backend, loss, wide_weight, group)
 
 
-def _terms(given: LossInputs, inputs: Inputs, rows: Rows, sequences: Sequences | None) -> TokenTerms:
-    dtype = accumulation_dtype(inputs.hidden.dtype)
-    weights = token_weights(inputs.keep, given.reduction, given.denominator, dtype, sequences)
-    weights = weights.reshape(-1) if rows.indices is None else rows.of(weights)
+def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor) -> TokenTerms:
+    selected = weights.reshape(-1) if rows.indices is None else rows.of(weights)  # masked ones are 0 already
     return token_terms(
-        rows.of, rows.masked, weights, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs, dtype
-    )
+        rows.of, rows.masked, selected, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs,
+        weights.dtype,
+    )  # fmt: skip
 
 
 def _report(result: Result, call: _Call, objective: object, keep: torch.Tensor, computed: torch.Tensor) -> PolicyLossOutput:
@@ -400,9 +397,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         _refuse_double_backward()
-        if grad_loss is None:
-            return (None,) * 6
         found = Gradients(*ctx.saved_tensors)
+        if grad_loss is None:  # the loss went through a function whose backward returns None
+            grad_loss = next(g for g in found if g is not None).new_zeros(())
         if found.weight is not None and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
             found = found._replace(weight=None)

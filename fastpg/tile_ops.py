@@ -91,7 +91,7 @@ def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
     logits = torch.empty(rows * min(columns, head.weight.shape[0]), dtype=dtype, device=weight.device)
     maximum = torch.full((size,), -torch.inf, dtype=dtype, device=weight.device)
     total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    for start in range(0, head.weight.shape[0], columns):
+    for start in range(0, head.weight.shape[0] if size else 0, columns):
         stop = min(start + columns, head.weight.shape[0])
         w = weight_tile(head, start, stop, buffer)
         z = logits[: rows * (stop - start)].view(rows, stop - start)
@@ -237,7 +237,7 @@ def anchored_exp(
     residual = torch.zeros(len(out), dtype=dtype, device=weight.device) if is_rounded else None
     buffer = weight_buffer(head)
     scratch = torch.empty(rows * min(columns, vocab), dtype=dtype, device=weight.device)
-    for start in range(0, vocab, columns):
+    for start in range(0, vocab if size else 0, columns):
         stop = min(start + columns, vocab)
         w = weight_tile(head, start, stop, buffer)
         # not in E itself: with its rows in large pages the step took 1.24 times the bare products instead of 1.00

@@ -31,11 +31,10 @@ from .tile import (
     halves,
     logits,
     part_columns,
-    product_tile,
     round_to,
     row_scale,
     row_token,
-    tile_position,
+    tile_of,
 )
 
 
@@ -91,11 +90,7 @@ def _epilogue(score, start, mine, rows, head, out, PARTS: tl.constexpr, TILE: tl
 
 @triton.jit
 def anchored_exp_kernel(X, W, rows, head, ANCHOR, out, TILE: tl.constexpr):
-    column_tiles = tl.cdiv(head.V, TILE.COLUMNS)
-    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), column_tiles)
-    score = product_tile(X, W, row_tile * TILE.ROWS, column_tile * TILE.COLUMNS, rows, head, TILE)
-    r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
-    inside = r < rows.C
+    score, r, inside, column_tile, column_tiles = tile_of(X, W, rows, head, TILE)
     token = row_token(rows, r, inside).to(tl.int32)
     anchor = tl.load(ANCHOR + r, mask=inside, other=0.0)
     mine = Lane(r, token, row_scale(rows, r, inside), anchor)

@@ -27,11 +27,10 @@ from .tile import (
     log_sigmoid,
     logits,
     part_columns,
-    product_tile,
     round_to,
     row_scale,
     row_token,
-    tile_position,
+    tile_of,
 )
 
 
@@ -129,11 +128,7 @@ def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PA
 
 @triton.jit
 def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constexpr):
-    column_tiles = tl.cdiv(head.V, TILE.COLUMNS)
-    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), column_tiles)
-    score = product_tile(X, W, row_tile * TILE.ROWS, column_tile * TILE.COLUMNS, rows, head, TILE)
-    r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
-    inside = r < rows.C
+    score, r, inside, column_tile, column_tiles = tile_of(X, W, rows, head, TILE)
     token = row_token(rows, r, inside).to(tl.int32)
     scale = row_scale(rows, r, inside)
     factor = scale

@@ -7,8 +7,9 @@
 All are elementwise on fp32 registers. A kernel takes objective and estimator as constants, so that it is compiled with these
 and nothing else, and the numbers of an objective as one argument `bounds`: a tuple of its class here, whose fields of None are
 constants too. Slopes are written out in closed form. They are what automatic differentiation of the PyTorch objectives gives,
-but for two cases in which the loss is NaN: SAPO's clamp hides a NaN from PyTorch's gradient and does not from this one, and a
-NaN in `weight` or `rollout` makes g NaN even where the slope is 0.
+but for three cases. In two the loss is NaN: SAPO's clamp hides a NaN from PyTorch's gradient and does not from this one, and a
+NaN in `weight` or `rollout` makes g NaN even where the slope is 0. In the third, k3 weighted by the ratio, PyTorch's fp32
+derivative cancels exp(e) and this one does not.
 """
 
 from typing import NamedTuple

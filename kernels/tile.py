@@ -74,6 +74,17 @@ def product_tile(X, W, row_start, column_start, rows, head, TILE: tl.constexpr):
 
 
 @triton.jit
+def tile_of(X, W, rows, head, TILE: tl.constexpr):
+    """A program's tile of a grid over all of them: x @ w^T, its rows and whether they are in the chunk, which column tile it is
+    and how many there are."""
+    column_tiles = tl.cdiv(head.V, TILE.COLUMNS)
+    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), column_tiles)
+    score = product_tile(X, W, row_tile * TILE.ROWS, column_tile * TILE.COLUMNS, rows, head, TILE)
+    r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    return score, r, r < rows.C, column_tile, column_tiles
+
+
+@triton.jit
 def add_lora(score, row_start, column_start, rows, head, TILE: tl.constexpr):
     """score + l @ B^T, as one more loop over a few columns."""
     place = tl.arange(0, TILE.RANK)

@@ -500,8 +500,8 @@ MUTATIONS = [
     Mutation(
         "one pass: a token without weight hides an old log-probability that is not finite",
         "fastpg/one_pass.py",
-        "others = old - old",
-        "others = torch.zeros_like(old)",
+        "others = others + (old - old)",
+        "others = others + 0",
         "one_pass traps",
     ),
     Mutation(

@@ -1,9 +1,8 @@
 """Counts what a step asks of a device, from outside: aten operations that are neither views nor allocations, and launches.
 
-Every such operation is a kernel, a copy or a fill on a GPU, and 5 to 10 microseconds of the host's time (on the machine of
-`bench/results/`). Counted on CPU tensors with the Triton backend, so a few branches are a CPU's where a GPU has fewer
-operations: a product of 16-bit operands returns fp32 on a GPU, where a CPU casts its operands or its result. Such casts are not
-counted.
+Every such operation is a kernel, a copy or a fill on a GPU, which the host has to queue. They are counted on CPU tensors with
+the Triton backend. A few branches are a CPU's, where a GPU has fewer operations: a product of 16-bit operands returns fp32 on a
+GPU, where a CPU casts its operands or its result. Such casts are not counted.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from fastpg import (
     ImportanceWeighted,
     KLPenalty,
     LMHead,
+    Objective,
     PPOClip,
     Reinforce,
     backend,
@@ -252,9 +253,19 @@ def test_which_losses_are_fused():
     class MyKL(KLPenalty):
         pass
 
+    class Placed(Objective):  # names that a user may well choose
+        device = "cuda"
+
+        def __init__(self):
+            self.device_function, self.numbers = torch.device("cpu"), [1.0]
+
+        def __call__(self, logprobs, old_logprobs, advantages):
+            return logprobs * advantages
+
     assert device_loss(CISPO(), None, False) == ("cispo", (None, 5.0, None), None, 0.0, False, False)
     assert device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True), True)[2:] == ("kl_k2", 0.1, True, True)
     assert device_loss(Mine(), None, False) is None
+    assert device_loss(Placed(), None, False) is None
     assert device_loss(ImportanceWeighted("sequence"), None, False) is None
     assert device_loss(CISPO(), MyKL(0.1), False) is None
     assert device_loss(lambda logp, old, a: logp, None, False) is None
