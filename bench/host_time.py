@@ -32,10 +32,15 @@ _UNTIMED = 5  # steps of each kind before those that count
 
 
 class Launches:
-    """Stands in for `run` of Triton's functions: records what each launch of a step writes, then writes it again."""
+    """Stands in for `run` of Triton's functions: records what each launch of a step writes, then writes it again.
+
+    What is written is known by what changes. So memory is filled while a step is recorded: a result of 0 in memory that
+    happened to hold 0 would not be seen, and later steps would read whatever was there.
+    """
 
     def __init__(self) -> None:
         self.recorded: list[list[tuple[int, object]]] = []
+        self.records = True
         self.place = 0
         self.seconds = 0.0  # spent here
 
@@ -43,9 +48,8 @@ class Launches:
         def launch(kernel, *args, grid, warmup, **kwargs):
             start = perf_counter()
             tensors = _tensors((args, tuple(kwargs.values())))
-            if self.place == len(self.recorded):
-                written = _written(tensors, lambda: run(kernel, *args, grid=grid, warmup=warmup, **kwargs))
-                self.recorded.append(written)
+            if self.records:
+                self.recorded.append(_written(tensors, lambda: run(kernel, *args, grid=grid, warmup=warmup, **kwargs)))
             else:
                 for index, value in self.recorded[self.place]:
                     tensors[index].copy_(value)
@@ -53,6 +57,21 @@ class Launches:
             self.seconds += perf_counter() - start
 
         return launch
+
+    def step(self, call: Callable[[], None]) -> float:
+        """Seconds of a step, without those spent here. The first one is recorded."""
+        import torch
+
+        self.place, self.seconds = 0, 0.0
+        torch.use_deterministic_algorithms(self.records, warn_only=True)
+        start = perf_counter()
+        call()
+        seconds = perf_counter() - start - self.seconds
+        torch.use_deterministic_algorithms(False)
+        if self.place != len(self.recorded):
+            raise RuntimeError(f"a step of {len(self.recorded)} launches had {self.place}: it did not see what was recorded")
+        self.records = False
+        return seconds
 
 
 def _tensors(x: object) -> list:
@@ -139,14 +158,15 @@ def measured(repeats: int) -> dict[str, float]:
     every = steps()
     launches = {name: Launches() for name in every}
     times: dict[str, list[float]] = {name: [] for name in every}
-    for _ in range(_UNTIMED + repeats):
-        for name, step in every.items():
-            for cls, run in run_of.items():
-                cls.run = launches[name].replaced(run)
-            launches[name].place, launches[name].seconds = 0, 0.0
-            start = perf_counter()
-            step()
-            times[name].append(perf_counter() - start - launches[name].seconds)
+    try:
+        for _ in range(_UNTIMED + repeats):
+            for name, step in every.items():
+                for cls, run in run_of.items():
+                    cls.run = launches[name].replaced(run)
+                times[name].append(launches[name].step(step))
+    finally:
+        for cls, run in run_of.items():
+            cls.run = run
     return {name: statistics.median(t[_UNTIMED:]) for name, t in times.items()}
 
 

@@ -89,7 +89,7 @@ class Rows(NamedTuple):
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the K rows (K, ...) -> (N, ...), 0 where a row was not computed."""
         if self.indices is not None:
-            return values.new_zeros(len(self.hidden), *values.shape[1:]).index_copy(0, self.indices, values)
+            return values.new_zeros(len(self.hidden), *values.shape[1:]).index_copy_(0, self.indices, values)
         return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), 0)
 
 

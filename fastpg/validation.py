@@ -122,7 +122,7 @@ def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> N
 def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int | None, temperature: float | torch.Tensor) -> None:
     """Token ids in [0, V) and temperatures > 0 at kept positions; masked positions are never looked at. vocab_size None: ids
     are not looked at either."""
-    in_range = keep if vocab_size is None else (tokens >= 0) & (tokens < vocab_size)
+    in_range = keep if vocab_size is None else tokens == tokens.clamp(0, vocab_size - 1)
     in_range = in_range | ~keep
     require(
         in_range,

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import Blocks
+from .blocks import Blocks, cdiv
 from .operands import Operands, tile_arguments
 from .tile import (
     EXP_IS_ZERO,
@@ -111,13 +111,13 @@ def anchored_exp(
     blocks: Blocks,
 ) -> TileSums:
     """Writes E into `scores` if given; returns the partial sums (C, column tiles)."""
-    tiles = triton.cdiv(len(p.weight), blocks.columns)
+    tiles = cdiv(len(p.weight), blocks.columns)
     rounds, stride = scores is not None and scores.dtype != torch.float32, None if scores is None else scores.stride(0)
     out = TileSums(
         p.partials(tiles), p.partials(tiles) if entropy else None, p.partials(tiles) if rounds else None, scores, stride
     )
     if len(p.tokens):
         *first, tile = tile_arguments(p, blocks)
-        grid = (triton.cdiv(len(p.tokens), blocks.rows) * tiles,)
+        grid = (cdiv(len(p.tokens), blocks.rows) * tiles,)
         anchored_exp_kernel[grid](*first, anchor, out, tile, **blocks.options())
     return out

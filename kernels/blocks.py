@@ -59,6 +59,11 @@ _SINGLE = Blocks(64, 64, 16, 4, 2)
 _INTERPRETED = Blocks(64, 1024, 64, 4, 1, parts=2)
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). (`triton.cdiv` is written for kernels too, and takes the host several times as long.)"""
+    return -(-a // b)
+
+
 def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool) -> Blocks:
     """target: as `target_of` names it."""
     if target == "interpreter":

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import Blocks
+from .blocks import Blocks, cdiv
 from .operands import Operands, tile_arguments
 from .tile import (
     EXP_IS_ZERO,
@@ -152,11 +152,11 @@ def dlogits(
     blocks: Blocks,
 ) -> torch.Tensor | None:
     """Writes the slice into `out`; returns what rounding took from each row of it, (C,), or None where it is not rounded."""
-    tiles = triton.cdiv(len(p.weight), blocks.columns)
+    tiles = cdiv(len(p.weight), blocks.columns)
     residual = p.partials(tiles) if out.dtype != torch.float32 else None
     if len(p.tokens):
         *first, tile = tile_arguments(p, blocks)
-        grid = (triton.cdiv(len(p.tokens), blocks.rows) * tiles,)
+        grid = (cdiv(len(p.tokens), blocks.rows) * tiles,)
         into = Slice(out, out.stride(0), residual)
         dlogits_kernel[grid](*first, statistics, incoming, into, tile, **blocks.options())
     return None if residual is None else residual.sum(1)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .anchored_exp import TileSums
+from .blocks import cdiv
 from .objectives import token_loss
 from .tile import INTERPRETED, ROWS_PER_PROGRAM, entropy_from_log_odds, log_sigmoid, round_to, row_sums
 
@@ -254,6 +255,6 @@ def _launch(
     loss = Loss(None, None, None, None, False, False) if loss is None else loss
     tile = Tile(ROWS_PER_PROGRAM, _BLOCK, INTERPRETED, loss.kl_is_weighted, loss.show_lost)
     vocab = 1 if sums.E is None else sums.E.shape[1]
-    finish_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
+    finish_kernel[(cdiv(count, ROWS_PER_PROGRAM),)](
         sums, tokens, count, tiles, vocab, out, terms, results, loss.objective, loss.bounds, loss.kl, loss.kl_coef, tile
     )

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import cdiv
 from .dlogits import Incoming, Statistics, gradient_entries, row_terms
 from .logsumexp import Finished, Running, finished, fold, others_only, store_running
 from .tile import INTERPRETED, round_to
@@ -108,11 +109,11 @@ def given(
 
 def given_logsumexp(given: Given, entropy: bool) -> Finished:
     """What is known of each row, (C,) fp32 each."""
-    splits = triton.cdiv(given.V, _COLUMNS * _TILES_PER_SPLIT)
+    splits = cdiv(given.V, _COLUMNS * _TILES_PER_SPLIT)
     m, s, q = (given.LOGITS.new_empty(given.C, splits, dtype=torch.float32) if wanted else None for wanted in (1, 1, entropy))
     target, out = given.LOGITS.new_empty(given.C, dtype=torch.float32), Running(m, s, q)
     if given.C:
-        given_logsumexp_kernel[(triton.cdiv(given.C, _ROWS) * splits,)](
+        given_logsumexp_kernel[(cdiv(given.C, _ROWS) * splits,)](
             given, out, target, ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=_TILES_PER_SPLIT
         )
     return finished(out, target)
@@ -121,6 +122,6 @@ def given_logsumexp(given: Given, entropy: bool) -> Finished:
 def given_dlogits(given: Given, statistics: Statistics, incoming: Incoming, out: torch.Tensor) -> None:
     """Writes the gradient into `out` (C, V); exactly 0 in masked rows, whatever comes in there."""
     if given.C:
-        given_dlogits_kernel[(triton.cdiv(given.C, _ROWS) * triton.cdiv(given.V, _COLUMNS),)](
+        given_dlogits_kernel[(cdiv(given.C, _ROWS) * cdiv(given.V, _COLUMNS),)](
             given, statistics, incoming, out, out.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, WIDEN=INTERPRETED
         )

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import Blocks
+from .blocks import Blocks, cdiv
 from .operands import Operands, tile_arguments
 from .tile import (
     EXP_IS_ZERO,
@@ -177,7 +177,7 @@ def combine_kernel(parts, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl
 
 
 def split_count(vocab: int, columns: int) -> int:
-    return triton.cdiv(vocab, columns * _TILES_PER_SPLIT)
+    return cdiv(vocab, columns * _TILES_PER_SPLIT)
 
 
 def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
@@ -186,7 +186,7 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if len(p.tokens):
         *first, tile = tile_arguments(p, blocks)
-        grid = (triton.cdiv(len(p.tokens), blocks.rows) * splits,)
+        grid = (cdiv(len(p.tokens), blocks.rows) * splits,)
         logsumexp_kernel[grid](*first, out, _TILES_PER_SPLIT, tile, **blocks.options())
     return out
 
@@ -209,7 +209,7 @@ def _vectors(parts: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor | No
 def _combined(parts: Running, target: torch.Tensor | None, out):
     count, splits = parts.M.shape
     if count:
-        grid = (triton.cdiv(count, ROWS_PER_PROGRAM),)
+        grid = (cdiv(count, ROWS_PER_PROGRAM),)
         combine_kernel[grid](
             parts, target, out, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK
         )  # fmt: skip

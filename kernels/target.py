@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import cdiv
 from .operands import Operands, head_of, rows_of
 from .tile import ROWS_PER_PROGRAM, logits, row_scale, row_token
 
@@ -52,7 +53,7 @@ def target_logits(p: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
     target, slope = p.vector(), None if p.inner is None else p.vector()
     if len(p.tokens):
         low_rank, b = (None, None) if p.lora is None else p.lora
-        target_kernel[(triton.cdiv(len(p.tokens), ROWS_PER_PROGRAM),)](
+        target_kernel[(cdiv(len(p.tokens), ROWS_PER_PROGRAM),)](
             p.hidden, p.weight, rows_of(p, low_rank), head_of(p, b), None if b is None else b.stride(1), target, slope,
             ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
         )  # fmt: skip

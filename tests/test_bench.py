@@ -342,13 +342,36 @@ def test_a_replayed_launch_writes_what_the_recorded_one_wrote():
         y += 1
 
     launch = launches.replaced(run)
-    launch("kernel", x, y, grid=(1,), warmup=False)
-    launches.place = 0
+    launches.step(lambda: launch("kernel", x, y, grid=(1,), warmup=False))
     again = torch.zeros(3)
-    launch("kernel", x, again, grid=(1,), warmup=False)
+    launches.step(lambda: launch("kernel", x, again, grid=(1,), warmup=False))
     assert runs == ["kernel"], "recorded once, then replayed"
     assert torch.equal(again, y)
     assert launches.seconds > 0
+
+
+def test_a_launch_that_writes_what_was_there_is_recorded_all_the_same():
+    """What a step allocates holds anything: here the result, by chance, while the step is recorded, and not later."""
+    launches, seen = host_time.Launches(), []
+
+    def run(kernel, out, *, grid, warmup):
+        out.zero_()
+
+    launch = launches.replaced(run)
+
+    def step():
+        state = torch.empty(8, dtype=torch.int8)
+        if not torch.are_deterministic_algorithms_enabled():
+            state.fill_(len(seen))
+        launch("kernel", state, grid=(1,), warmup=False)
+        seen.append(state.tolist())
+
+    torch.use_deterministic_algorithms(False)  # the suite's own filling
+    for _ in range(3):
+        launches.step(step)
+    assert seen == [[0] * 8] * 3
+    with pytest.raises(RuntimeError, match="a step of 1 launches had 0"):
+        launches.step(lambda: None)
 
 
 def test_goals_are_met_or_missed_by_what_was_measured():
