@@ -1,0 +1,68 @@
+"""Where users find what they import. A line that moves or goes missing here breaks somebody's program."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import fastpg
+
+TOP_LEVEL = """
+    CISPO GSPO ImportanceWeighted KLPenalty LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput Reinforce SAPO
+    TokenLogprobs advantages linear_cispo_loss linear_logprobs linear_policy_loss masked_mean policy_loss selective_logprobs
+"""
+PATHS = {
+    "fastpg": TOP_LEVEL + "__version__",
+    "fastpg.advantages": """
+        discount_weights gae gigpo grpo monte_carlo_values reinforce_plus_plus reward_to_go rloo spread value_baseline vineppo
+    """,
+    "fastpg.distributed": "global_count",
+    "fastpg.reference": """
+        cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences policy_loss ppo_clip
+        reduce reinforce sapo softcap token_distribution
+    """,
+    "fastpg.crosscheck": "assert_matches_oracle",
+    "fastpg.integrations.transformers": """
+        CausalLMLogprobs HeadlessOutput causal_lm_policy_loss patched token_logprobs
+    """,
+    "fastpg.integrations.trl": "FastpgHeads build_trainer use_fastpg",
+    "fastpg.integrations.verl": "linear_cross_entropy",
+    "fastpg.kernels": "",
+    "fastpg.kernels.anchored_exp": "anchored_exp anchored_exp_kernel",
+    "fastpg.kernels.dlogits": "dlogits dlogits_kernel",
+    "fastpg.kernels.finish": "finish finish_kernel finish_with_loss",
+    "fastpg.kernels.logsumexp": "combine combine_kernel finished logsumexp logsumexp_kernel",
+    "fastpg.kernels.objectives": "cispo importance_weighted kl_k1 kl_k2 kl_k3 ppo_clip reinforce sapo",
+    "fastpg.kernels.target": "target_kernel target_logits",
+    "fastpg.__main__": "main",
+}
+NEEDS = {"fastpg.integrations.transformers": "transformers", "fastpg.integrations.trl": "trl"}
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_names_are_where_they_were(module):
+    pytest.importorskip(NEEDS.get(module, "torch"))
+    found = importlib.import_module(module)
+    for name in PATHS[module].split():
+        assert hasattr(found, name), f"{module}.{name}"
+
+
+def test_all_lists_the_top_level():
+    assert sorted(fastpg.__all__) == sorted(TOP_LEVEL.split())
+
+
+def test_submodules_that_are_used_as_attributes(tmp_path):
+    """Of `import fastpg` alone, as before: `fastpg.advantages.grpo`."""
+    code = "import fastpg; fastpg.advantages.grpo; fastpg.distributed.global_count"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "check", "compile-report"])
+def test_commands(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpg", command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"fastpg {command}" in done.stdout
