@@ -18,8 +18,8 @@ from cases import Batch
 from peers import METHODS, Method, bare_products
 
 import fastpg
-from fastpg.accuracy import logprob_tolerance
-from fastpg.profiling import transient_bytes
+from fastpg.crosscheck.accuracy import logprob_tolerance
+from fastpg.tools.memory import transient_bytes
 
 _GATE_ROWS = 64
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastpg.accuracy import logprob_tolerance
+from fastpg.crosscheck.accuracy import logprob_tolerance
 
 RESULTS = Path(__file__).parent / "results" / "results.json"
 # of one H100: what run.py wrote, and a longer series of interleaved runs

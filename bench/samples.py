@@ -23,8 +23,8 @@ def sampled_cell(device: str, dtype: str = "bfloat16") -> tuple[Cell, Callable[[
 
 def _sampled(dtype: torch.dtype) -> Batch:
     from fastpg.advantages import grpo
-    from fastpg.demo import sample
-    from fastpg.demo_tasks import load_smollm2, sums
+    from fastpg.demo.tasks import load_smollm2, sums
+    from fastpg.demo.train import sample
 
     model, tokenizer = load_smollm2()
     task = replace(sums(tokenizer), prompts_per_step=_PROMPTS, group_size=_GROUP)

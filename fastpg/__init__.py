@@ -3,13 +3,13 @@
 from importlib.util import find_spec
 
 from . import advantages
+from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
+from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
+from .linear.selective_logprobs import selective_logprobs
 from .lm_head import LMHead
-from .losses import PolicyLossOutput, policy_loss
-from .objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
-from .one_pass import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
-from .reductions import masked_mean
-from .selective import selective_logprobs
-from .two_pass import TokenLogprobs, linear_logprobs
+from .loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
+from .loss.policy_loss import PolicyLossOutput, policy_loss
+from .loss.reductions import masked_mean
 
 __version__ = "0.1.0"
 

@@ -55,7 +55,7 @@ def hardware(request):
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer); ten seconds and more. Tests that use it belong to the xdist group of this name."""
-    from fastpg.demo_tasks import load_smollm2
+    from fastpg.demo.tasks import load_smollm2
 
     return load_smollm2()
 

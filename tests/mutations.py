@@ -178,7 +178,7 @@ MUTATIONS = [
     ),
     Mutation(
         "objectives: a subclass takes its parent's formula",
-        "fastpg/objectives.py",
+        "fastpg/loss/objectives.py",
         "            cls.device_function = None\n",
         "            pass\n",
         "backends",
@@ -209,7 +209,7 @@ MUTATIONS = [
     ),
     Mutation(
         "operator: what is absent comes back as an empty tensor",
-        "fastpg/operator.py",
+        "fastpg/tiles/operator.py",
         "return None if template is None else leaf",
         "return leaf",
         "autograd",
@@ -226,7 +226,7 @@ MUTATIONS = [
     # ---- tile ops
     Mutation(
         "tile ops: target's column left in the sum",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "torch.where(inside, 0, e.gather(1, column))",
         "e.gather(1, column)",
         "parity",
@@ -234,7 +234,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tile ops: logits multiplied by the temperature",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "scores.div_(temperature)",
         "scores.mul_(temperature)",
         "parity",
@@ -242,7 +242,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tile ops: entropy's Q not moved to the new pivot",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "weighted.copy_(decay * (weighted + total * shift)",
         "weighted.copy_(decay * weighted",
         "parity",
@@ -250,7 +250,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tile ops: gradient without the softcap's slope",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "            z.mul_(slope)\n",
         "            pass\n",
         "parity",
@@ -258,7 +258,7 @@ MUTATIONS = [
     ),
     Mutation(
         "selective: gradient without the temperature",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "if temperature is None else keep / temperature[:, 0]",
         "if temperature is None else keep / torch.ones_like(temperature[:, 0])",
         "selective",
@@ -267,7 +267,7 @@ MUTATIONS = [
     # ---- schedules
     Mutation(
         "rows: hidden states of masked rows are read",
-        "fastpg/rows.py",
+        "fastpg/linear/rows.py",
         "return x if self.masked is None else x.masked_fill(self.masked[start:stop, None], 0)",
         "return x",
         "one_pass lora",
@@ -275,7 +275,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: factors out of range are not flagged",
-        "fastpg/one_pass_schedule.py",
+        "fastpg/linear/anchored.py",
         "flagged = flagged | ~_factor_in_range(factor, g)",
         "flagged = flagged | (factor != factor)",
         "one_pass",
@@ -283,7 +283,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: flagged rows add to their chunk as well",
-        "fastpg/one_pass_schedule.py",
+        "fastpg/linear/anchored.py",
         "factor = factor.masked_fill(flagged, 0)",
         "factor = factor",
         "one_pass",
@@ -291,7 +291,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: dW of many chunks summed in bf16",
-        "fastpg/one_pass_schedule.py",
+        "fastpg/linear/anchored.py",
         "weight.dtype if once and not self.options.wide_weight else self.dtype",
         "weight.dtype if not self.options.wide_weight else self.dtype",
         "one_pass",
@@ -299,7 +299,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: the memory behind E's rows is left as it was",
-        "fastpg/one_pass_schedule.py",
+        "fastpg/linear/anchored.py",
         "scores[:, vocab:] = 0",
         "scores[:, vocab:]",
         "worst_hardware parity",
@@ -307,7 +307,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two passes: fp32 D multiplied as if it held bf16 values",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "stored = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else out.dtype",
         "stored = out.dtype",
         "parity",
@@ -315,7 +315,7 @@ MUTATIONS = [
     ),
     Mutation(
         "products: LoRA's fp32 factors multiplied as bf16",
-        "fastpg/lora.py",
+        "fastpg/linear/lora.py",
         "product(tile, x, transposed, False, False)",
         "product(tile, x, transposed, False, True)",
         "lora",
@@ -323,7 +323,7 @@ MUTATIONS = [
     ),
     Mutation(
         "products: a user's weight with gaps is an operand",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "(weight.stride(1) == 1 and not has_gaps(weight))",
         "(weight.stride(1) == 1)",
         "properties",
@@ -331,7 +331,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: fp16 gradients rounded before the incoming factor is known",
-        "fastpg/one_pass.py",
+        "fastpg/linear/linear_policy_loss.py",
         "return g * grad_loss,",
         "return g,",
         "scaling",
@@ -339,7 +339,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: the incoming factor rounded to bf16",
-        "fastpg/one_pass.py",
+        "fastpg/linear/linear_policy_loss.py",
         "factor = grad_loss.to(accumulation_dtype(gradient.dtype))",
         "factor = grad_loss.to(gradient.dtype)",
         "scaling",
@@ -347,7 +347,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two passes: z_y from another column's product",
-        "fastpg/tile_ops.py",
+        "fastpg/tiles/torch_tiles.py",
         "torch.cat([target_logits(_block_of(chunk, block), head).logit for block in blocks])",
         "target_logits(chunk, head).logit.roll(1)",
         "accuracy",
@@ -355,7 +355,7 @@ MUTATIONS = [
     ),
     Mutation(
         "accuracy: no factor of H on tensor cores",
-        "fastpg/accuracy.py",
+        "fastpg/crosscheck/accuracy.py",
         "terms = max(1.0, hidden_size / TENSOR_CORE_TERMS) if on_tensor_cores else 1.0",
         "terms = 1.0",
         "accuracy crosscheck",
@@ -363,7 +363,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows: columns side by side are an operand",
-        "fastpg/rows.py",
+        "fastpg/linear/rows.py",
         "hidden if hidden.stride(1) == 1 else hidden.contiguous()",
         "hidden",
         "worst_hardware batch_invariance",
@@ -371,7 +371,7 @@ MUTATIONS = [
     ),
     Mutation(
         "products: LoRA's B with gaps is an operand",
-        "fastpg/products.py",
+        "fastpg/tiles/products.py",
         "return _multiply(a, dense(b.to(dtype)))",
         "return _multiply(a, b.to(dtype))",
         "parity",
@@ -395,14 +395,14 @@ MUTATIONS = [
     ),
     Mutation(
         "check: a GPU's kernels are not compiled before",
-        "fastpg/crosscheck.py",
+        "fastpg/crosscheck/judge.py",
         'if small and "triton gpu" in places:',
         "if False:",
         "crosscheck_compile",
     ),
     Mutation(
         "small work: as many threads as there are",
-        "fastpg/threads.py",
+        "fastpg/tools/threads.py",
         "torch.set_num_threads(1)",
         "torch.set_num_threads(before)",
         "crosscheck demo",
@@ -410,7 +410,7 @@ MUTATIONS = [
     ),
     Mutation(
         "demo: on the CPU, whatever there is",
-        "fastpg/demo.py",
+        "fastpg/demo/train.py",
         'device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")',
         'device = "cpu"',
         "demo",
@@ -418,7 +418,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two passes: fp16's unit not taken out",
-        "fastpg/two_pass_schedule.py",
+        "fastpg/linear/online.py",
         "sums[part].div_(half.unit[part, None])",
         "sums[part].div_(1.0)",
         "parity",
@@ -426,7 +426,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two passes: what rounding took is not given back",
-        "fastpg/two_pass_schedule.py",
+        "fastpg/linear/online.py",
         "sums[part].add_(at_target.mul_(residual[part, None]))",
         "sums[part].add_(at_target.mul_(0))",
         "parity",
@@ -434,7 +434,7 @@ MUTATIONS = [
     ),
     Mutation(
         "LoRA: scale dropped",
-        "fastpg/lora.py",
+        "fastpg/linear/lora.py",
         "return out.mul_(scale)",
         "return out",
         "lora",
@@ -442,7 +442,7 @@ MUTATIONS = [
     ),
     Mutation(
         "vocab-parallel: dX of one rank alone",
-        "fastpg/one_pass_schedule.py",
+        "fastpg/linear/anchored.py",
         "(_summed(x, rows, group) for x in (self.dhidden, self.dlora_hidden))",
         "(x for x in (self.dhidden, self.dlora_hidden))",
         "vocab_parallel",
@@ -450,7 +450,7 @@ MUTATIONS = [
     ),
     Mutation(
         "vocab-parallel: the owner's entry from its own sum",
-        "fastpg/one_pass_schedule.py",
+        "fastpg/linear/anchored.py",
         "torch.where(in_range, -after * slope, 0)",
         "torch.where(in_range, -before * slope, 0)",
         "vocab_parallel",
@@ -459,7 +459,7 @@ MUTATIONS = [
     # ---- objectives, reductions, estimators
     Mutation(
         "clip: bounds swapped",
-        "fastpg/objectives.py",
+        "fastpg/loss/objectives.py",
         "constant = ratio.clamp(ratio_min, ratio_max) * advantages",
         "constant = ratio.clamp(ratio_max, ratio_min) * advantages",
         "sequence_objectives objectives",
@@ -467,7 +467,7 @@ MUTATIONS = [
     ),
     Mutation(
         "KL penalty: wrong sign",
-        "fastpg/losses.py",
+        "fastpg/loss/policy_loss.py",
         "values = values - kl.coef * kl(",
         "values = values + kl.coef * kl(",
         "objectives",
@@ -475,7 +475,7 @@ MUTATIONS = [
     ),
     Mutation(
         "token-mean: divided by all positions, masked ones too",
-        "fastpg/reductions.py",
+        "fastpg/loss/reductions.py",
         "count = weights.sum() if",
         "count = torch.ones_like(weights).sum() if",
         "objectives",
@@ -483,7 +483,7 @@ MUTATIONS = [
     ),
     Mutation(
         "metrics: the caller's log-probabilities instead of a copy",
-        "fastpg/losses.py",
+        "fastpg/loss/policy_loss.py",
         "logprobs, old = torch.stack([logprobs, terms.old(logprobs)])",
         "old = terms.old(logprobs)",
         "metrics",
@@ -491,7 +491,7 @@ MUTATIONS = [
     ),
     Mutation(
         "metrics: to_dict reads the host for each",
-        "fastpg/metrics.py",
+        "fastpg/loss/metrics.py",
         "numbers = torch.stack([x.detach().double() for x in values]).tolist() if values else []",
         "numbers = [x.item() for x in values]",
         "metrics",
@@ -499,7 +499,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: a token without weight hides an old log-probability that is not finite",
-        "fastpg/one_pass.py",
+        "fastpg/linear/linear_policy_loss.py",
         "others = others + (old - old)",
         "others = others + 0",
         "one_pass traps",
@@ -529,7 +529,7 @@ MUTATIONS = [
     # ---- nothing kept
     Mutation(
         "reductions: a masked token weighs 0 / D",
-        "fastpg/reductions.py",
+        "fastpg/loss/reductions.py",
         "return torch.where(mask, weights / denominator, 0).to(dtype)",
         "return (weights / denominator).to(dtype)",
         "nothing_kept",
@@ -537,7 +537,7 @@ MUTATIONS = [
     ),
     Mutation(
         "reductions: masked_mean multiplies masked values by 0",
-        "fastpg/reductions.py",
+        "fastpg/loss/reductions.py",
         "(torch.where(mask, values, 0).to(dtype) *",
         "(values.to(dtype) *",
         "nothing_kept",
@@ -554,7 +554,7 @@ MUTATIONS = [
     # ---- float32 heads
     Mutation(
         "fp32_head: autocast wins over it",
-        "fastpg/call.py",
+        "fastpg/linear/call.py",
         "if head.fp32_head:",
         "if head.fp32_head and not torch.is_autocast_enabled(hidden.device.type):",
         "fp32_head",
@@ -562,7 +562,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fp32_head: a float32 weight is a request",
-        "fastpg/call.py",
+        "fastpg/linear/call.py",
         "if head.fp32_head:",
         "if head.fp32_head or head.weight.dtype == torch.float32:",
         "fp32_head",
@@ -570,7 +570,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two passes: autocast narrows the products of backward",
-        "fastpg/two_pass.py",
+        "fastpg/linear/linear_logprobs.py",
         "with torch.autocast(rows.hidden.device.type, enabled=False):",
         'with torch.autocast(rows.hidden.device.type, enabled=torch.is_autocast_enabled("cpu")):',
         "fp32_head",
@@ -618,7 +618,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ranks need not agree on fp32_head",
-        "fastpg/agreement.py",
+        "fastpg/distributed/agreement.py",
         "int(head.fp32_head), ",
         "0, ",
         "vocab_parallel",

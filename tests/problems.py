@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from fastpg import LMHead, accuracy, reference
-from fastpg.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE
+from fastpg import LMHead, reference
+from fastpg.crosscheck import accuracy
+from fastpg.crosscheck.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE
 
 
 @dataclass(frozen=True)

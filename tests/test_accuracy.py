@@ -7,11 +7,12 @@ import pytest
 import torch
 from problems import random_problem
 
-from fastpg import linear_logprobs, tile_ops
-from fastpg.accuracy import logprob_tolerance
-from fastpg.backend import tiles_of
+from fastpg import linear_logprobs
+from fastpg.crosscheck.accuracy import logprob_tolerance
+from fastpg.linear.rows import Chunk
 from fastpg.lm_head import head_of
-from fastpg.rows import Chunk
+from fastpg.tiles import torch_tiles
+from fastpg.tiles.backend import tiles_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 HALF = [torch.bfloat16, torch.float16]
@@ -70,13 +71,13 @@ def test_it_does_not_come_from_the_product(monkeypatch):
     """With a product whose logits are all too large by 1 the log-odds against the target are too large by 1."""
     problem = random_problem(64, 500, torch.float32)
     want = linear_logprobs(problem.hidden, problem.head, problem.tokens).logprobs
-    product = tile_ops.product
+    product = torch_tiles.product
 
     def too_large(out, *arguments):
         product(out, *arguments)
         out.add_(1)
 
-    monkeypatch.setattr(tile_ops, "product", too_large)
+    monkeypatch.setattr(torch_tiles, "product", too_large)
     got = linear_logprobs(problem.hidden, problem.head, problem.tokens).logprobs
 
     def log_odds(logprobs):

@@ -24,22 +24,21 @@ from fastpg import (
     Objective,
     PPOClip,
     Reinforce,
-    backend,
     linear_logprobs,
     linear_policy_loss,
-    ops,
     policy_loss,
-    products,
     reference,
 )
 from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, operands, target
+from fastpg.linear import operators
+from fastpg.linear.anchored import _LARGEST_FACTOR, _SMALLEST_FACTOR, _SMALLEST_SUM
+from fastpg.linear.rows import Chunk
 from fastpg.lm_head import Head
-from fastpg.losses import TokenTerms
-from fastpg.objectives import device_loss
-from fastpg.one_pass_schedule import _LARGEST_FACTOR, _SMALLEST_FACTOR, _SMALLEST_SUM
-from fastpg.row_statistics import LARGEST_SUM
-from fastpg.rows import Chunk
-from fastpg.tile_ops import LOWEST_ANCHOR
+from fastpg.loss.objectives import device_loss
+from fastpg.loss.policy_loss import TokenTerms
+from fastpg.tiles import backend, products
+from fastpg.tiles.row_statistics import LARGEST_SUM
+from fastpg.tiles.torch_tiles import LOWEST_ANCHOR
 
 # ---- Which backend --------------------------------------------------------------------------------------------------
 
@@ -67,7 +66,9 @@ def test_float64_takes_torch_unless_triton_is_asked_for(monkeypatch):
 
 def test_the_environment_replaces_the_default_and_an_argument_goes_before_it(monkeypatch):
     chosen = []
-    monkeypatch.setattr(ops, "tiles_of", lambda backend, original=ops.tiles_of: (chosen.append(backend), original(backend))[1])
+    monkeypatch.setattr(
+        operators, "tiles_of", lambda backend, original=operators.tiles_of: (chosen.append(backend), original(backend))[1]
+    )
     small()
     assert set(chosen) == {"torch"}
     monkeypatch.setattr(backend, "_ENVIRONMENT", "triton")
@@ -294,10 +295,10 @@ def test_opcheck_of_the_fused_operator(dtype, entropy):
     terms = TokenTerms(*map(on_device, (masked, old, advantages, weights, rollout, ref)))
     loss = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k3"), show_lost=True)
     for scores in (torch.zeros(rows, vocab, dtype=dtype, device=KERNEL_DEVICE), None):
-        found = opcheck(ops.scored_rows, chunk, head, terms, loss, scores, entropy)
+        found = opcheck(operators.scored_rows, chunk, head, terms, loss, scores, entropy)
         assert (found.entropy is not None, found.factor is not None) == (entropy, scores is not None)
     plain = TokenTerms(None, None, terms.advantages, terms.weights, None, None)
-    opcheck(ops.scored_rows, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy)
+    opcheck(operators.scored_rows, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

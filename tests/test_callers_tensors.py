@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from fastpg import (
-    CISPO,
-    SAPO,
-    PPOClip,
-    Reinforce,
-    linear_logprobs,
-    linear_policy_loss,
-    policy_loss,
-    selective_logprobs,
-)
+from fastpg import CISPO, SAPO, PPOClip, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, selective_logprobs
 
 N, H, V = 12, 6, 20
 MASKS = pytest.mark.parametrize("masked", [False, True], ids=["all kept", "masked"])

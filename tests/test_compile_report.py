@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from fastpg import compile_report
-from fastpg.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, Variant
+from fastpg.tools import compile_report
+from fastpg.tools.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, Variant
 
 # the matrix in parts that take seconds each
 PARTS = {

@@ -13,9 +13,9 @@ import torch
 from problems import random_problem
 
 import fastpg
-from fastpg import CISPO, GSPO, KLPenalty, LMHead, PPOClip, crosscheck, crosscheck_cases
-from fastpg.crosscheck import assert_matches_oracle
-from fastpg.profiling import transient_bytes
+from fastpg import CISPO, GSPO, KLPenalty, LMHead, PPOClip
+from fastpg.crosscheck import assert_matches_oracle, cases, judge
+from fastpg.tools.memory import transient_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
@@ -176,8 +176,8 @@ def test_a_wrong_kernel_is_found(mutation, tmp_path):
 
 
 def test_ready_logits_are_judged_without_a_matrix_of_vocab_by_vocab():
-    case = crosscheck_cases.Case("selective_logprobs", torch.float32, 7, 4000, 16)
-    used = transient_bytes(lambda: list(crosscheck.check(case, {"torch cpu": "cpu"})))
+    case = cases.Case("selective_logprobs", torch.float32, 7, 4000, 16)
+    used = transient_bytes(lambda: list(judge.check(case, {"torch cpu": "cpu"})))
     assert used < 2**22 < 4000**2
 
 
@@ -190,7 +190,7 @@ def test_small_cases_run_on_one_thread_and_a_head_of_given_sizes_on_all(argument
         seen.add(torch.get_num_threads())
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(crosscheck, "check", fails)
+    monkeypatch.setattr(judge, "check", fails)
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="stop"):
@@ -244,13 +244,13 @@ def test_sequences_penalties_and_zero_advantages_match():
 )
 def test_a_wrong_result_is_named(schedule, quantity, wrong, monkeypatch):
     problem = random_problem(40, 300, torch.float32, bias=True)
-    right = getattr(crosscheck_cases, schedule)
+    right = getattr(cases, schedule)
 
     def broken(*arguments, **options):
         found = right(*arguments, **options)
         return found | {quantity: wrong(found[quantity])}
 
-    monkeypatch.setattr(crosscheck_cases, schedule, broken)
+    monkeypatch.setattr(cases, schedule, broken)
     name = {"one_pass": "one pass", "two_pass": "two passes"}[schedule]
     with pytest.raises(AssertionError, match=rf"{name} \(.*\): {quantity}.* is off by .*, tolerance ") as raised:
         assert_matches_oracle(*arguments_of(problem))
@@ -276,9 +276,9 @@ def test_the_tolerances_are_those_of_the_tests():
 
     problem = random_problem(10, 30, torch.bfloat16, hidden_size=4096)
     want, _ = problems.oracle(problem, fastpg.reference.reinforce)
-    x = crosscheck_cases.Inputs(*arguments_of(problem))
+    x = cases.Inputs(*arguments_of(problem))
     outcome = {"logp": want.logprobs + 1.0}
     for device in ("cpu", "cuda"):
-        (found,) = crosscheck.deviations(x, crosscheck_cases.Settings(), outcome, {"logp": want.logprobs}, device)
+        (found,) = judge.deviations(x, cases.Settings(), outcome, {"logp": want.logprobs}, device)
         promised = problems.logprob_tolerance(problem, device) * want.logprobs.abs().clamp(max=1)
         assert min(abs(found.tolerance / promised - 1)) < 1e-9

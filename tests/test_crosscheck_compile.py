@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpg import crosscheck, crosscheck_cases, crosscheck_compile
 from fastpg.__main__ import main
+from fastpg.crosscheck import cases, compile_ahead, judge
 
 ALL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CASES = list(crosscheck_cases.cases(ALL, quick=False, interpret=False))
+CASES = list(cases.cases(ALL, quick=False, interpret=False))
 
 
 @pytest.fixture
@@ -25,15 +25,15 @@ def pool(monkeypatch):
         seen.workers = count
         return ThreadPoolExecutor(count)
 
-    monkeypatch.setattr(crosscheck_compile, "ProcessPoolExecutor", threads)
-    monkeypatch.setattr(crosscheck_compile, "run_case", lambda case, device: seen.ran.append((case, device)))
+    monkeypatch.setattr(compile_ahead, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(compile_ahead, "run_case", lambda case, device: seen.ran.append((case, device)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(crosscheck_compile.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr(compile_ahead.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     return seen
 
 
 def test_every_case_of_the_kernels_is_run_once(pool):
-    crosscheck_compile.fill_cache(CASES)
+    compile_ahead.fill_cache(CASES)
     wanted = [c for c in CASES if c.operation != "policy_loss" and c.dtype != torch.float64]
     assert len(wanted) > 70
     assert sorted(map(str, pool.ran)) == sorted(str((case, "cuda")) for case in wanted)
@@ -46,11 +46,11 @@ def test_every_case_of_the_kernels_is_run_once(pool):
 )
 def test_workers_are_bounded(pool, monkeypatch, tasks, cores, gib, count):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30, 80 * 2**30))
-    monkeypatch.setattr(crosscheck_compile.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    assert crosscheck_compile.workers(tasks) == count
+    monkeypatch.setattr(compile_ahead.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert compile_ahead.workers(tasks) == count
     if count < 2:
         kernels = [c for c in CASES if c.runs_on("triton")]
-        crosscheck_compile.fill_cache(kernels[:tasks])
+        compile_ahead.fill_cache(kernels[:tasks])
         assert pool.workers is None  # one process more than the check itself helps nobody
 
 
@@ -59,22 +59,22 @@ def test_errors_are_left_to_the_check(pool, monkeypatch):
         pool.ran.append(case)
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(crosscheck_compile, "run_case", fails)
-    crosscheck_compile.fill_cache(CASES)
+    monkeypatch.setattr(compile_ahead, "run_case", fails)
+    compile_ahead.fill_cache(CASES)
     assert len(pool.ran) > 70
 
     def broken(self, *arguments):
         raise BrokenProcessPool
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", broken)
-    crosscheck_compile.fill_cache(CASES)
+    compile_ahead.fill_cache(CASES)
 
 
 def test_processes_that_cannot_use_a_gpu_stop_nothing(monkeypatch):
     """Real ones: without a GPU every case fails in them."""
-    monkeypatch.setattr(crosscheck_compile, "workers", lambda tasks: 2)
+    monkeypatch.setattr(compile_ahead, "workers", lambda tasks: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    crosscheck_compile.fill_cache(CASES[:2])
+    compile_ahead.fill_cache(CASES[:2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
@@ -94,13 +94,13 @@ def test_a_worker_runs_what_the_check_runs_on_the_kernels(monkeypatch, operation
         launch(self, *arguments, **named)
 
     monkeypatch.setattr(GridExecutor, "__call__", logged)
-    small = crosscheck_cases.cases(ALL, quick=True, interpret=True)
+    small = cases.cases(ALL, quick=True, interpret=True)
     for case in [case for case in small if case.operation == operation and case.runs_on("triton")]:
         launches.clear()
-        crosscheck_compile.run_case(case, "cpu")
+        compile_ahead.run_case(case, "cpu")
         alone = list(launches)
         launches.clear()
-        assert len(list(crosscheck.check(case, {"torch cpu": "cpu", "triton interpreter": "cpu"}))) == 2
+        assert len(list(judge.check(case, {"torch cpu": "cpu", "triton interpreter": "cpu"}))) == 2
         assert launches == alone != []
 
 
@@ -116,9 +116,9 @@ def test_a_worker_runs_what_the_check_runs_on_the_kernels(monkeypatch, operation
 )
 def test_only_a_check_of_many_small_cases_on_a_gpu_compiles_first(monkeypatch, capsys, places, arguments, compiles):
     order = []
-    monkeypatch.setattr(crosscheck, "_places", lambda args: places)
-    monkeypatch.setattr(crosscheck, "check", lambda case, places: order.append(case) or [])
-    monkeypatch.setattr(crosscheck_compile, "fill_cache", lambda chosen: order.append(list(chosen)))
+    monkeypatch.setattr(judge, "_places", lambda args: places)
+    monkeypatch.setattr(judge, "check", lambda case, places: order.append(case) or [])
+    monkeypatch.setattr(compile_ahead, "fill_cache", lambda chosen: order.append(list(chosen)))
     main(["check", "--dtype", "fp32", *arguments])
     first, *rest = order
     assert isinstance(first, list) == compiles

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastpg import demo, demo_tasks, demo_walk
 from fastpg.__main__ import main
-from fastpg.demo_estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
-from fastpg.demo_tasks import ALPHABET
-from fastpg.demo_walk import State
+from fastpg.demo import tasks as demo_tasks
+from fastpg.demo import train as demo
+from fastpg.demo import walk as demo_walk
+from fastpg.demo.estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
+from fastpg.demo.tasks import ALPHABET
+from fastpg.demo.walk import State
 
 STEPS = 80
 

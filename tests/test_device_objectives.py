@@ -17,8 +17,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastpg import CISPO, SAPO, ImportanceWeighted, KLPenalty, PPOClip, Reinforce
 from fastpg.kernels import objectives as device
 from fastpg.kernels.tile import INTERPRETED
-from fastpg.losses import TokenTerms, token_losses
-from fastpg.objectives import _clipped_surrogate
+from fastpg.loss.objectives import _clipped_surrogate
+from fastpg.loss.policy_loss import TokenTerms, token_losses
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # What rounding may cost, in ulp of a result before anything in it cancels. Log ratios are exact here, so that it is what is

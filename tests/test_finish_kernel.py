@@ -18,8 +18,8 @@ from fastpg.kernels.anchored_exp import TileSums
 from fastpg.kernels.finish import Loss, Terms, Tokens, finish_with_loss
 from fastpg.kernels.logsumexp import Running, combine, finished
 from fastpg.kernels.tile import INTERPRETED
-from fastpg.losses import TokenTerms, token_losses
-from fastpg.row_statistics import Partials, finish_rows
+from fastpg.loss.policy_loss import TokenTerms, token_losses
+from fastpg.tiles.row_statistics import Partials, finish_rows
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ULP = 2.0**-23

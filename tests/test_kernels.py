@@ -1,6 +1,6 @@
 """The Triton kernels, launcher by launcher, against the same quantities written out in float64.
 
-On a GPU where there is one, in Triton's interpreter elsewhere. Launchers are called as `fastpg.triton_tile_ops` calls them.
+On a GPU where there is one, in Triton's interpreter elsewhere. Launchers are called as `fastpg.tiles.triton_tiles` calls them.
 What becomes of a row's sums is in test_finish_kernel.
 """
 

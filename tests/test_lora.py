@@ -9,7 +9,7 @@ from problems import check_result, oracle, random_problem
 from test_parity import ALL_DTYPES, SCHEDULES
 
 from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, reference
-from fastpg.profiling import transient_bytes
+from fastpg.tools.memory import transient_bytes
 
 
 @SCHEDULES

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpg import LMHead, linear_cispo_loss, linear_logprobs
-from fastpg.profiling import transient_bytes
+from fastpg.tools.memory import transient_bytes
 
 DEFAULT = 256 * 2**20
 

@@ -12,15 +12,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastpg import CISPO, LMHead, products, triton_tile_ops, two_pass_schedule
+from fastpg import CISPO, LMHead
 from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, target
+from fastpg.linear import online
+from fastpg.linear.anchored import Options, one_pass
+from fastpg.linear.rows import Rows, Wanted
+from fastpg.linear.workspace import plan_logprobs, plan_policy_loss
 from fastpg.lm_head import head_of
-from fastpg.losses import TokenTerms, token_losses
-from fastpg.objectives import device_loss
-from fastpg.one_pass_schedule import Options, one_pass
-from fastpg.row_statistics import Incoming, RowStatistics
-from fastpg.rows import Rows, Wanted
-from fastpg.workspace import plan_logprobs, plan_policy_loss
+from fastpg.loss.objectives import device_loss
+from fastpg.loss.policy_loss import TokenTerms, token_losses
+from fastpg.tiles import products, triton_tiles
+from fastpg.tiles.row_statistics import Incoming, RowStatistics
 
 GIB = 2**30
 SHAPES = {  # N, H, V
@@ -72,7 +74,7 @@ def _without_kernels_and_products(monkeypatch):
             monkeypatch.setattr(module, name, NoKernel())
         if hasattr(module, "tile_arguments"):
             monkeypatch.setattr(module, "tile_arguments", lambda *arguments: (None,) * 5)
-    monkeypatch.setattr(triton_tile_ops, "target_of", lambda device: "cuda:90")
+    monkeypatch.setattr(triton_tiles, "target_of", lambda device: "cuda:90")
 
     def no_product(a, b, out=None, accumulate=False, dtype=None):
         return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
@@ -138,8 +140,8 @@ def test_two_passes(shape, dtype, gather, entropy):
 
     def backward():
         chunk_rows = plan_logprobs(head, entropy=entropy, workspace=GIB, backend="triton")
-        plan = two_pass_schedule.Plan(chunk_rows, "triton", partial=False)
-        two_pass_schedule.two_pass_backward(triton_tile_ops, rows, head, statistics, Incoming(g, h), wanted, plan)
+        plan = online.Plan(chunk_rows, "triton", partial=False)
+        online.two_pass_backward(triton_tiles, rows, head, statistics, Incoming(g, h), wanted, plan)
 
     inputs = [g, *statistics, *([h] if entropy else []), *([rows.indices] if gather else [])]
     used = beyond_results(backward, rows, head, inputs)

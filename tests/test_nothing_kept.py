@@ -17,8 +17,8 @@ import fastpg
 from fastpg import CISPO, GSPO, ImportanceWeighted, KLPenalty, LMHead, PPOClip, linear_logprobs, masked_mean, policy_loss
 from fastpg.integrations.transformers import patched
 from fastpg.integrations.verl import linear_cross_entropy
-from fastpg.reductions import token_weights
-from fastpg.sequences import sequences_of
+from fastpg.loss.reductions import token_weights
+from fastpg.loss.sequences import sequences_of
 
 REDUCTIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"]
 NOTHING, SOME = torch.zeros(2, 3, dtype=torch.bool), torch.tensor([[True, False, True], [False, False, True]])

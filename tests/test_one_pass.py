@@ -23,11 +23,11 @@ from fastpg import (
     policy_loss,
     reference,
 )
+from fastpg.linear.operators import anchored_scores, gradient_products, target_logits
+from fastpg.linear.rows import Chunk
 from fastpg.lm_head import Head
-from fastpg.ops import anchored_scores, gradient_products, target_logits
-from fastpg.products import Sums
-from fastpg.profiling import transient_bytes
-from fastpg.rows import Chunk
+from fastpg.tiles.products import Sums
+from fastpg.tools.memory import transient_bytes
 
 # names what a test calls `one_pass`
 ONE_PASS = pytest.mark.parametrize("one_pass", [one_pass, one_pass_triton], ids=["torch", "triton"])

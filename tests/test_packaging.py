@@ -1,6 +1,5 @@
 """What may import what, and what importing fastpg does to other packages."""
 
-import ast
 import importlib.util
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from imports import imports
 
 import fastpg
 
@@ -69,47 +69,6 @@ def test_every_public_name_exists_and_is_documented():
         assert getattr(fastpg, name).__doc__, name
 
 
-def imports(path: Path) -> set[str]:
-    """Top-level packages and fastpg modules (as ".name") that a file imports, anywhere but under TYPE_CHECKING."""
-    found = set()
-    tree = ast.parse(path.read_text())
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                found |= {f".{node.module.split('.')[0]}"} if node.module else {f".{alias.name}" for alias in node.names}
-            else:
-                found.add(node.module.split(".")[0])
-    return found
-
-
-# Who may import whom inside the package: data flows one way, from the public functions down to the tiles.
-LAYERS = [
-    {"accuracy", "validation", "profiling", "threads", "operator", "compile_report", "buffers", "casting_heads"},
-    {"lm_head", "sequences", "advantages"},
-    {"objectives", "reductions"},
-    {"products", "metrics"},
-    {"row_statistics", "lora"},
-    {"rows", "distributed"},
-    {"tile_ops", "reference", "losses", "agreement"},
-    {"triton_tile_ops"},
-    {"backend"},
-    {"call", "workspace"},
-    {"two_pass_schedule"},
-    {"ops"},
-    {"two_pass", "one_pass_schedule"},
-    {"one_pass", "selective"},
-    {"crosscheck_cases"},
-    {"crosscheck_compile"},
-    {"crosscheck"},
-    {"demo_tasks", "demo_estimators"},
-    {"demo_walk"},
-    {"demo"},
-]
-
-
 def test_a_suite_in_parallel_survives_pytest_benchmark(tmp_path):
     """Which says at its start that xdist disables it. A stand-in says it here: versions differ in when and how."""
     pytest.importorskip("xdist")
@@ -125,25 +84,15 @@ def test_a_suite_in_parallel_survives_pytest_benchmark(tmp_path):
     assert "1 passed" in done.stdout
 
 
-def test_modules_import_only_what_lies_below_them():
-    below: set[str] = set()
-    for layer in LAYERS:
-        for name in layer:
-            inside = {i[1:] for i in imports(ROOT / "fastpg" / f"{name}.py") if i.startswith(".")} - {"__version__"}
-            if name in ("triton_tile_ops", "compile_report", "workspace"):  # and nothing else knows the kernels
-                inside -= {"kernels"}
-            assert inside <= below, f"{name} imports {inside - below}"
-        below |= layer
-    assert below == {path.stem for path in (ROOT / "fastpg").glob("*.py")} - {"__init__", "__main__"}
-
-
 def test_the_oracle_shares_no_arithmetic_with_the_library():
-    assert {i for i in imports(ROOT / "fastpg" / "reference.py") if i.startswith(".")} == {".lm_head"}
+    assert imports(ROOT / "fastpg" / "reference.py") == {"fastpg.lm_head", "__future__", "collections", "torch"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_import_torch_triton_and_each_other_only(path):
-    assert {i for i in imports(path) if not i.startswith(".")} <= {"torch", "triton", *sys.stdlib_module_names}
+    inside = {name for name in imports(path) if name.startswith("fastpg")}
+    assert all(name.startswith("fastpg.kernels.") for name in inside)
+    assert imports(path) - inside <= {"torch", "triton", *sys.stdlib_module_names}
 
 
 def test_no_file_of_the_package_is_long():

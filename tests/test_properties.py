@@ -24,8 +24,8 @@ from fastpg import (
     linear_policy_loss,
     reference,
 )
-from fastpg.crosscheck import deviations
-from fastpg.crosscheck_cases import Inputs, Settings, one_pass, oracle, reference_loss, two_pass
+from fastpg.crosscheck.cases import Inputs, Settings, one_pass, oracle, reference_loss, two_pass
+from fastpg.crosscheck.judge import deviations
 
 EXAMPLES = int(os.environ.get("FASTPG_EXAMPLES", "150"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -19,8 +19,8 @@ PATHS = {
     """,
     "fastpg.distributed": "global_count",
     "fastpg.reference": """
-        cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences policy_loss ppo_clip
-        reduce reinforce sapo softcap token_distribution
+        cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences policy_loss
+        ppo_clip reduce reinforce sapo softcap token_distribution
     """,
     "fastpg.crosscheck": "assert_matches_oracle",
     "fastpg.integrations.transformers": """

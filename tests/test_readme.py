@@ -10,8 +10,8 @@ import torch
 from readme_tables import H100_SERIES, H100_STEP, RESULTS, accuracy_table, goals_table, h100_table, step_table
 
 import fastpg
-from fastpg import accuracy
-from fastpg.accuracy import SMALLEST_RANGE, TENSOR_CORE_TERMS, UNIT, logprob_tolerance
+from fastpg.crosscheck import accuracy
+from fastpg.crosscheck.accuracy import SMALLEST_RANGE, TENSOR_CORE_TERMS, UNIT, logprob_tolerance
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

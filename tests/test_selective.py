@@ -6,9 +6,9 @@ from problems import opcheck
 from test_parity import KERNEL_DEVICE
 
 from fastpg import linear_logprobs, reference, selective_logprobs
-from fastpg.ops import given_dlogits, given_statistics
-from fastpg.profiling import transient_bytes
-from fastpg.row_statistics import Given, Incoming
+from fastpg.linear.operators import given_dlogits, given_statistics
+from fastpg.tiles.row_statistics import Given, Incoming
+from fastpg.tools.memory import transient_bytes
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

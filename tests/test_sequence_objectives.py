@@ -9,17 +9,7 @@ import math
 import pytest
 import torch
 
-from fastpg import (
-    CISPO,
-    GSPO,
-    SAPO,
-    ImportanceWeighted,
-    KLPenalty,
-    PPOClip,
-    Reinforce,
-    policy_loss,
-    reference,
-)
+from fastpg import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, PPOClip, Reinforce, policy_loss, reference
 
 F32, F64 = torch.float32, torch.float64
 INF, NAN = math.inf, math.nan

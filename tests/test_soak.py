@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, policy_loss
-from fastpg.demo_tasks import tiny_model
-from fastpg.profiling import transient_bytes
+from fastpg.demo.tasks import tiny_model
+from fastpg.tools.memory import transient_bytes
 
 STEPS = 500
 

@@ -7,32 +7,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpg import CISPO, linear_cispo_loss, linear_logprobs, lora, one_pass, policy_loss, selective, triton_tile_ops, two_pass
+import fastpg
+import fastpg.kernels
+from fastpg import CISPO, linear_cispo_loss, policy_loss
+from fastpg.linear import linear_logprobs, linear_policy_loss, lora, selective_logprobs
+from fastpg.tiles import triton_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
-FUNCTIONS = [two_pass._LinearLogprobs, one_pass._LinearPolicyLoss, one_pass._TokenLoss, selective._SelectiveLogprobs]
+FUNCTIONS = [
+    linear_logprobs._LinearLogprobs,
+    linear_policy_loss._LinearPolicyLoss,
+    linear_policy_loss._TokenLoss,
+    selective_logprobs._SelectiveLogprobs,
+]
 FUNCTIONS += [lora._LoraHidden]
 
 
 def frames_of_fastpg() -> list[str]:
     """Names of the functions of fastpg between the caller's and this one, outermost first."""
-    import fastpg
-    import fastpg.kernels
-
-    folders = {Path(fastpg.__file__).parent, *(Path(path) for path in fastpg.kernels.__path__)}
-    return [f.function for f in reversed(inspect.stack()) if Path(f.filename).parent in folders]
+    folders = [Path(fastpg.__file__).parent, *(Path(path) for path in fastpg.kernels.__path__)]
+    stack = reversed(inspect.stack())
+    return [f.function for f in stack if any(Path(f.filename).is_relative_to(folder) for folder in folders)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CPU tensors, in the interpreter")
 @pytest.mark.parametrize("check", [True, False])
 def test_at_most_7_frames_from_linear_cispo_loss_to_a_launcher(monkeypatch, check):
-    launcher, found = triton_tile_ops.anchored_tiles, []
+    launcher, found = triton_tiles.anchored_tiles, []
 
     def noted(*arguments):
         found.append(frames_of_fastpg())
         return launcher(*arguments)
 
-    monkeypatch.setattr(triton_tile_ops, "anchored_tiles", noted)
+    monkeypatch.setattr(triton_tiles, "anchored_tiles", noted)
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     linear_cispo_loss(hidden, weight, torch.arange(5), -torch.ones(5), torch.ones(5), backend="triton", check=check)
     (frames,) = found
@@ -50,7 +57,7 @@ def test_autograd_nodes_take_and_return_at_most_six(function):
 def test_autograd_nodes_of_a_step_have_at_most_six_inputs():
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     tokens, old = torch.arange(5), -torch.ones(5)
-    logprobs = linear_logprobs(hidden, weight, tokens).logprobs
+    logprobs = fastpg.linear_logprobs(hidden, weight, tokens).logprobs
     for loss in (
         linear_cispo_loss(hidden, weight, tokens, old, old).loss,
         policy_loss(logprobs, old, old, objective=CISPO()).loss,

@@ -9,7 +9,7 @@ import torch
 from problems import WEIGHT_TOLERANCE, Problem, oracle, random_problem, relative_error
 
 from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, policy_loss, reference
-from fastpg.profiling import transient_bytes
+from fastpg.tools.memory import transient_bytes
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
 NAMES = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]

@@ -15,12 +15,12 @@ AGREEMENT = 176
 
 def counted(rank: int) -> dict[str, dict[str, list[int]]]:
     """Bytes that this rank handed to each collective, in order, by kind of call."""
-    from fastpg import distributed
+    from fastpg.distributed import vocab_parallel
 
     log: dict[str, list[int]] = {}
     gather, reduce = dist.all_gather, dist.all_reduce
-    distributed.dist.all_gather = lambda out, x, **k: (log.setdefault("gather", []).append(x.nbytes), gather(out, x, **k))
-    distributed.dist.all_reduce = lambda x, **k: (log.setdefault("reduce", []).append(x.nbytes), reduce(x, **k))
+    vocab_parallel.dist.all_gather = lambda out, x, **k: (log.setdefault("gather", []).append(x.nbytes), gather(out, x, **k))
+    vocab_parallel.dist.all_reduce = lambda x, **k: (log.setdefault("reduce", []).append(x.nbytes), reduce(x, **k))
     torch.manual_seed(0)
     weight, hidden, tokens = torch.randn(V, H), torch.randn(N, H), torch.randint(0, V, (N,))
     factors = torch.randn(RANK, H, requires_grad=True), torch.randn(V, RANK)

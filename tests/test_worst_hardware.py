@@ -8,14 +8,15 @@ import pytest
 import torch
 from worst_hardware import each_value_once, memory_around, worst_product
 
-from fastpg import linear_cispo_loss, products
-from fastpg.products import dense, has_gaps
-from fastpg.rows import Rows
+from fastpg import linear_cispo_loss
+from fastpg.linear.rows import Rows
+from fastpg.tiles import products
+from fastpg.tiles.products import dense, has_gaps
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastpg"
 PRODUCTS = {"mm", "addmm", "addmm_", "matmul", "bmm", "baddbmm", "einsum", "mv", "addmv", "dot", "inner", "tensordot", "linear"}
 # plain code of the oracle, of what is compared with it, and of the demo; and three rows that a layer is asked about
-ON_FULL_LOGITS = {"reference", "crosscheck_cases", "demo", "demo_estimators", "casting_heads"}
+ON_FULL_LOGITS = {"reference", "cases", "train", "estimators", "casting_heads"}
 
 
 def test_nothing_else_calls_a_matrix_product():

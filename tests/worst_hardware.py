@@ -1,7 +1,7 @@
 """The one matrix product as the worst hardware would have it, and the suites that run through it once more.
 
-Processors differ in what they do to operands of `fastpg.products`, and a test sees one processor. So the parity, property and
-LoRA suites run a second time on a product that
+Processors differ in what they do to operands of `fastpg.tiles.products`, and a test sees one processor. So the parity, property
+and LoRA suites run a second time on a product that
 
     refuses   an operand with anything that is not finite in the memory between its rows, or behind its last one: oneDNN's AMX
               kernels read there, and multiply what they find by 0
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import fastpg.products
+from fastpg.tiles import products
 
 SUITES = ("test_parity", "test_properties", "test_lora")
 HERE, WORST = "this CPU", "worst CPU"
@@ -34,7 +34,7 @@ def memory_around(x: torch.Tensor) -> torch.Tensor:
 
 
 def worst_product(product):
-    """`fastpg.products._multiply`, on the worst hardware."""
+    """`fastpg.tiles.products._multiply`, on the worst hardware."""
 
     def multiply(a, b, out=None, accumulate=False, dtype=None):
         for name, x in (("first", a), ("second", b)):
@@ -52,7 +52,7 @@ def product_of(hardware: str) -> Iterator[None]:
     """Puts the product of `hardware` in the library's place while the generator is suspended."""
     with pytest.MonkeyPatch.context() as patch:
         if hardware == WORST:
-            patch.setattr(fastpg.products, "_multiply", worst_product(fastpg.products._multiply))
+            patch.setattr(products, "_multiply", worst_product(products._multiply))
         yield
 
 

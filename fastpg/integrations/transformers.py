@@ -26,12 +26,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .. import validation
+from ..linear.linear_logprobs import linear_logprobs
+from ..linear.linear_policy_loss import linear_policy_loss
 from ..lm_head import LMHead
-from ..losses import PolicyLossOutput
-from ..objectives import KLPenalty, Objective, ObjectiveFunction
-from ..one_pass import linear_policy_loss
-from ..reductions import Reduction, mean_of_kept
-from ..two_pass import linear_logprobs
+from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
+from ..loss.policy_loss import PolicyLossOutput
+from ..loss.reductions import Reduction, mean_of_kept
 
 # What is made of the hidden states (B, T, H), the head and `labels`: fields of a HeadlessOutput.
 _Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from ..lm_head import LMHead
-from ..reductions import mean_of_kept
-from ..two_pass import TokenLogprobs, linear_logprobs
+from ..loss.reductions import mean_of_kept
 from ..validation import IGNORED_TOKEN
 
 _NEEDED = "fastpg.integrations.trl needs trl >= 1.16, the first whose trainers call the model with fused_lm_head=True"

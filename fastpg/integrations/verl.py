@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ..linear.linear_logprobs import linear_logprobs
 from ..lm_head import LMHead
-from ..two_pass import linear_logprobs
 
 REDUCTIONS = ("none", "sum", "mean")
 

@@ -1,0 +1,5 @@
+"""fastpg against the float64 oracle: `assert_matches_oracle` on tensors of yours, and the command `fastpg check`."""
+
+from .judge import assert_matches_oracle
+
+__all__ = ["assert_matches_oracle"]

@@ -1,0 +1,1 @@
+"""`fastpg demo`: a language model learns from a loss that never built its logits."""

@@ -1,0 +1,350 @@
+"""`fastpg demo`: reinforcement learning of a small language model, on a GPU or a CPU, with a loss that never builds the logits.
+
+The algorithm is `train`: sample answers in groups, verify them, estimate advantages, take two steps of the objective. What it
+calls, in the same order, is below it, and the report at the end. `estimators` names the estimators and the objectives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from ..linear.linear_logprobs import linear_logprobs
+from ..linear.linear_policy_loss import linear_policy_loss
+from ..lm_head import LMHead
+from ..loss.objectives import CISPO, Objective
+from ..loss.policy_loss import PolicyLossOutput, policy_loss
+from ..tools.memory import transient_bytes
+from ..tools.threads import one_thread
+from .estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
+from .tasks import Task, check_packages, larger_digit, load_smollm2, sums, tiny_model
+from .walk import Walk, rollout_values, walk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEASURED_TOKENS = 2048  # of the report's memory
+UPDATES = 2  # optimiser steps for each batch of rollouts: the second one finds ratios that differ from 1
+
+
+class LossMemory(NamedTuple):
+    """Transient bytes of the loss and its gradients for `tokens` tokens, dX and dW themselves not counted."""
+
+    tokens: int
+    vocab: int
+    fastpg: int
+    full_logits: int
+
+
+class Training(NamedTuple):
+    history: list[dict[str, float]]  # the numbers of each step
+    seconds: dict[str, float]  # by phase
+    memory: LossMemory
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: PreTrainedModel,
+    task: Task | Walk,
+    steps: int,
+    seed: int = 0,
+    advantage: str = "group",
+    objective: str = "cispo",
+) -> Training:
+    """Policy gradient with the named estimator and objective, on the model's device."""
+    clock, device = Clock(), model.device
+    random, generator = Random(seed), torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
+    head = LMHead.from_model(model)  # the tied embedding itself
+    context = Context(Critic(head.hidden_size, device), rollout_values(model, task, generator), generator)
+    history = []
+    progress = tqdm(range(1, steps + 1), unit="step")
+    for step in progress:
+        with clock("sample"):
+            rollouts = (walk if isinstance(task, Walk) else sample)(model, task, random, generator)
+        with clock("score"), torch.no_grad():
+            old_logprobs = linear_logprobs(rollouts.hidden, head, rollouts.tokens, mask=rollouts.mask).logprobs
+        with clock("advantages"):
+            advantages = ESTIMATORS[advantage](rollouts, context)
+
+        updates = []
+        for rows in parts_of_groups(rollouts.episodes, task.group_size):
+            tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
+            with clock("update"):
+                prompts = rollouts.prompts[rows] if len(rollouts.prompts) == len(rollouts.tokens) else rollouts.prompts
+                hidden = hidden_states(model, prompts, tokens)
+                out = loss_of(OBJECTIVES[objective], hidden, head, tokens, old_logprobs[rows], advantages[rows], mask)
+                out.loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            updates.append({"loss": out.loss.item()} | {name: value.item() for name, value in out.metrics.items()})
+
+        history.append(step_numbers(step, rollouts, updates))
+        shown = ("reward", "loss", "ratio_mean", "ratio_max", "clip_fraction")
+        progress.set_postfix({name: f"{history[-1][name]:.3g}" for name in shown}, refresh=False)
+    memory = loss_memory(hidden, head, tokens, mask, old_logprobs[rows])
+    return Training(history, dict(clock.seconds), memory)
+
+
+def loss_of(
+    objective: Objective,
+    hidden: torch.Tensor,
+    head: LMHead,
+    tokens: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+) -> PolicyLossOutput:
+    """In one pass over the vocabulary; in two where a ratio is that of a whole sequence."""
+    if objective.needs_sequences:
+        logprobs = linear_logprobs(hidden, head, tokens, mask=mask).logprobs
+        return policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
+    return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, mask=mask)
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.Generator) -> Rollouts:
+    """Draw prompts, sample a group of completions of each at temperature 1, and verify their answers.
+
+    The generator is on the model's device, and so is everything drawn.
+    """
+    device = generator.device
+    problems = [task.draw(random) for _ in range(task.prompts_per_step)]
+    prompts = torch.tensor([ids for ids, _ in problems], device=device)
+    answers = [answer for _, answer in problems for _ in range(task.group_size)]
+
+    last, cache = read_prompts(model, prompts, task.group_size)
+    running = torch.ones(len(last), dtype=torch.bool, device=device)
+    tokens, mask, hidden = [], [], []
+    for _ in range(task.max_new_tokens):
+        # One position of each completion: the only logits that the demo ever builds, because they are what it samples from.
+        probabilities = model.get_output_embeddings()(last).softmax(-1)
+        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        token = torch.where(running, token, task.stop_token)
+        tokens.append(token)
+        mask.append(running)
+        hidden.append(last)
+        running = running & (token != task.stop_token)
+        if not running.any():
+            break
+        last = model.base_model(token[:, None], past_key_values=cache).last_hidden_state[:, -1]
+
+    tokens, mask, hidden = (torch.stack(columns, 1) for columns in (tokens, mask, hidden))
+    completions = [[i for i in row if i != task.stop_token] for row in tokens.tolist()]
+    verified = [float(task.verify(ids, answer)) for ids, answer in zip(completions, answers, strict=True)]
+    rewards, episodes = torch.tensor(verified, device=device), torch.arange(len(tokens), device=device)
+    states = [prompt for prompt, _ in problems for _ in range(task.group_size)]
+    return Rollouts(prompts, tokens, mask, hidden, rewards, episodes, episodes // task.group_size, states)
+
+
+def parts_of_groups(episodes: torch.Tensor, group_size: int) -> Iterator[torch.Tensor]:
+    """The rows of each update: those of an equal share of every group's episodes, so that each update has every prompt."""
+    share = episodes % group_size * UPDATES // group_size
+    for update in range(UPDATES):
+        yield (share == update).nonzero()[:, 0]
+
+
+def hidden_states(model: PreTrainedModel, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(P, L) prompts and (B, T) completions -> (B, T, H), where hidden[:, t] predicts tokens[:, t]. Differentiable."""
+    last, cache = read_prompts(model, prompts, len(tokens) // len(prompts))
+    if tokens.shape[1] == 1:
+        return last[:, None]
+    # The last token predicts nothing that counts. Padding is to the right, where causal attention does not see it.
+    rest = model.base_model(tokens[:, :-1], past_key_values=cache).last_hidden_state
+    return torch.cat([last[:, None], rest], 1)
+
+
+def read_prompts(model: PreTrainedModel, prompts: torch.Tensor, copies: int):
+    """Reads each prompt once for all of its completions: (P, L) -> hidden state of its end (P * copies, H), and the cache."""
+    out = model.base_model(prompts, use_cache=True)
+    out.past_key_values.batch_repeat_interleave(copies)
+    return out.last_hidden_state[:, -1].repeat_interleave(copies, 0), out.past_key_values
+
+
+def step_numbers(step: int, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
+    """One row of the history. Ratios are those of the last update; the first finds the policy that sampled, so ratios of 1."""
+    # groups whose answers are all right or all wrong have advantage 0 and cost no work: no token, no ratio
+    last = {
+        name: updates[-1][name] if updates[-1]["tokens"] else math.nan
+        for name in ("ratio_mean", "ratio_max", "clip_fraction", "ess", "kl_k3")
+    }
+    return {
+        "step": step,
+        "reward": rollouts.episode_rewards().mean().item(),
+        "loss": sum(update["loss"] for update in updates) / len(updates),
+        "tokens": rollouts.mask.sum(1).float().mean().item(),
+        "first_ratio_mean": updates[0]["ratio_mean"],
+        "first_ratio_max": updates[0]["ratio_max"],
+        **last,
+    }
+
+
+class Clock:
+    """`with clock("phase"):` adds the time inside to `seconds["phase"]`."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+
+def loss_memory(
+    hidden: torch.Tensor,  # (B, T, H)
+    head: LMHead,
+    tokens: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+    old_logprobs: torch.Tensor,  # (B, T)
+) -> LossMemory:
+    """Measures the loss and its gradients, as in `train` and with full logits, for a batch of about 2048 tokens: the given
+    one repeated, since the demo's own are smaller than any that a trainer would use."""
+    copies = max(1, round(MEASURED_TOKENS / tokens.numel()))
+    tokens, mask, old_logprobs = (x.repeat(copies, 1) for x in (tokens, mask, old_logprobs))
+    hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), torch.ones(len(tokens), device=hidden.device)
+    mask, objective = torch.ones_like(mask), CISPO()  # all of them computed, on both sides
+
+    def fastpg() -> None:
+        out = linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, mask=mask)
+        torch.autograd.grad(out.loss, (hidden, head.weight))
+
+    def full_logits() -> None:
+        logprobs = torch.log_softmax(hidden @ head.weight.T, -1).gather(-1, tokens[..., None])[..., 0]
+        out = policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
+        torch.autograd.grad(out.loss, (hidden, head.weight))
+
+    gradients = hidden.nbytes + head.weight.nbytes
+    used = (transient_bytes(call, hidden.device) - gradients for call in (fastpg, full_logits))
+    return LossMemory(tokens.numel(), head.vocab_size, *used)
+
+
+def quarters(history: list[dict[str, float]]) -> tuple[float, float]:
+    """Answer accuracy over the first and the last quarter of the steps."""
+    rewards = [row["reward"] for row in history]
+    n = max(1, len(rewards) // 4)
+    return sum(rewards[:n]) / n, sum(rewards[-n:]) / n
+
+
+def report(console: Console, training: Training) -> None:
+    first, last = quarters(training.history)
+    tokens, vocab, *sizes = training.memory
+    fastpg, full = (f"{size / 2**20:.1f} MiB" for size in sizes)
+    table = Table("", "", show_header=False, title="fastpg demo")
+    table.add_row("answer accuracy, first quarter of the steps", f"{first:.0%}")
+    table.add_row("answer accuracy, last quarter of the steps", f"{last:.0%}", end_section=True)
+    table.add_row(f"memory of the loss of {tokens} tokens, V = {vocab}, beyond dX and dW", fastpg)
+    table.add_row("the same with full logits", full, end_section=True)
+    for phase, seconds in training.seconds.items():
+        table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
+    table.add_row("seconds: all", f"{sum(training.seconds.values()):.1f}")
+    console.print(table)
+
+
+def save(training: Training, folder: Path, title: str) -> list[Path]:
+    """Writes history.csv and curves.png, and returns their paths."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "history.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, training.history[0])
+        writer.writeheader()
+        writer.writerows(training.history)
+
+    steps = [row["step"] for row in training.history]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.suptitle(title)
+    curves = {"answer accuracy": "reward", "loss": "loss", "largest ratio": "ratio_max", "clip fraction": "clip_fraction"}
+    for axes, (label, name) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
+        axes.plot(steps, [row[name] for row in training.history], marker="." if len(steps) < 50 else "")
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        if name in ("reward", "clip_fraction"):
+            axes.set_ylim(bottom=0)
+    figure.savefig(folder / "curves.png", dpi=120)
+    return [folder / "history.csv", folder / "curves.png"]
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+
+def add_command(commands) -> None:
+    """`fastpg demo`, for the parser in __main__."""
+    parser = commands.add_parser("demo", help="train a small language model to answer, with a loss without logits")
+    parser.add_argument(
+        "--model",
+        choices=("smollm2", "tiny", "walk"),
+        default="smollm2",
+        help="tiny: a random Llama, 10 s; walk: the same in an environment of several steps",
+    )
+    parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 200 for tiny)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch finds a GPU, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of curves.png and history.csv")
+    parser.add_argument(
+        "--advantage",
+        choices=ESTIMATORS,
+        default="group",
+        help="estimator; none: those of group are shuffled over the batch, a control that must not learn (default: group)",
+    )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="cispo", help="default: cispo")
+    parser.set_defaults(run=run)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError  # argparse names the option and the value
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
+    if args.advantage in NEED_STEPS and args.model != "walk":
+        raise SystemExit(f"fastpg demo: --advantage {args.advantage} needs episodes of several steps; add --model walk")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("fastpg demo: --device cuda: torch finds no GPU; leave --device out, or say cpu")
+    console = Console()
+    try:
+        check_packages(args.model)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"fastpg demo: {error}") from None
+
+    with nullcontext() if args.model == "smollm2" else one_thread():
+        start = time.perf_counter()
+        torch.manual_seed(args.seed)
+        if args.model == "smollm2":
+            console.print("Loading SmolLM2-135M-Instruct ...")
+            model, tokenizer = load_smollm2()
+            task = sums(tokenizer)
+        else:
+            model, task = tiny_model(), Walk() if args.model == "walk" else larger_digit()
+        model = model.to(device)
+        loading = time.perf_counter() - start
+
+        training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective)
+    training.seconds["load"] = loading
+    report(console, training)
+    title = f"{args.model} on {device}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
+    for path in save(training, args.out, title):
+        console.print(f"wrote {path}")

@@ -1,0 +1,165 @@
+"""Vocab-parallel calls: the ranks of a group compare what each was given, so that an error is raised on all of them.
+
+A collective call that one rank does not join, or joins with another shape, hangs or is silently wrong. So before any work every
+rank sends one row of small numbers (one all-gather, one host read) and all of them read the same table.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ..lm_head import LMHead
+from .vocab_parallel import gathered, is_dtensor
+
+if TYPE_CHECKING:
+    from ..linear.call import Inputs
+
+# what must be equal on all ranks
+_EQUAL = (
+    "fp32_head", "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora",
+    "lora's scale", "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
+    "whether there is a gradient to compute", "the backend", "check", "old_logprobs",
+)  # fmt: skip
+_OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "rows of a chunk")
+
+
+class Facts:
+    """What this rank says of its call, and after `one_outcome` what all of them agreed on."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int | torch.Tensor] = {}
+        self.chunk: int | None = None  # rows of a chunk, where ranks must cut theirs alike
+
+    def describe(
+        self,
+        inputs: Inputs,
+        computed: torch.Tensor,
+        *,
+        entropy: bool,
+        old_logprobs: torch.Tensor | None = None,
+        chunk: int = 0,
+    ) -> None:
+        hidden, head, tokens, _, temperature, backend, check = inputs
+        if head.group is None:
+            return
+        flat, kept = computed.reshape(-1), torch.where(computed, tokens, -1).reshape(-1).long()
+        place = torch.arange(1, len(kept) + 1, device=kept.device)
+        grad = torch.is_grad_enabled()
+        inputs = hidden, head.weight, head.bias, *(head.lora or ())[:2]
+        wanted = [grad and x is not None and x.requires_grad for x in inputs]
+        of_lora = head.lora is not None and head.lora.a.requires_grad
+        dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        values = (
+            int(head.fp32_head), dtypes.index(hidden.dtype), hidden.shape[-1], len(kept),
+            ((kept + 2) * (place * 2654435761 + 1)).sum(),
+            0 if head.lora is None else len(head.lora.a), _bits(0 if head.lora is None else head.lora.scale),
+            _bits(head.softcap or 0), _bits(head.logit_scale),
+            _checksum(temperature, computed, place), int(entropy), grad * (2 * hidden.requires_grad + of_lora),
+            int(any(wanted)), int(backend == "triton"), int(check), _checksum(old_logprobs, computed, place),
+        )  # fmt: skip
+        smallest, largest = torch.where(flat, kept, 0), kept
+        if len(kept):
+            smallest, largest = smallest.amin(), largest.amax()
+        else:
+            smallest, largest = 0, -1
+        self.numbers = dict(zip(_EQUAL, values, strict=True))
+        self.numbers |= {
+            "failed": 0, "vocab_start": head.vocab_start, "rows of the weight": len(head.weight), "smallest token": smallest,
+            "largest token": largest, "rows of a chunk": chunk,
+        }  # fmt: skip
+
+
+def one_outcome(head: object) -> AbstractContextManager[Facts]:
+    """The checks inside raise on every rank of head.group or on none; so does what the ranks disagree on.
+
+    Raises TypeError for a group that is none, and ValueError for shards that leave a gap or overlap, for what must be equal
+    and is not, for a token outside the whole vocabulary, and where another rank's checks failed.
+    """
+    if isinstance(head, LMHead) and head.group is not None:
+        return _one_outcome(head)
+    return nullcontext(Facts())
+
+
+@contextmanager
+def _one_outcome(head: LMHead) -> Iterator[Facts]:
+    facts = Facts()
+    _check_group(head)
+    try:
+        if head.vocab_start is None and not is_dtensor(head.weight):
+            raise ValueError("head.vocab_start is needed with head.group: which entry of the vocabulary row 0 of the weight is")
+        yield facts
+    except Exception:
+        facts.numbers = {"failed": 1}
+        _exchange(facts, head)
+        raise
+    _compare(_exchange(facts, head), facts)
+
+
+def _check_group(head: LMHead) -> None:
+    """What is wrong on every rank alike, and would keep them from talking."""
+    group = head.group
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("head.group needs torch.distributed.init_process_group to have been called")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"head.group must be a torch.distributed process group that this rank belongs to; got {type(group).__name__}"
+        )
+    device = head.weight.device.type
+    config = str(dist.get_backend_config(group))
+    if f"{device}:" not in config:
+        raise ValueError(f"head.group has no backend for {device} tensors (it has {config}), but head.weight is on {device}")
+
+
+def _exchange(facts: Facts, head: LMHead) -> list[dict[str, int]]:
+    """What each rank says, in rank order."""
+    names, device = _EQUAL + _OWN, head.weight.device
+    numbers = [facts.numbers.get(name, 0) for name in names]
+    mine = torch.tensor([0 if isinstance(x, torch.Tensor) else x for x in numbers], dtype=torch.int64, device=device)
+    for i, x in enumerate(numbers):
+        if isinstance(x, torch.Tensor):
+            mine[i] = x
+    return [dict(zip(names, row, strict=True)) for row in gathered(mine, head.group).tolist()]
+
+
+def _compare(table: list[dict[str, int]], facts: Facts) -> None:
+    failed = [rank for rank, row in enumerate(table) if row["failed"]]
+    if failed:
+        raise ValueError(f"head.group: the call failed on rank(s) {failed} of the group; the error is raised there")
+    for name in _EQUAL:
+        different = [rank for rank, row in enumerate(table) if row[name] != table[0][name]]
+        if different:
+            raise ValueError(
+                f"head.group: its ranks must agree on {name}; rank(s) {different} of the group differ from rank 0"
+                + (f": {[row[name] for row in table]}" if name.endswith(("size H", "tokens", "lora")) else "")
+            )
+    shards = [(row["vocab_start"], row["vocab_start"] + row["rows of the weight"]) for row in table]
+    edge = 0
+    for start, stop in sorted(shards):
+        if start != edge:
+            problem = "leave a gap" if start > edge else "overlap"
+            raise ValueError(
+                f"head.vocab_start: the ranks' shards {problem} at {min(start, edge)}; [start, stop) by rank: {shards}"
+            )
+        edge = stop
+    if table[0]["smallest token"] < 0 or table[0]["largest token"] >= edge:
+        bad = min(table[0]["smallest token"], 0) or table[0]["largest token"]
+        raise ValueError(f"tokens must be in [0, {edge}), the vocabulary of all ranks, or -100; got {bad}")
+    facts.chunk = min(row["rows of a chunk"] for row in table) or None
+
+
+def _bits(x: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _checksum(values: float | torch.Tensor | None, computed: torch.Tensor, place: torch.Tensor) -> int | torch.Tensor:
+    """Of a number's bits, or of those of the values that count and of their places."""
+    if not isinstance(values, torch.Tensor):
+        return -1 if values is None else _bits(values)
+    kept = torch.where(computed, values.detach().double(), 0).reshape(-1)
+    return (kept.view(torch.int64) * place).sum()

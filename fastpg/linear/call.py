@@ -1,0 +1,116 @@
+"""What both schedules begin with: checks, casts, and which tokens count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from .. import validation
+from ..distributed import vocab_parallel
+from ..lm_head import LMHead, LoRA, as_head
+from ..tiles.backend import choose_backend
+from .rows import Wanted
+
+
+class Inputs(NamedTuple):
+    """Checked arguments, in the dtype that the call computes in."""
+
+    hidden: torch.Tensor  # (..., H)
+    head: LMHead  # this rank's rows of the weight
+    tokens: torch.Tensor  # (...)
+    keep: torch.Tensor  # (...) bool: tokens that count
+    temperature: float | torch.Tensor  # number or (...)
+    backend: str
+    check: bool
+
+
+def prepare(
+    hidden: torch.Tensor,
+    head: torch.Tensor | LMHead,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    backend: str | None,
+    check: bool,
+) -> Inputs:
+    """Raises TypeError or ValueError, naming the argument, for dtypes, shapes, devices and (with `check`) values."""
+    head = vocab_parallel.localized(as_head(head))
+    hidden, head = _cast(hidden, head)
+    validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
+    backend = choose_backend(backend, hidden)
+    keep = tokens != validation.IGNORED_TOKEN
+    if mask is not None:
+        keep = keep & mask
+    if check:
+        validation.check_values(tokens, keep, head.vocab_size if head.group is None else None, temperature)
+    return Inputs(hidden, head, tokens, keep, temperature, backend, check)
+
+
+def wanted_of(inputs: Inputs) -> Wanted:
+    """Which gradients will be asked for."""
+    hidden, head = inputs.hidden, inputs.head
+    grad = needs_gradient(hidden, head)
+    a, b = (None, None) if head.lora is None else head.lora[:2]
+
+    def needs(x: torch.Tensor | None) -> bool:
+        return grad and x is not None and x.requires_grad
+
+    of_lora = head.lora is not None and (needs(hidden) or needs(a))
+    return Wanted(needs(hidden), of_lora, needs(head.weight), needs(b), needs(head.bias))
+
+
+# A call, a NamedTuple with `rows` and `head`, goes through autograd as the five inputs that may have a gradient, which autograd
+# has to see one by one, and the rest of it whole.
+
+
+def differentiable(call: NamedTuple) -> tuple[torch.Tensor | None, ...]:
+    return *call.rows[:2], *call.head[:3]
+
+
+def with_inputs(call: NamedTuple, hidden=None, lora_hidden=None, weight=None, lora_weight=None, bias=None) -> NamedTuple:
+    """The call with these in place of its own."""
+    rows = call.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
+    return call._replace(rows=rows, head=call.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
+
+
+def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
+    # decided here and not by ctx.needs_input_grad, which is True under no_grad as well
+    factors = () if head.lora is None else head.lora[:2]
+    inputs = (hidden, head.weight, head.bias, *factors)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _cast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
+    """hidden and head in the dtype that is asked for; unchanged where none is."""
+    dtype = _asked_dtype(hidden, head)
+    if dtype is None:
+        return hidden, head
+    bias, weight = None if head.bias is None else head.bias.to(dtype), head.weight.to(dtype)
+    # under no_grad the cast weight requires no gradient, and nothing will be added
+    weight_grad = head.weight_grad if weight.requires_grad else None
+    lora = _in_dtype(head.lora, dtype)
+    return hidden.to(dtype), replace(head, weight=weight, bias=bias, lora=lora, weight_grad=weight_grad)
+
+
+def _asked_dtype(hidden: torch.Tensor, head: LMHead) -> torch.dtype | None:
+    """float32 with head.fp32_head, else that of autocast where it is on. float64 stays, as in torch's own products."""
+    if not isinstance(hidden, torch.Tensor) or hidden.dtype not in validation.FLOATING_DTYPES:
+        return None
+    if torch.float64 in (hidden.dtype, head.weight.dtype):
+        return None
+    if head.fp32_head:
+        return torch.float32
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(hidden.device.type):
+        return None  # (Dynamo of torch 2.9 cannot ask)
+    on = torch.is_autocast_enabled(hidden.device.type)
+    return torch.get_autocast_dtype(hidden.device.type) if on else None
+
+
+def _in_dtype(lora: LoRA | None, dtype: torch.dtype) -> LoRA | None:
+    """Factors in fp32 stay: they are used as they are."""
+    if lora is None:
+        return None
+    a, b = (x if x.dtype == torch.float32 else x.to(dtype) for x in lora[:2])
+    return LoRA(a, b, lora.scale)

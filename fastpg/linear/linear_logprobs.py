@@ -1,0 +1,149 @@
+"""Log-probabilities and entropies as a differentiable function of hidden states and the lm_head: the two-pass schedule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..distributed import vocab_parallel
+from ..distributed.agreement import one_outcome
+from ..lm_head import Head, LMHead, head_of
+from ..tiles.row_statistics import Incoming, RowStatistics
+from . import operators
+from .call import differentiable, needs_gradient, prepare, with_inputs
+from .online import Plan
+from .rows import Gradients, Rows, Wanted, rows_of
+from .workspace import plan_logprobs
+
+
+class TokenLogprobs(NamedTuple):
+    """logprobs (...): log-probability of each token, 0 where masked. entropy (...): of each token's distribution, or None.
+
+    Both float32, or float64 for float64 inputs.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,  # (..., H)
+    head: torch.Tensor | LMHead,  # (V, H), or an LMHead
+    tokens: torch.Tensor,  # (...)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    entropy: bool = False,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> TokenLogprobs:
+    """log softmax(logits)[token] for each token, and the entropy of softmax(logits), without the logits.
+
+        z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+        logp = z[token] - logsumexp_v z_v          H = -sum_v p_v log p_v
+
+    Differentiable in hidden, weight and bias, through both results, so that any loss can be written on top. The forward
+    keeps a few numbers per row; the backward recomputes the logits tile by tile: four matrix products in all. Logits are
+    fp32 for bf16 and fp16 inputs, gradients are summed in fp32 and rounded once.
+
+    Args:
+        hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
+            (already shifted). A hidden that cannot be viewed as (N, H), such as `states[:, :-1]`, is copied once; to avoid
+            that, pass all states and end `tokens` with -100.
+        head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale. Under torch.autocast both
+            are used in its dtype, those in float32 too, unless LMHead(weight, fp32_head=True) asks for float32.
+        tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.
+        mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic.
+        temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
+        entropy: also return the entropy of each row, in nats.
+        workspace: bytes of transient memory; default 256 MiB on a CPU, 1 GiB on accelerators. On top come the results, and
+            one fp32 copy of dX. Log-probabilities do not depend on it.
+        backend: "torch" or "triton"; None: triton for CUDA and ROCm tensors, torch elsewhere. The environment variable
+            FASTPG_BACKEND replaces that default.
+        check: True checks token ids and temperatures, and reads the host once to skip masked rows. False reads nothing and
+            computes every row (for torch.compile and CUDA graphs); a token outside [0, V) then gives NaN.
+
+    A token's log-probability has the same bits whatever else is in the batch. NaN or inf at a kept position gives NaN.
+    Saved for backward: the inputs and five numbers per row. Double backward raises. Under non-reentrant checkpointing the
+    forward's product runs again. On CPU, bf16 products hold a process-wide torch switch (see `products`).
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
+    too small for one tile.
+    """
+    with one_outcome(head) as agreed:
+        inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
+        chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
+        agreed.describe(inputs, inputs.keep, entropy=entropy)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        rows = rows_of(inputs, inputs.keep)
+        values = row_logprobs(rows, inputs.head, entropy, chunk_rows, inputs.backend)
+    return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
+
+
+def row_logprobs(
+    rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities and entropies (K,) of the rows: differentiable where something wants a gradient."""
+    if not needs_gradient(rows.hidden, head):
+        with torch.no_grad():
+            return operators.row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
+    call = _Call(rows, head_of(head), entropy, chunk_rows, backend, head.group, head.weight_grad)
+    return _LinearLogprobs.apply(*differentiable(call), with_inputs(call))
+
+
+class _Call(NamedTuple):
+    """What is computed, and how."""
+
+    rows: Rows
+    head: Head
+    entropy: bool
+    chunk_rows: int
+    backend: str
+    group: vocab_parallel.Group
+    weight_grad: torch.Tensor | None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """(logprobs (K,), entropy (K,) or None) of the rows of a call."""
+
+    @staticmethod
+    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
+        whole = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
+        statistics = operators.row_statistics(
+            whole.rows, whole.head, call.entropy, call.chunk_rows, call.backend, call.group
+        )  # fmt: skip
+        ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)
+        ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # what is saved must not be held twice
+        ctx.set_materialize_grads(False)
+        return statistics.logprobs, statistics.entropy
+
+    # Not once_differentiable, which would drop a second derivative silently where the incoming gradient is a constant: the
+    # operator called here has no derivative, and says so when one is asked for.
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
+        count = len(Rows._fields)
+        rows, statistics = Rows(*saved[:count]), RowStatistics(*saved[count + 3 :])
+        call = ctx.call._replace(rows=rows, head=Head(*saved[count : count + 3], *ctx.call.head[3:]))
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(statistics.logprobs)
+        wanted = Wanted(*ctx.needs_input_grad[:5])
+        return *gradients_of(call, statistics, Incoming(grad_logprobs, grad_entropy), wanted), None
+
+
+def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:
+    """The two-pass backward; dX complete on every rank of the group."""
+    rows, group = call.rows, call.group
+    plan = Plan(call.chunk_rows, call.backend, group is not None)
+    with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under it
+        gradients = operators.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)
+    if group is None:
+        return gradients
+    dhidden, dlora_hidden = (None if x is None else vocab_parallel.all_reduced(x, group) for x in gradients[:2])
+    if dhidden is not None:
+        dhidden = rows.scatter_rounded(dhidden)
+    if dlora_hidden is not None:
+        dlora_hidden = rows.scatter(dlora_hidden)
+    return gradients._replace(hidden=dhidden, lora_hidden=dlora_hidden)

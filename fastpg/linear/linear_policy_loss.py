@@ -1,0 +1,407 @@
+"""Policy-gradient losses of hidden states and the lm_head in one sweep: the one-pass schedule, any token-level objective."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from .. import validation
+from ..distributed.agreement import one_outcome
+from ..lm_head import Head, LMHead, head_of
+from ..loss.metrics import Metrics
+from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
+from ..loss.policy_loss import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
+from ..loss.reductions import Reduction, check_reduction, token_weights
+from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
+from ..tiles import large_pages
+from ..tiles.products import accumulation_dtype
+from .anchored import Options, TokenLosses, loss_gradient, one_pass
+from .call import Inputs, differentiable, prepare, wanted_of, with_inputs
+from .linear_logprobs import row_logprobs
+from .rows import Gradients, Rows, Wanted, rows_of
+from .workspace import Plan, plan_policy_loss
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,  # (..., H)
+    head: torch.Tensor | LMHead,  # (V, H), or an LMHead
+    tokens: torch.Tensor,  # (...)
+    old_logprobs: torch.Tensor | None,  # (...)
+    advantages: torch.Tensor,  # (...), or one per sequence
+    *,
+    objective: Objective | ObjectiveFunction,
+    mask: torch.Tensor | None = None,  # (...)
+    sequence_ids: torch.Tensor | None = None,  # (N,)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    reduction: Reduction = "token-mean",
+    denominator: float | torch.Tensor | None = None,
+    kl: KLPenalty | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_weights: torch.Tensor | None = None,  # (...)
+    entropy: bool = False,
+    skip_zero_weight: bool = True,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> PolicyLossOutput:
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D without the logits, its gradients computed in the same sweep.
+
+        z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+        logp = z[token] - logsumexp_v z_v          r = exp(logp - old_logprobs)          l = objective(logp, old, advantages)
+
+    Three matrix products for the loss and both gradients, the least an exact gradient can cost; two if one of hidden and
+    weight is frozen, one under no_grad. The sum over the vocabulary is anchored by old_logprobs (`anchored`), which
+    may be arbitrarily wrong: rows where it is too far off are recomputed and counted in metrics["recomputed_tokens"].
+
+    Args:
+        hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`.
+        old_logprobs, advantages, sequence_ids, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
+        objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), or a function of (logprobs,
+            old_logprobs, advantages) whose value per token is maximised. It must be elementwise and deterministic: it is called
+            on chunks for the gradients and on all tokens for the loss. Gradients reach hidden, weight and bias only, not
+            tensors it closes over. Ratios of whole sequences (GSPO) need two passes.
+        entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
+            entropies are differentiable.
+        skip_zero_weight: tokens with advantage (times rollout weight) exactly 0 cost no work where a built-in objective is
+            used without a KL penalty. They count in the denominators; their log-probability is reported as NaN, metrics are
+            means over the other tokens, and metrics["skipped_tokens"] counts them.
+        workspace: bytes of transient memory, which decide how many tokens form a chunk; default 256 MiB on a CPU, 1 GiB on
+            accelerators, or what one tile of rows needs where that is more (V = 262144 in fp32: 270 MiB). On top come the
+            gradients, and, where several chunks or recomputed rows are summed, one fp32 copy of dW where it is not fp32.
+            Backward scales the gradients in place; under retain_graph it makes a copy of them.
+        check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute, of which float16
+            has none. False reads nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a
+            row whose sum overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be
+            read anyway.)
+
+    Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
+
+    Gradients exist before backward, but for float16; backward scales them by the incoming gradient in fp32. Double backward
+    raises. Under non-reentrant checkpointing the products run again.
+
+    float16 inputs, also those that autocast makes, take the two-pass schedule, whose probabilities do not underflow: four
+    products. Their gradients are computed in backward with the incoming factor inside, so that a gradient scaler's factor
+    keeps them in float16's range. Kept till then are the inputs and six numbers per row. retain_graph, several backwards,
+    weight_grad and checkpointing behave as those of `linear_logprobs`.
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
+    too small for one tile.
+    """
+    given = LossInputs(
+        old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids, reduction, denominator
+    )
+    with one_outcome(head) as agreed:
+        inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
+        _check_loss(given, inputs)
+        head, wanted = head_of(inputs.head), wanted_of(inputs)
+        plan = plan_policy_loss(
+            head, tokens.numel(), entropy=entropy, gradient=any(wanted), workspace=workspace, backend=inputs.backend
+        )
+        sequences = sequences_of(inputs.keep, sequence_ids)
+        given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequences))
+        weights = token_weights(inputs.keep, reduction, denominator, accumulation_dtype(inputs.hidden.dtype), sequences)
+        computed = _computed(given, inputs, weights) if skip_zero_weight else inputs.keep
+        agreed.describe(inputs, computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
+
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        rows = rows_of(inputs, computed)
+        options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
+        losses = partial(token_losses, objective=objective, kl=kl)
+        call = _Call(rows, head, _terms(given, rows, weights), losses, options, inputs.head.weight_grad)
+        if plan.sweeps:
+            result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
+        else:
+            result = _two_passes(call, inputs.head)
+    return _report(result, call, objective, inputs.keep, computed)
+
+
+class LossInputs(NamedTuple):
+    """The arguments that a loss of log-probabilities has."""
+
+    old_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
+    objective: Objective | ObjectiveFunction
+    kl: KLPenalty | None
+    ref_logprobs: torch.Tensor | None
+    rollout_weights: torch.Tensor | None
+    sequence_ids: torch.Tensor | None
+    reduction: Reduction
+    denominator: float | torch.Tensor | None
+
+
+def _check_loss(given: LossInputs, inputs: Inputs) -> None:
+    tokens, ids = inputs.tokens, given.sequence_ids
+    check_sequence_ids(ids, "tokens", tokens)
+    validation.check_policy_inputs("tokens", tokens, *given[:6], packed_sequences=ids is not None)
+    if isinstance(given.objective, Objective) and given.objective.needs_sequences:
+        raise ValueError(
+            f"objective={given.objective} has one ratio for a sequence, which the one-pass loss does not know before its last "
+            "token; use linear_logprobs and policy_loss"
+        )
+    check_reduction(given.reduction, tokens.shape, given.denominator, ids)
+    if ids is not None and inputs.check:
+        check_id_values(ids, inputs.keep, id_limit(given.advantages, tokens))
+
+
+def _computed(given: LossInputs, inputs: Inputs, weights: torch.Tensor) -> torch.Tensor:
+    """(...) bool: tokens that count, but for those that can add nothing to the loss; where a value is not finite they can."""
+    if not inputs.check or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
+        return inputs.keep
+    dtype = weights.dtype  # that of the loss: a product in 16 bits may be 0 where this one is not
+    factor = given.advantages.to(dtype)
+    if given.rollout_weights is not None:
+        factor = factor * given.rollout_weights.detach().to(dtype)
+    # NaN where a value is not finite, else 0; and NaN differs from everything. (Not x * 0, which compilers make 0.)
+    others = weights - weights
+    if given.old_logprobs is not None:
+        old = given.old_logprobs.detach().to(dtype)
+        others = others + (old - old)
+    return inputs.keep & (factor != others)
+
+
+def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:
+    group, loss = inputs.head.group, None
+    if inputs.backend == "triton" and group is None:
+        loss = device_loss(given.objective, given.kl, show_lost=not inputs.check)
+    wide_weight = inputs.head.weight_grad is not None
+    return Options(wanted, entropy, plan, inputs.check, inputs.backend, loss, wide_weight, group)
+
+
+def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor) -> TokenTerms:
+    selected = weights.reshape(-1) if rows.indices is None else rows.of(weights)  # masked ones are 0 already
+    return token_terms(
+        rows.of, rows.masked, selected, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs,
+        weights.dtype,
+    )  # fmt: skip
+
+
+def _report(result: Result, call: _Call, objective: object, keep: torch.Tensor, computed: torch.Tensor) -> PolicyLossOutput:
+    eligible = None if computed is keep else keep
+    step = step_of(
+        result.logprobs, call.terms, objective, eligible=eligible, recomputed=result.recomputed, entropies=result.entropies
+    )
+    return PolicyLossOutput(result.loss, _reported(result.logprobs, call.rows, keep, computed), Metrics({}, step))
+
+
+def _reported(logprobs: torch.Tensor, rows: Rows, keep: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """(...) from those of the rows (K,): 0 where masked, NaN where a token that counts was not computed."""
+    if rows.indices is None:
+        return logprobs.reshape(keep.shape)
+    others = logprobs.new_zeros(keep.numel())
+    if computed is not keep:
+        others.masked_fill_(keep.reshape(-1), torch.nan)
+    return others.index_copy_(0, rows.indices, logprobs).reshape(keep.shape)
+
+
+def linear_cispo_loss(
+    hidden: torch.Tensor,  # (..., H)
+    head: torch.Tensor | LMHead,  # (V, H), or an LMHead
+    tokens: torch.Tensor,  # (...)
+    old_logprobs: torch.Tensor | None,  # (...)
+    advantages: torch.Tensor,  # (...), or one per sequence
+    *,
+    ratio_max: float | None = 5.0,
+    ratio_min: float | None = None,
+    mask: torch.Tensor | None = None,  # (...)
+    sequence_ids: torch.Tensor | None = None,  # (N,)
+    temperature: float | torch.Tensor = 1.0,  # number or (...)
+    reduction: Reduction = "token-mean",
+    denominator: float | torch.Tensor | None = None,
+    kl: KLPenalty | None = None,
+    ref_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_weights: torch.Tensor | None = None,  # (...)
+    entropy: bool = False,
+    skip_zero_weight: bool = True,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> PolicyLossOutput:
+    """`linear_policy_loss` with objective=CISPO(ratio_max, ratio_min): l = sg(clip(r, ratio_min, ratio_max)) A logp.
+
+    The bounds are on the ratio r itself (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, with ratio_max = 1 + eps_high).
+    """
+    return linear_policy_loss(
+        hidden,
+        head,
+        tokens,
+        old_logprobs,
+        advantages,
+        objective=CISPO(ratio_max, ratio_min),
+        mask=mask,
+        sequence_ids=sequence_ids,
+        temperature=temperature,
+        reduction=reduction,
+        denominator=denominator,
+        kl=kl,
+        ref_logprobs=ref_logprobs,
+        rollout_weights=rollout_weights,
+        entropy=entropy,
+        skip_zero_weight=skip_zero_weight,
+        workspace=workspace,
+        backend=backend,
+        check=check,
+    )
+
+
+class LinearPolicyLoss(torch.nn.Module):
+    """`linear_policy_loss` with its options held: a module without parameters. See there for the arguments."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective | ObjectiveFunction,
+        temperature: float = 1.0,
+        reduction: Reduction = "token-mean",
+        kl: KLPenalty | None = None,
+        entropy: bool = False,
+        skip_zero_weight: bool = True,
+        workspace: int | None = None,
+        backend: str | None = None,
+        check: bool = True,
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "objective": objective,
+            "temperature": temperature,
+            "reduction": reduction,
+            "kl": kl,
+            "entropy": entropy,
+            "skip_zero_weight": skip_zero_weight,
+            "workspace": workspace,
+            "backend": backend,
+            "check": check,
+        }
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor | LMHead,
+        tokens: torch.Tensor,
+        old_logprobs: torch.Tensor | None,
+        advantages: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        denominator: float | torch.Tensor | None = None,
+        ref_logprobs: torch.Tensor | None = None,
+        rollout_weights: torch.Tensor | None = None,
+    ) -> PolicyLossOutput:
+        return linear_policy_loss(
+            hidden, head, tokens, old_logprobs, advantages,
+            mask=mask, sequence_ids=sequence_ids, denominator=denominator, ref_logprobs=ref_logprobs,
+            rollout_weights=rollout_weights, **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class Result(NamedTuple):
+    """Of K rows. Only the loss is differentiable."""
+
+    loss: torch.Tensor  # ()
+    logprobs: torch.Tensor  # (K,)
+    entropies: torch.Tensor | None  # (K,)
+    recomputed: torch.Tensor  # (): how many rows were computed again
+
+
+def _two_passes(call: _Call, head: LMHead) -> Result:
+    """For float16: its E would underflow, and so would gradients that are rounded before the incoming factor of a gradient
+    scaler is known. They are computed in backward, with that factor inside."""
+    options, terms, rows = call.options, call.terms, call.rows
+    logprobs, entropies = row_logprobs(rows, head, options.entropy, options.plan.two_pass_rows, options.backend)
+    logprobs = terms.kept(logprobs)
+    loss = _TokenLoss.apply(logprobs, call.losses, terms)
+    entropies = None if entropies is None else terms.kept(entropies.detach())
+    return Result(loss, logprobs.detach(), entropies, rows.tokens.new_zeros(()))
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The loss () of log-probabilities (K,). Gradients reach them alone, and not what an objective closes over."""
+
+    @staticmethod
+    def forward(ctx, logprobs, losses, terms):
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(loss_gradient(losses, logprobs, terms))
+        return losses(logprobs.detach(), terms).sum()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        _refuse_double_backward()
+        (g,) = ctx.saved_tensors
+        return g * grad_loss, None, None
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
+            "and policy_loss without create_graph, or full logits (fastpg.reference)"
+        )
+
+
+def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
+    """gradient * grad_loss: in place where this backward is the last, as without retain_graph; a copy otherwise.
+
+    The factor stays in fp32: rounded to bf16 it would be an error of up to 2^-9 that all of dX and dW have in common.
+    """
+    factor = grad_loss.to(accumulation_dtype(gradient.dtype))
+    if torch.compiler.is_compiling():
+        return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    out = gradient
+    if _graph_is_kept():
+        out = large_pages.empty(gradient.shape, gradient.dtype, gradient.device)
+    if gradient.device.type != "cpu":
+        # A GPU casts a 0-d factor to the gradient's dtype first; with a dimension it counts in type promotion. A CPU takes a
+        # 0-d factor as it is, and would widen the whole gradient for one with a dimension.
+        factor = factor.reshape((1,) * gradient.dim())
+    return torch.mul(gradient, factor, out=out)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the saved tensors may be read by another backward. torch's own donated buffers ask the same (`_aot_autograd`)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+class _Call(NamedTuple):
+    """What is computed, and how."""
+
+    rows: Rows
+    head: Head
+    terms: TokenTerms
+    losses: TokenLosses
+    options: Options
+    weight_grad: torch.Tensor | None
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """(loss (), logprobs (K,), entropies (K,) or None, recomputed ()) of the rows of a call.
+
+    Only the loss is differentiable; its gradients are computed here, where they are wanted, and scaled in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
+        call = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
+        result = one_pass(call.rows, call.head, call.terms, call.losses, call.options)
+        loss = result.losses.sum()
+        ctx.save_for_backward(*result.gradients)
+        ctx.weight_grad = call.weight_grad
+        others = result.logprobs, result.recomputed, *(() if result.entropy is None else (result.entropy,))
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        return loss, result.logprobs, result.entropy, result.recomputed
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        _refuse_double_backward()
+        found = Gradients(*ctx.saved_tensors)
+        if grad_loss is None:  # the loss went through a function whose backward returns None
+            grad_loss = next(g for g in found if g is not None).new_zeros(())
+        if found.weight is not None and ctx.weight_grad is not None:
+            ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
+            found = found._replace(weight=None)
+        return *(None if g is None else _scaled(g, grad_loss) for g in found), None

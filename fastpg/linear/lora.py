@@ -1,0 +1,69 @@
+"""The first half of a LoRA update, z = scale * A x: r numbers per token, before any vocabulary. The second, B, is a second
+operand of every product of the schedules, so that the weight stays frozen and no (V, H) update exists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..lm_head import LoRA
+from ..tiles.products import accumulation_dtype, dense, inner_size, product, to_inner_size
+
+# Every product has this many rows: BLAS libraries choose their order of summation by the shape, and a token's bits are not to
+# depend on how many others there are.
+_ROWS = 256
+
+
+def lora_hidden(hidden: torch.Tensor, keep: torch.Tensor, lora: LoRA) -> torch.Tensor:
+    """scale * hidden (N, H) @ A^T (r, H) -> (N, r) in the accumulation dtype, 0 where keep (N,) is False. Differentiable.
+
+    hidden and A in 16 bits are widened: a z rounded to bf16 would be an error of 2^-9 in every logit's update. The gradient
+    that reaches hidden this way is rounded to its dtype before autograd adds it to the one that comes through the weight.
+    """
+    return _LoraHidden.apply(hidden, lora.a, keep, float(lora.scale))
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
+
+
+def _widened(x: torch.Tensor, keep: torch.Tensor, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of x with zeros where they are masked and as padding, (_ROWS, ...)."""
+    wide = x.new_zeros(_ROWS, x.shape[1], dtype=dtype)
+    wide[: part.stop - part.start] = torch.where(keep[part, None], x[part], 0)
+    return wide
+
+
+class _LoraHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, a, keep, scale):
+        dtype = accumulation_dtype(hidden.dtype)
+        out = hidden.new_empty(len(hidden), len(a), dtype=dtype)
+        inner = inner_size(hidden.shape[1], hidden.device)
+        tile, transposed = hidden.new_empty(_ROWS, len(a), dtype=dtype), to_inner_size(a.to(dtype).contiguous(), inner).T
+        for part in _parts(len(hidden)):
+            x = to_inner_size(_widened(hidden, keep, part, dtype), inner)
+            product(tile, x, transposed, False, False)
+            out[part] = tile[: part.stop - part.start]
+        ctx.save_for_backward(hidden, a, keep)
+        ctx.scale = scale
+        return out.mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("a head with LoRA has no second derivative; use full logits (fastpg.reference)")
+        hidden, a, keep = ctx.saved_tensors
+        grad = grad * ctx.scale
+        wide_a = dense(a.to(grad.dtype))
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        da = torch.zeros_like(wide_a) if ctx.needs_input_grad[1] else None
+        tile = torch.empty(_ROWS, hidden.shape[1], dtype=grad.dtype, device=grad.device)
+        for part in _parts(len(hidden)):
+            dz = _widened(grad, keep, part, grad.dtype)
+            if dhidden is not None:
+                product(tile, dz, wide_a, False, False)
+                dhidden[part] = tile[: part.stop - part.start]
+            if da is not None:
+                product(da, dz.T, _widened(hidden, keep, part, grad.dtype), True, False)
+        return dhidden, None if da is None else da.to(a.dtype), None, None

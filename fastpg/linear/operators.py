@@ -1,0 +1,195 @@
+"""The operators (see `operator`) that the public functions are made of."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from ..distributed import vocab_parallel
+from ..lm_head import Head
+from ..loss.objectives import DeviceLoss
+from ..loss.policy_loss import TokenTerms
+from ..tiles import products
+from ..tiles.backend import tiles_of
+from ..tiles.operator import is_opaque, operator
+from ..tiles.products import Sums, accumulation_dtype
+from ..tiles.row_statistics import Given, Incoming, Partials, RowStatistics, RowSums, ScoredRows, Target, finish_rows
+from . import online
+from .rows import Chunk, Gradients, Rows, Wanted
+
+
+def _vector(like: torch.Tensor, count: int, present: bool = True) -> torch.Tensor | None:
+    return like.new_empty(count, dtype=accumulation_dtype(like.dtype)) if present else None
+
+
+def row_statistics(
+    rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str, group: vocab_parallel.Group
+) -> RowStatistics:
+    """The two-pass forward over the columns of all ranks of the group, or of the one process there is."""
+    if group is None:
+        return two_pass_statistics(rows, head, entropy, chunk_rows, backend)
+    partials = two_pass_partials(rows, head, entropy, chunk_rows, backend)
+    return finish_rows(vocab_parallel.combine(partials, rows.tokens, head.weight.shape[0], group), entropy)
+
+
+def _fake_statistics(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> RowStatistics:
+    count = rows.tokens.shape[0]
+    return RowStatistics(*(_vector(head.weight, count, present) for present in (True, entropy, True, True, entropy)))
+
+
+@operator(_fake_statistics)
+def two_pass_statistics(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> RowStatistics:
+    """`RowStatistics` of the rows."""
+    return online.two_pass_statistics(tiles_of(backend), rows, head, entropy, chunk_rows)
+
+
+def _fake_partials(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> Partials:
+    count = rows.tokens.shape[0]
+    return Partials(*(_vector(head.weight, count, present) for present in (True, True, entropy, True)))
+
+
+@operator(_fake_partials)
+def two_pass_partials(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> Partials:
+    """What the columns of this rank's weight leave of the rows."""
+    return online.two_pass_partials(tiles_of(backend), rows, head, entropy, chunk_rows)
+
+
+def _fake_backward(
+    rows: Rows, head: Head, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: online.Plan,
+    weight_grad: torch.Tensor | None,
+) -> Gradients:  # fmt: skip
+    def like(x: torch.Tensor | None, present: bool, of_rows: bool = False) -> torch.Tensor | None:
+        if not present:
+            return None
+        return _vector(x, rows.tokens.shape[0] * x.shape[1]).view(-1, x.shape[1]) if of_rows else x.new_empty(x.shape)
+
+    partial = plan.partial
+    return Gradients(
+        like(rows.hidden, wanted.hidden, partial), like(rows.lora_hidden, wanted.lora_hidden, partial),
+        like(head.weight, wanted.weight and weight_grad is None), like(head.lora_weight, wanted.lora_weight),
+        like(head.bias, wanted.bias),
+    )  # fmt: skip
+
+
+@operator(_fake_backward, mutates=("weight_grad",))
+def two_pass_backward(
+    rows: Rows,
+    head: Head,
+    statistics: RowStatistics,
+    incoming: Incoming,
+    wanted: Wanted,
+    plan: online.Plan,
+    weight_grad: torch.Tensor | None,
+) -> Gradients:
+    """Gradients, None where not wanted (`online.two_pass_backward`)."""
+    return online.two_pass_backward(tiles_of(plan.backend), rows, head, statistics, incoming, wanted, plan, weight_grad)
+
+
+def _fake_target(chunk: Chunk, head: Head, backend: str) -> Target:
+    count = chunk.hidden.shape[0]
+    return Target(_vector(head.weight, count), _vector(head.weight, count, head.softcap is not None))
+
+
+@operator(_fake_target)
+def target_logits(chunk: Chunk, head: Head, backend: str) -> Target:
+    """Of each row's own token: `torch_tiles.target_logits`."""
+    return tiles_of(backend).target_logits(chunk, head)
+
+
+def _fake_sums(
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, scores: torch.Tensor | None, entropy: bool, backend: str
+) -> RowSums:
+    return _row_sums(chunk, head, scores, entropy)
+
+
+def _row_sums(chunk: Chunk, head: Head, scores: torch.Tensor | None, weighted: bool) -> RowSums:
+    count = chunk.hidden.shape[0]
+    is_rounded = scores is not None and scores.dtype != accumulation_dtype(head.weight.dtype)
+    residual = _vector(head.weight, scores.shape[0]) if is_rounded else None
+    return RowSums(_vector(head.weight, count), _vector(head.weight, count, weighted), residual)
+
+
+@operator(_fake_sums, mutates=("scores",))
+def anchored_scores(
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, scores: torch.Tensor | None, entropy: bool, backend: str
+) -> RowSums:
+    """Product 1 of the one-pass schedule: `torch_tiles.anchored_exp`. Writes scores (C, V) if given."""
+    return tiles_of(backend).anchored_exp(chunk, head, log_anchor, target, scores, entropy)
+
+
+def _fake_scored(
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
+) -> ScoredRows:
+    def vector(present: bool = True) -> torch.Tensor | None:
+        return _vector(head.weight, chunk.hidden.shape[0], present)
+
+    state = chunk.hidden.new_empty(chunk.hidden.shape[0], dtype=torch.int8)
+    sums = _row_sums(chunk, head, scores, False)
+    return ScoredRows(vector(), vector(), vector(entropy), vector(scores is not None), state, sums.residual)
+
+
+@operator(_fake_scored, mutates=("scores",))
+def scored_rows(
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
+) -> ScoredRows:
+    """`anchored_scores` on Triton with the loss in its last kernel: `triton_tiles.scored_rows`."""
+    return tiles_of("triton").scored_rows(chunk, head, terms, loss, scores, entropy)
+
+
+def _no_result(*arguments) -> None:
+    return None
+
+
+class _Opaque:
+    """The tile ops of the one-pass schedule as operators."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def target_logits(self, chunk: Chunk, head: Head) -> Target:
+        return target_logits(chunk, head, self.backend)
+
+    def anchored_exp(
+        self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
+    ) -> RowSums:
+        return anchored_scores(chunk, head, log_anchor, target, out, entropy, self.backend)
+
+    def scored_rows(
+        self, chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
+    ) -> ScoredRows:
+        return scored_rows(chunk, head, terms, loss, scores, entropy)
+
+
+def one_pass_tiles(backend: str, hidden: torch.Tensor) -> ModuleType | _Opaque:
+    """The tile ops that a sweep calls: plain functions, or operators where `operator` says so."""
+    return _Opaque(backend) if is_opaque(hidden) else tiles_of(backend)
+
+
+@operator(_no_result, mutates=("sums",))
+def gradient_products(
+    scores: torch.Tensor, factor: torch.Tensor, residual: torch.Tensor | None, chunk: Chunk, head: Head, sums: Sums, add: bool
+) -> None:
+    """Products 2 and 3 of a chunk (`products.gradient_products`)."""
+    products.gradient_products(scores, factor, residual, chunk, head, sums, add)
+
+
+def _fake_given(given: Given, entropy: bool, backend: str) -> RowStatistics:
+    count = given.logits.shape[0]
+    return RowStatistics(*(_vector(given.logits, count, present) for present in (True, entropy, True, True, entropy)))
+
+
+@operator(_fake_given)
+def given_statistics(given: Given, entropy: bool, backend: str) -> RowStatistics:
+    """Of ready logits (N, V): `torch_tiles.given_statistics`."""
+    return tiles_of(backend).given_statistics(given, entropy)
+
+
+def _fake_given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
+    return torch.empty_like(given.logits, memory_format=torch.contiguous_format)
+
+
+@operator(_fake_given_dlogits)
+def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
+    """Their gradient: `torch_tiles.given_dlogits`."""
+    return tiles_of(backend).given_dlogits(given, statistics, incoming)

@@ -1,0 +1,145 @@
+"""The rows of a call: which tokens are computed, and how chunks of them reach the tile ops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..tiles.products import accumulation_dtype, dense
+from .lora import lora_hidden
+
+if TYPE_CHECKING:
+    from .call import Inputs
+
+_ROUNDED_ROWS = 512
+
+
+class Chunk(NamedTuple):
+    """C rows of a call, ready to be multiplied. Padding rows are zeros with token -1 and temperature 1."""
+
+    hidden: torch.Tensor  # (C, H) in the operand dtype
+    lora_hidden: torch.Tensor | None  # (C, r) in the accumulation dtype
+    tokens: torch.Tensor  # (C,) int64
+    temperature: torch.Tensor | None  # (C, 1) in the accumulation dtype; None is 1
+
+
+class Rows(NamedTuple):
+    """The K rows of hidden (N, H) that a call computes.
+
+    Either `indices` (K,) gathers them, or all rows are computed (K = N) and those with `masked` (N,) True enter as zeros.
+    """
+
+    hidden: torch.Tensor  # (N, H)
+    lora_hidden: torch.Tensor | None  # (N, r) in the accumulation dtype: scale * hidden @ A^T, of a head with LoRA
+    indices: torch.Tensor | None  # (K,) int64
+    masked: torch.Tensor | None  # (N,) bool
+    tokens: torch.Tensor  # (K,) int64
+    temperature: torch.Tensor | None  # (K,) in the accumulation dtype; None is 1
+
+    def chunk(self, start: int, stop: int, dtype: torch.dtype, multiple: int = 1) -> Chunk:
+        """Rows [start, stop) in the operand dtype `dtype`, padded to a multiple of `multiple` rows."""
+        hidden = self._gather(self.hidden, start, stop).to(dtype)
+        # columns side by side would be summed in another order, and bits would depend on whether the chunk is padded
+        hidden = dense(hidden if hidden.stride(1) == 1 else hidden.contiguous())
+        lora_hidden = None if self.lora_hidden is None else self._gather(self.lora_hidden, start, stop)
+        tokens = self.tokens[start:stop]
+        temperature = None if self.temperature is None else self.temperature[start:stop]
+        padding = (start - stop) % multiple
+        if padding:
+            hidden = torch.cat([hidden, hidden.new_zeros(padding, hidden.shape[1])])
+            if lora_hidden is not None:
+                lora_hidden = torch.cat([lora_hidden, lora_hidden.new_zeros(padding, lora_hidden.shape[1])])
+            tokens = torch.cat([tokens, tokens.new_full((padding,), -1)])
+            if temperature is not None:
+                temperature = torch.cat([temperature, temperature.new_ones(padding)])
+        return Chunk(hidden, lora_hidden, tokens, None if temperature is None else temperature[:, None])
+
+    def _gather(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        x = x[start:stop] if self.indices is None else x[self.indices[start:stop]]
+        return x if self.masked is None else x.masked_fill(self.masked[start:stop, None], 0)
+
+    def select(self, positions: torch.Tensor) -> Rows:
+        """The rows at `positions` among these K."""
+        indices = positions if self.indices is None else self.indices[positions]
+        temperature = None if self.temperature is None else self.temperature[positions]
+        return Rows(self.hidden, self.lora_hidden, indices, None, self.tokens[positions], temperature)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all tokens (...) -> those of these rows (K,), 0 where a row is masked."""
+        flat = values.reshape(-1)
+        if self.indices is not None:
+            return flat[self.indices]
+        # a copy, which later changes of the caller's do not reach; and kernels read vectors without a stride
+        return flat.clone(memory_format=torch.contiguous_format) if self.masked is None else flat.masked_fill(self.masked, 0)
+
+    def scatter_rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """`scatter` of (K, H), rounded to the dtype of hidden a few rows at a time."""
+        if self.indices is None and values.dtype == self.hidden.dtype:
+            return values
+        out = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
+        for start in range(0, len(values), _ROUNDED_ROWS):
+            part = slice(start, start + _ROUNDED_ROWS)
+            if self.indices is None:
+                out[part] = values[part]
+            else:
+                out.index_copy_(0, self.indices[part], values[part].to(out.dtype))
+        return out
+
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the K rows (K, ...) -> (N, ...), 0 where a row was not computed."""
+        if self.indices is not None:
+            return values.new_zeros(len(self.hidden), *values.shape[1:]).index_copy_(0, self.indices, values)
+        return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), 0)
+
+
+def rows_of(inputs: Inputs, computed: torch.Tensor) -> Rows:
+    """The rows with `computed` (...) True. With checks one host read finds them; without, all rows are computed."""
+    hidden, head, keep = inputs.hidden, inputs.head, computed.reshape(-1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
+    indices = masked = None
+    if inputs.check:
+        found = keep.nonzero()[:, 0]
+        indices = None if len(found) == len(keep) else found
+    else:
+        masked = ~keep
+    rows = Rows(flat, low_rank, indices, masked, inputs.tokens, None)
+    own = rows.of(inputs.tokens).long()
+    if head.group is not None:  # as this rank numbers its own
+        own = own - head.vocab_start
+    temperature = _per_row(rows, inputs.temperature, len(own), accumulation_dtype(hidden.dtype))
+    return rows._replace(tokens=own, temperature=temperature)
+
+
+def _per_row(rows: Rows, temperature: float | torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Temperatures (K,), 1 where a row is masked; None where all are 1."""
+    if not isinstance(temperature, torch.Tensor):
+        return None if temperature == 1 else torch.full((count,), temperature, dtype=dtype, device=rows.hidden.device)
+    temperature = temperature.to(dtype)
+    of_rows = temperature.expand(count) if temperature.dim() == 0 else temperature.reshape(-1)
+    if rows.masked is not None:
+        return of_rows.masked_fill(rows.masked, 1)
+    if rows.indices is None or temperature.dim() == 0:
+        return of_rows.clone(memory_format=torch.contiguous_format)
+    return of_rows[rows.indices]
+
+
+class Wanted(NamedTuple):
+    """Which gradients a call computes."""
+
+    hidden: bool
+    lora_hidden: bool
+    weight: bool
+    lora_weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Each in its input's shape and dtype; None where not wanted."""
+
+    hidden: torch.Tensor | None
+    lora_hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    lora_weight: torch.Tensor | None
+    bias: torch.Tensor | None

@@ -1,0 +1,190 @@
+"""From a workspace in bytes to the rows of a chunk: every formula of what a call allocates on the way.
+
+    bytes = of the call + rows of a chunk * bytes of a row
+
+The more rows a chunk has, the less often the weight is read. Results, and one fp32 copy of dX or dW, come on top (see the
+public functions). Tests hold the formulas to what is allocated, on CPU tensors and, for GPUs, on tensors without memory.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple
+
+import torch
+
+from ..lm_head import Head, lora_rank
+from ..tiles.backend import tiles_of
+from ..tiles.products import WIDENED_ROWS, accumulation_dtype, tile_columns, widened_entries
+from ..validation import is_positive_number
+
+_DEFAULT = {"cpu": 256 * 2**20}
+_DEFAULT_OF_ACCELERATORS = 2**30
+
+
+class Plan(NamedTuple):
+    """How many rows a chunk has. float16 takes two passes: the exponentials of one would underflow in it."""
+
+    sweeps: bool  # one pass; False: two
+    sweep_rows: int  # of a chunk of one pass
+    two_pass_rows: int  # of a chunk of two passes, which one pass takes for rows it computes again
+
+
+def plan_logprobs(head: Head, *, entropy: bool, workspace: int | None, backend: str) -> int:
+    """Rows of a chunk of two passes. Raises ValueError where the workspace is too small for a tile."""
+    return two_pass_rows(head, entropy, workspace_bytes(workspace, head.weight.device), backend)
+
+
+def plan_policy_loss(head: Head, count: int, *, entropy: bool, gradient: bool, workspace: int | None, backend: str) -> Plan:
+    """For `count` rows. Raises ValueError where the workspace is too small for the sweep, or for two passes of a tile."""
+    sweeps, given = head.weight.dtype != torch.float16, workspace
+    workspace = workspace_bytes(workspace, head.weight.device)
+    if given is None and sweeps:  # a default is no reason to refuse a large vocabulary
+        fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
+        workspace = max(workspace, fixed + tiles_of(backend).tile_shape(head).rows * per_row)
+    two_pass = two_pass_rows(head, entropy, workspace, backend)
+    return Plan(sweeps, sweep_rows(head, count, entropy, gradient, workspace, backend) if sweeps else two_pass, two_pass)
+
+
+def workspace_bytes(workspace: int | None, device: torch.device) -> int:
+    """`workspace` in bytes, or the device's default: 256 MiB on a CPU, 1 GiB on accelerators."""
+    if workspace is None:
+        return _DEFAULT.get(device.type, _DEFAULT_OF_ACCELERATORS)
+    if not isinstance(workspace, numbers.Integral) or not is_positive_number(workspace):
+        raise ValueError(f"workspace must be a positive number of bytes; got {workspace!r}")
+    return int(workspace)
+
+
+# ---- one pass
+
+
+def sweep_rows(head: Head, count: int, entropy: bool, gradient: bool, workspace: int, backend: str) -> int:
+    """Rows per chunk of one pass, a multiple of the tile's: the fewest chunks that fit the workspace, of equal length.
+
+    Raises ValueError where not even one tile of rows fits.
+    """
+    rows = tiles_of(backend).tile_shape(head).rows
+    fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
+    fitting = max(0, workspace - fixed) // per_row // rows
+    if fitting < 1:
+        raise ValueError(
+            f"workspace={workspace} bytes is too small: {rows} rows of a ({head.weight.shape[0]}, {head.weight.shape[1]}) "
+            f"{head.weight.dtype} head on {head.weight.device.type} need {fixed + rows * per_row}"
+        )
+    padded = -(-count // rows)
+    chunks = max(1, -(-padded // fitting))
+    return max(1, -(-padded // chunks)) * rows
+
+
+def one_pass_bytes(head: Head, entropy: bool, gradient: bool, backend: str) -> tuple[int, int]:
+    """(of the call, of each row of a chunk). gradient: whether E is kept."""
+    weight = head.weight
+    wide = accumulation_dtype(weight.dtype).itemsize
+    fixed, per_row = _triton_sweep(head, entropy) if backend == "triton" else _torch_sweep(head, entropy)
+    # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
+    per_row += 4 * (weight.shape[1] + lora_rank(head)) * wide + 20 * wide
+    fixed += 3 * weight.shape[0] * lora_rank(head) * wide  # dB of a chunk, in two parts and summed
+    if gradient:
+        per_row += row_stride(head) * score_dtype(weight.dtype).itemsize
+        fixed += _widened(head)
+    return fixed, per_row
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """E is stored in the dtype of the inputs, so that products 2 and 3 run at its speed; fp16 has too little range."""
+    return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
+
+
+def row_stride(head: Head) -> int:
+    """Entries from one row of E to the next."""
+    # Rows of E aligned to 64 elements, and never a power of two apart: at V = 49152 rows that share their place in the cache
+    # cost products 2 and 3 15 % on a CPU.
+    return (head.weight.shape[0] + 63) // 64 * 64 + 32
+
+
+def _torch_sweep(head: Head, entropy: bool) -> tuple[int, int]:
+    """Of `torch_tiles.anchored_exp`, E and the chunk's hidden states left out."""
+    rows, columns, wide, narrow = _tile(head)
+    # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
+    tiles = 1 + entropy + (4 if head.softcap is not None else 0)
+    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
+
+
+def _triton_sweep(head: Head, entropy: bool) -> tuple[int, int]:
+    from ..kernels.blocks import fewest_columns
+
+    # one partial sum of each kind per row and column tile
+    partials = 1 + entropy + (head.weight.dtype != torch.float32)
+    return _lora_operands(head), 4 * partials * -(-head.weight.shape[0] // fewest_columns(head.weight.dtype))
+
+
+def _widened(head: Head) -> int:
+    """Of products 2 and 3 on a CPU where E is not in the accumulation dtype: its widened tiles."""
+    dtype = accumulation_dtype(head.weight.dtype)
+    if head.weight.dtype == dtype or head.weight.device.type != "cpu":
+        return 0
+    vocab, hidden_size = head.weight.shape
+    columns = min(tile_columns(hidden_size if head.bias is None else 1), vocab)
+    return (WIDENED_ROWS * columns + (widened_entries(vocab) if lora_rank(head) else 0)) * dtype.itemsize
+
+
+# ---- two passes
+
+
+def two_pass_rows(head: Head, entropy: bool, workspace: int, backend: str) -> int:
+    """Rows per chunk of two passes. Raises ValueError where not even one tile fits."""
+    rows, columns, _, longest = tiles_of(backend).tile_shape(head)
+    weight, columns = head.weight, min(columns, head.weight.shape[0])
+    dtype, device = weight.dtype, weight.device
+    wide, narrow = accumulation_dtype(dtype).itemsize, tiles_of(backend).operand_dtype(dtype, device).itemsize
+    fixed, per_row = _triton_two_passes(head, entropy) if backend == "triton" else _torch_two_passes(head, entropy)
+    fixed += columns * weight.shape[1] * wide  # a tile of dW
+    # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
+    per_row += 2 * (weight.shape[1] + 3 * lora_rank(head)) * wide + columns * narrow + 20 * wide
+    fixed += 4 * columns * lora_rank(head) * wide
+    if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
+        per_row += 2 * (columns + weight.shape[1])
+        fixed += 2 * columns * weight.shape[1]
+    fitting = (workspace - fixed) // per_row // rows
+    if fitting < 1:
+        raise ValueError(
+            f"workspace={workspace} bytes is too small: one tile of a {tuple(weight.shape)} {dtype} head "
+            f"on {device.type} needs {fixed + rows * per_row}"
+        )
+    return min(fitting * rows, longest)
+
+
+def _torch_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
+    """Of `torch_tiles.online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
+    rows, columns, wide, narrow = _tile(head)
+    tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
+    of_targets = 3 * rows * head.weight.shape[1] * wide  # before the tiles: rows of the weight, widened, and their products
+    return max(of_targets, columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide), 0
+
+
+def _triton_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
+    from ..kernels.blocks import fewest_columns
+    from ..kernels.logsumexp import split_count
+
+    vocab, columns = head.weight.shape[0], fewest_columns(head.weight.dtype)
+    slice_tiles = -(-min(tiles_of("triton").tile_shape(head).columns, vocab) // columns)
+    return _lora_operands(head), 4 * max((2 + entropy) * split_count(vocab, columns), slice_tiles)
+
+
+# ---- both
+
+
+def _tile(head: Head) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile in PyTorch, bytes of an accumulator and of an operand."""
+    tiles, weight = tiles_of("torch"), head.weight
+    rows, columns, *_ = tiles.tile_shape(head)
+    narrow = tiles.operand_dtype(weight.dtype, weight.device).itemsize
+    return rows, min(columns, weight.shape[0]), accumulation_dtype(weight.dtype).itemsize, narrow
+
+
+def _lora_operands(head: Head) -> int:
+    """Of LoRA's B on Triton: as bf16 operands (`kernels.operands`), with the parts they are put together from."""
+    rank = lora_rank(head)
+    if head.weight.dtype == torch.float32 or rank == 0:
+        return 4 * head.weight.shape[0] * rank
+    return 2 * head.weight.shape[0] * (-(-6 * rank // 16) * 16 + 6 * rank)

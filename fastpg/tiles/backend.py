@@ -1,0 +1,55 @@
+"""Which code computes the tiles: PyTorch or the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from . import torch_tiles
+
+BACKENDS = ("torch", "triton")
+# FASTPG_BACKEND replaces the default, for debugging; an argument `backend=` goes before it.
+_ENVIRONMENT = os.environ.get("FASTPG_BACKEND")
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: str | None, hidden: torch.Tensor, name: str = "hidden") -> str:
+    """ "torch" or "triton": the argument, else FASTPG_BACKEND, else triton for CUDA and ROCm tensors and torch elsewhere.
+
+    float64 has no kernels: it takes torch unless triton is asked for by the argument, which is then an error, as it is where
+    triton is not installed, or for CPU tensors outside Triton's interpreter.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f'backend must be "torch", "triton" or None; got {backend!r}')
+    if backend is None and _ENVIRONMENT not in (None, "", *BACKENDS):
+        raise ValueError(f'the environment variable FASTPG_BACKEND must be "torch" or "triton"; got {_ENVIRONMENT!r}')
+    is_float64 = hidden.dtype == torch.float64
+    default = "triton" if hidden.is_cuda and _TRITON_IS_INSTALLED else "torch"
+    chosen = backend or ("torch" if is_float64 else _ENVIRONMENT or default)
+    if chosen == "triton":
+        if is_float64:
+            raise TypeError('backend="triton" has no float64 kernels; use backend="torch", or float32 inputs')
+        _check_triton(hidden.device.type, name)
+    return chosen
+
+
+def _check_triton(device: str, name: str) -> None:
+    if not _TRITON_IS_INSTALLED:
+        raise ModuleNotFoundError('backend="triton" needs triton, which is not installed: pip install triton')
+    if device != "cuda" and not tiles_of("triton").INTERPRETED:
+        raise ValueError(
+            f'backend="triton" runs on CUDA and ROCm tensors; {name} is on {device}. Use backend="torch"; to debug the kernels '
+            "on a CPU, start Python with TRITON_INTERPRET=1"
+        )
+
+
+def tiles_of(backend: str) -> ModuleType:
+    """The tile ops of a backend. Triton is imported here and not with fastpg."""
+    if backend == "torch":
+        return torch_tiles
+    from . import triton_tiles
+
+    return triton_tiles

@@ -1,0 +1,264 @@
+"""The one matrix product: fp32 results from low-precision operands, in every loop of the library.
+
+Logits rounded to bf16 are wrong by 1e-2 in the log-probability, and gradients summed in bf16 are biased, so every product
+here returns or accumulates in fp32 (float64 for float64 operands):
+
+    CUDA, ROCm   bf16 operands go to the tensor cores as they are, with `out_dtype=torch.float32`
+    CPU          operands are fp32 copies of tiles; where both hold bf16 values, oneDNN is asked to multiply them as bf16
+                 with fp32 accumulation
+
+That request is exact for operands that hold bf16 values, and for no others. A CPU with matrix instructions (AMX) obeys it and
+is faster for it; one without them runs its fp32 kernel. What an operand holds decides whether it is made, never what one CPU
+does with it. The request is a process-wide switch of torch, held for the product alone and restored on every path. Another
+thread that multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as
+for any product.
+
+Operands keep no foreign memory between their rows (`dense`): oneDNN's AMX kernels read past the end of a row and multiply what
+is there by 0, which is NaN where that is NaN or infinite.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..lm_head import Head
+
+if TYPE_CHECKING:
+    from ..linear.rows import Chunk
+
+WIDENED_ROWS = 512
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, statistics and gradient sums for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
+    """out = a @ b, or out += a @ b. a (M, K), b (K, N) of one dtype; out (M, N) in it or in its accumulation dtype.
+
+    holds_bf16: every entry of a and of b is a bf16 value, so that a CPU may multiply the fp32 operands as bf16.
+    """
+    if a.dtype != out.dtype and out.device.type == "cpu":  # no CPU product takes 16-bit operands and returns fp32
+        holds_bf16 = a.dtype == torch.bfloat16
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if not (holds_bf16 and out.device.type == "cpu"):
+        _multiply(a, b, out, accumulate)
+        return
+    # torch.set_float32_matmul_precision must not be used here: it raises once the user has touched this newer switch.
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        _multiply(a, b, out, accumulate)
+    finally:
+        switch.fp32_precision = before
+
+
+def _multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """a @ b in `dtype` or in that of `out`, into it or added to it. Nothing else in the library calls a matrix product: tests
+    put one here that behaves like the worst hardware."""
+    dtype = (a.dtype if dtype is None else dtype) if out is None else out.dtype
+    wider = {} if dtype == a.dtype else {"out_dtype": dtype}
+    if accumulate:
+        return torch.addmm(out, a, b, **wider, out=out)
+    return torch.mm(a, b, **wider) if out is None else torch.mm(a, b, **wider, out=out)
+
+
+def has_gaps(x: torch.Tensor) -> bool:
+    """Whether the rows of x (rows, columns), or its columns, have memory behind them that is not part of x."""
+    reach, entries = 0, 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        if stride != 0:
+            reach, entries = max(reach, size * stride), entries * size
+    return x.numel() > 0 and reach > entries
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, columns) as an operand: on a CPU a copy where it has gaps."""
+    if x.device.type != "cpu" or not has_gaps(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() is x itself where x is one row
+
+
+def inner_size(size: int, device: torch.device) -> int:
+    """How many terms the sums of a product have on a CPU: a multiple of 8, with zeros at the end.
+
+    MKL adds those of a last vector that is not full in an order that depends on a row's place in the matrix, and with it would
+    a token's bits.
+    """
+    return -(-size // 8) * 8 if device.type == "cpu" else size
+
+
+def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (M, K) -> (M, size)."""
+    return x if x.shape[1] == size else F.pad(x, (0, size - x.shape[1]))
+
+
+def weight_product(
+    out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool, single: bool
+) -> None:
+    """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
+
+    single: this product is the whole of dW, so it may be rounded to bf16 at once. Then, on a CPU, operands that hold bf16
+    values enter as bf16 and the product leaves as bf16, at the speed of such a product and with the one rounding that there
+    is. (Not for D @ W: there what the rows of W have in common cancels between slices.)
+    """
+    if single and holds_bf16 and out.device.type == "cpu":
+        out.copy_(_multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16)))
+    else:
+        product(out, d.T, x, accumulate, holds_bf16)
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in the accumulation dtype. On a CPU a bf16 product is computed as oneDNN does, summed in fp32 and rounded once."""
+    dtype = accumulation_dtype(a.dtype)
+    return _multiply(a, b).to(dtype) if a.device.type == "cpu" else _multiply(a, b, dtype=dtype)
+
+
+def _tiled_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """scores (C, V) @ weight (V, H) on a CPU, in the accumulation dtype and not rounded before, from tiles of both.
+
+    For sums in which what the rows of W have in common may cancel elsewhere, and for a weight with gaps between its rows.
+    """
+    dtype = accumulation_dtype(scores.dtype)
+    columns, sums = tile_columns(weight.shape[1]), scores.new_empty(len(scores), weight.shape[1], dtype=dtype)
+    for v in range(0, len(weight), columns):
+        w = dense(weight[v : v + columns].to(dtype))
+        for r in range(0, len(scores), WIDENED_ROWS):
+            e = scores[r : r + WIDENED_ROWS, v : v + columns].to(dtype)
+            product(sums[r : r + WIDENED_ROWS], e, w, v > 0, holds_bf16=scores.dtype == torch.bfloat16)
+    return sums
+
+
+def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (M, K) @ b (K, r) in the accumulation dtype, for few columns of a b that is in it too (or in a's dtype).
+
+    Where a has 16 bits b is multiplied in two 16-bit parts, whose sum has twice the digits, so that a is not widened.
+    """
+    dtype = accumulation_dtype(a.dtype)
+    if a.dtype == dtype:
+        return _multiply(a, dense(b.to(dtype)))
+    if a.device.type == "cpu":  # where a 16-bit product is rounded: widened a few rows at a time
+        out, b = a.new_empty(len(a), b.shape[1], dtype=dtype), dense(b.to(dtype))
+        rows = max(1, widened_entries(min(a.shape)) // a.shape[1])
+        for start in range(0, len(a), rows):
+            part = slice(start, start + rows)
+            _multiply(a[part].to(dtype), b, out[part])
+        return out
+    if b.dtype == a.dtype:
+        return multiply(a, b)
+    high = b.to(a.dtype)
+    low = (b - high.to(b.dtype)).to(a.dtype)
+    sums = multiply(a, torch.cat([high, low], 1))
+    return sums[:, : b.shape[1]] + sums[:, b.shape[1] :]
+
+
+def widened_entries(vocab: int) -> int:
+    return min(2**20, WIDENED_ROWS * vocab)
+
+
+def tile_columns(hidden_size: int) -> int:
+    """Vocabulary entries of a tile on a CPU: at most 8 MiB of fp32 weights and 4 MiB of logits stay in cache between passes."""
+    return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
+
+
+class Sums(NamedTuple):
+    """Where a chunk's products go; None where not wanted.
+
+    hidden and lora_hidden are the chunk's own rows. weight in the head's dtype is written once, with one rounding; in the
+    accumulation dtype it may be added to. lora_weight and bias are in the accumulation dtype.
+    """
+
+    hidden: torch.Tensor | None  # (C, H)
+    lora_hidden: torch.Tensor | None  # (C, r) in the accumulation dtype
+    weight: torch.Tensor | None  # (V, H)
+    lora_weight: torch.Tensor | None  # (V, r)
+    bias: torch.Tensor | None  # (V,)
+
+
+def gradient_products(
+    scores: torch.Tensor,  # E (C, V)
+    factor: torch.Tensor,  # u (C,) in the accumulation dtype
+    residual: torch.Tensor | None,  # (C,), of `anchored_exp`
+    chunk: Chunk,  # of these C rows, and perhaps padding after them
+    head: Head,
+    sums: Sums,
+    add: bool,
+) -> None:
+    """Products 2 and 3: hidden = u (E @ W);  weight = or += E^T @ (u x);  bias likewise E^T u.
+
+    And with LoRA lora_hidden = u (E @ B);  lora_weight = or += E^T @ (u z), so narrow that E is only read. The rounding error
+    of each row of E is added back at its target's row of W, in fp32. add: weight, lora_weight and bias are added to.
+    """
+    x, tokens = chunk.hidden[: len(factor)], chunk.tokens[: len(factor)]
+    if sums.hidden is not None:
+        _hidden_gradient(scores, factor, residual, tokens, head.weight, sums.hidden)
+    # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
+    widens = scores.device.type == "cpu" and scores.dtype != factor.dtype
+    if sums.weight is not None:
+        weighted = torch.mul(x, factor[:, None], out=x.new_empty(x.shape, dtype=scores.dtype))
+        if widens and sums.weight.dtype != scores.dtype:
+            _widened_products(sums.weight, scores, weighted.to(sums.weight.dtype), add, holds_bf16=True)
+        else:
+            product(sums.weight, scores.T, weighted, add, holds_bf16=False)
+    if sums.bias is not None and widens:
+        _widened_products(sums.bias[:, None], scores, factor[:, None], add, holds_bf16=False)
+    elif sums.bias is not None:
+        _store(sums.bias, skinny_product(scores.T, factor[:, None])[:, 0], add)
+    if sums.lora_hidden is not None:
+        of_rows = skinny_product(scores, head.lora_weight)
+        _add_residual(of_rows, residual, tokens, head.lora_weight)
+        torch.mul(of_rows, factor[:, None], out=sums.lora_hidden)
+    if sums.lora_weight is not None:
+        z = chunk.lora_hidden[: len(factor)]
+        _store(sums.lora_weight, skinny_product(scores.T, z * factor[:, None]), add)
+
+
+def _hidden_gradient(
+    scores: torch.Tensor,
+    factor: torch.Tensor,
+    residual: torch.Tensor | None,
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """out (C, H) = u (E @ W)."""
+    # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
+    adds_ranks = out.dtype != scores.dtype
+    tiled = scores.device.type == "cpu" and (adds_ranks or has_gaps(weight))
+    of_rows = _tiled_product(scores, weight) if tiled else multiply(scores, weight)
+    _add_residual(of_rows, residual, tokens, weight)
+    torch.mul(of_rows, factor[:, None], out=out)
+
+
+def _add_residual(out: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor, weight: torch.Tensor) -> None:
+    """out (C, ...) += residual (C,) times the token's row of the weight. A token of another rank takes any row."""
+    if residual is not None:
+        out.add_(weight[tokens.clamp(0, len(weight) - 1)].to(out.dtype).mul_(residual[:, None]))
+
+
+def _store(out: torch.Tensor, values: torch.Tensor, add: bool) -> None:
+    if add:
+        out.add_(values)
+    else:
+        out.copy_(values)
+
+
+def _widened_products(out: torch.Tensor, scores: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
+    """out (V, K) = or += E^T @ x, x (C, K) in the dtype of out."""
+    columns = tile_columns(x.shape[1])
+    for v in range(0, scores.shape[1], columns):
+        for r in range(0, len(scores), WIDENED_ROWS):
+            rows = slice(r, r + WIDENED_ROWS)
+            e = scores[rows, v : v + columns].to(out.dtype).T
+            product(out[v : v + columns], e, x[rows], accumulate or r > 0, holds_bf16)

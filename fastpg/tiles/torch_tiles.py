@@ -1,0 +1,397 @@
+"""The tile ops in PyTorch: what a schedule calls between its loops. Any device; the default on CPU.
+
+`triton_tiles` has the same functions, with the same signatures, on the kernels.
+
+Shapes: a chunk has C rows; in the forward pass a multiple of `tile_shape(...).rows`, so that every product there has exactly
+that many rows. BLAS libraries choose their summation order by the shape of the product, so this, and not the values, is what
+makes a token's log-probability the same bits whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..linear.rows import Chunk
+from ..lm_head import Head, lora_rank
+from .products import accumulation_dtype, has_gaps, inner_size, product, tile_columns, to_inner_size
+from .row_statistics import LARGEST_SUM, Given, Incoming, Partials, RowStatistics, RowSums, Target, finish_rows
+
+LOWEST_ANCHOR = -60.0  # log-probabilities below it are anchored here: exp(60) leaves E room on both sides
+# exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
+_EXP_IS_ZERO = -1e4
+
+
+class TileShape(NamedTuple):
+    rows: int  # tokens; chunks are as long as a number of these
+    columns: int  # vocabulary entries
+    padding: int  # chunks of a forward pass are padded to a multiple of this many rows
+    longest: int  # rows of a chunk of the two-pass schedule; longer ones gain nothing
+
+
+def tile_shape(head: Head) -> TileShape:
+    """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
+    if head.weight.device.type != "cpu":
+        return TileShape(512, 8192, 512, 16384)
+    # beyond 8 tiles the products are at full speed, and the chunk has left the cache
+    return TileShape(256, tile_columns(head.weight.shape[1]), 256, 8 * 256)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which tiles of inputs of `dtype` are multiplied.
+
+    fp16 is widened: its range loses softmax tails (probabilities below 6e-8) and small gradients.
+    """
+    if dtype == torch.bfloat16 and device.type != "cpu":
+        return dtype
+    return accumulation_dtype(dtype)
+
+
+def weight_tile(head: Head, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
+    """weight[start:stop] in the operand dtype, (columns, H or more): a view where that is the weight itself, else in `buffer`.
+
+    On a CPU zeros fill it up to `inner_size`.
+    """
+    rows = head.weight[start:stop]
+    if buffer is None:
+        return rows
+    tile = buffer[: stop - start]
+    tile[:, : head.weight.shape[1]] = rows
+    return tile
+
+
+def weight_buffer(head: Head) -> torch.Tensor | None:
+    weight = head.weight
+    dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.weight.shape[1], weight.device)
+    # A transposed view is multiplied in another order of sums, which on a CPU depends on a row's place.
+    is_operand = weight.device.type != "cpu" or (weight.stride(1) == 1 and not has_gaps(weight))
+    if dtype == weight.dtype and inner == head.weight.shape[1] and is_operand:
+        return None
+    columns = min(tile_shape(head).columns, head.weight.shape[0])
+    return torch.zeros(columns, inner, dtype=dtype, device=weight.device)
+
+
+def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
+    """One pass over the vocabulary: for each row, over the columns v != y,
+
+        m = max z_v      s = sum exp(z_v - m)      q = sum exp(z_v - m) (z_v - m)
+
+    kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y from `target_logits`, as in the one-pass schedule: NaN for
+    a token that is not among the columns. Nothing larger than a tile of logits exists. q only if `entropy`.
+    """
+    rows, columns, *_ = tile_shape(head)
+    weight = head.weight
+    dtype = accumulation_dtype(weight.dtype)
+    size = len(chunk.tokens)
+    blocks = [slice(r, r + rows) for r in range(0, max(size, 1), rows)]
+    target = torch.cat([target_logits(_block_of(chunk, block), head).logit for block in blocks])
+    buffer = weight_buffer(head)
+    logits = torch.empty(rows * min(columns, head.weight.shape[0]), dtype=dtype, device=weight.device)
+    maximum = torch.full((size,), -torch.inf, dtype=dtype, device=weight.device)
+    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    for start in range(0, head.weight.shape[0] if size else 0, columns):
+        stop = min(start + columns, head.weight.shape[0])
+        w = weight_tile(head, start, stop, buffer)
+        z = logits[: rows * (stop - start)].view(rows, stop - start)
+        for r in range(0, size, rows):
+            block = slice(r, r + rows)
+            _logits(chunk, block, w, head, start, z, want_slope=False)
+            column, inside = _target_column(chunk.tokens[block], start, stop)
+            z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
+            _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
+    return Partials(maximum, total, weighted if entropy else None, target)
+
+
+def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
+    """`finish_rows` of `online_logsumexp`."""
+    return finish_rows(online_logsumexp(chunk, head, entropy), entropy)
+
+
+def _block_of(chunk: Chunk, block: slice) -> Chunk:
+    return Chunk(*(None if x is None else x[block] for x in chunk))
+
+
+def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor | None) -> None:
+    """Folds a tile of logits (which it overwrites) into the running m, s and q of its rows, in place."""
+    larger = torch.maximum(maximum, z.amax(1))
+    pivot = torch.where(larger == -torch.inf, 0, larger)  # -inf - -inf would be NaN while no column has counted yet
+    shift = (maximum - pivot).clamp_(min=_EXP_IS_ZERO)
+    decay = shift.exp()
+    z.sub_(pivot[:, None])
+    if weighted is not None:
+        e = z.clamp_(min=_EXP_IS_ZERO).exp()
+        # moving the pivot by `shift` turns exp(z - m) (z - m) into decay * (that + exp(z - m) * shift)
+        weighted.copy_(decay * (weighted + total * shift) + z.mul_(e).sum(1))
+    else:
+        e = z.exp_()
+    total.mul_(decay).add_(e.sum(1))
+    maximum.copy_(larger)
+
+
+def dlogits(
+    chunk: Chunk,
+    head: Head,
+    w: torch.Tensor,
+    start: int,
+    statistics: RowStatistics,
+    incoming: Incoming,
+    unit: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor | None:
+    """The gradient of the columns [start, start + len(w)), into out (C, len(w)) in the operand dtype.
+
+    For a bf16 head the entries are rounded to bf16, whatever dtype `out` has. Returns the rounding error of the sum of each
+    row, (C,), or None where nothing is rounded. `unit` is None here: only fp16 slices have one, and these are widened.
+
+    For incoming g (logp) and h (entropy), each (C,), with log p_v = z_v - logsumexp:
+
+        v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho)
+        else    -g p_v - h p_v (log p_v + H)
+
+    times logit_scale / T and the slope of the softcap. (`reference` derives it.)
+    """
+    rows = tile_shape(head).rows
+    scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
+    g = incoming.logprobs * scale
+    h = None if incoming.entropy is None else incoming.entropy * scale
+    at_target = _target_gradient(statistics, g, h)
+    wide = statistics.t.dtype
+    stored = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else out.dtype
+    residual = torch.zeros(len(out), dtype=wide, device=out.device) if stored != wide else None
+    for r in range(0, len(chunk.tokens), rows):
+        block = slice(r, r + rows)
+        z = out[block] if out.dtype == wide else torch.empty_like(out[block], dtype=wide)
+        slope = _logits(chunk, block, w, head, start, z, want_slope=True)
+        _to_gradient_(z, chunk.tokens, block, start, statistics, g, h, at_target)
+        if slope is not None:
+            z.mul_(slope)
+        if stored != wide:
+            sums = z.sum(1)
+            out[block].copy_(z.to(stored))  # which may be z itself
+            residual[block] = sums - out[block].sum(1, dtype=wide)
+    return residual
+
+
+def _target_gradient(statistics: RowStatistics, g: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
+    """dL/dz in the target's column, (C,)."""
+    log_1mp = F.logsigmoid(statistics.t)
+    at_target = g * log_1mp.exp()
+    if h is None:
+        return at_target
+    p_q = (statistics.logprobs + log_1mp).exp()
+    return at_target + torch.where(statistics.t.isinf(), 0, h * p_q * (statistics.t - statistics.others_entropy))
+
+
+def _to_gradient_(
+    z: torch.Tensor,
+    tokens: torch.Tensor,
+    block: slice,
+    start: int,
+    statistics: RowStatistics,
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    at_target: torch.Tensor,
+) -> None:
+    """A tile of logits, rows `block` and columns from `start` on -> dL/dz, in place."""
+    z.sub_(statistics.logsumexp[block, None])
+    if h is None:
+        z.exp_().mul_(-g[block, None])
+    else:
+        p = z.clamp_(min=_EXP_IS_ZERO).exp()  # log p_v = -inf only where p_v = 0
+        z.add_(statistics.entropy[block, None]).mul_(-h[block, None]).sub_(g[block, None]).mul_(p)
+    column, inside = _target_column(tokens[block], start, start + z.shape[1])
+    z.scatter_(1, column, torch.where(inside, at_target[block, None], z.gather(1, column)))
+
+
+def anchored_exp(
+    chunk: Chunk,
+    head: Head,
+    log_anchor: torch.Tensor,
+    target: Target,
+    out: torch.Tensor | None,
+    entropy: bool,
+) -> RowSums:
+    """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a, with z_y and the slope
+    there from `target_logits`:
+
+        E_v = exp(z_v - anchor) for v != y        S = sum_v E_v       Q = sum_v E_v log E_v
+
+    and E_y = -S, the gradient of the target's own column if that is among the columns. Returns S and Q (C,), Q only if
+    `entropy`. With `out`, E is stored there in its dtype, every entry times the softcap's slope, which the sums do not have;
+    out (R, V) takes the first R rows, without the padding. A row whose S is not below 2^99 is stored as zeros: nothing of it
+    may reach the other rows' dW.
+
+    Also returns what rounding took from the sum of each stored row, (R,), or None where E is not rounded. Rows of E sum to 0
+    (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
+    the common part of real embeddings would turn that into errors of several per cent.
+    """
+    rows, columns, *_ = tile_shape(head)
+    weight, size, vocab = head.weight, len(chunk.tokens), head.weight.shape[0]
+    dtype = accumulation_dtype(weight.dtype)
+    anchor = (target.logit - log_anchor)[:, None]
+    total = torch.zeros(size, dtype=dtype, device=weight.device)
+    weighted = torch.zeros_like(total) if entropy else None
+    is_rounded = out is not None and out.dtype != dtype
+    residual = torch.zeros(len(out), dtype=dtype, device=weight.device) if is_rounded else None
+    buffer = weight_buffer(head)
+    scratch = torch.empty(rows * min(columns, vocab), dtype=dtype, device=weight.device)
+    for start in range(0, vocab if size else 0, columns):
+        stop = min(start + columns, vocab)
+        w = weight_tile(head, start, stop, buffer)
+        # not in E itself: with its rows in large pages the step took 1.24 times the bare products instead of 1.00
+        e = scratch[: rows * (stop - start)].view(rows, stop - start)
+        for r in range(0, size, rows):
+            block = slice(r, r + rows)
+            slope = _logits(chunk, block, w, head, start, e, want_slope=out is not None)
+            e.sub_(anchor[block])
+            log_e = e.clamp(min=_EXP_IS_ZERO) if entropy else None
+            e.exp_()
+            column, inside = _target_column(chunk.tokens[block], start, stop)
+            e.scatter_(1, column, torch.where(inside, 0, e.gather(1, column)))
+            sums = e.sum(1)
+            total[block] += sums
+            if log_e is not None:
+                weighted[block] += log_e.mul_(e).sum(1)
+            if out is not None:
+                if slope is not None:
+                    e.mul_(slope)
+                    sums = e.sum(1) if is_rounded else sums
+                stored = out[block, start:stop].copy_(e[: len(out) - r])
+                if is_rounded:
+                    residual[block] += sums[: len(out) - r] - stored.sum(1, dtype=dtype)
+    if out is not None:
+        entries = -total if target.slope is None else -total * target.slope
+        taken = store_target(out, chunk.tokens[: len(out)], entries[: len(out)])
+        if is_rounded:
+            residual += taken
+        lost = ~(total[: len(out)] < LARGEST_SUM)
+        _zero_rows_(out, lost)
+        residual = torch.where(lost, 0, residual) if is_rounded else None
+    return RowSums(total, weighted, residual)
+
+
+def store_target(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """scores (C, V)[n, tokens_n] = exact_n, rounded; tokens elsewhere change nothing. Returns what rounding took, (C,)."""
+    rows, column = torch.arange(len(scores), device=scores.device), tokens.clamp(0, scores.shape[1] - 1)
+    inside = column == tokens
+    stored = exact.to(scores.dtype)
+    # not scatter_, which on a CPU widens the whole of a bf16 tensor
+    there = scores.gather(1, column[:, None])[:, 0]
+    scores.index_put_((rows, column), torch.where(inside, stored, there))
+    return torch.where(inside, exact - stored.to(exact.dtype), 0)
+
+
+def target_logits(chunk: Chunk, head: Head) -> Target:
+    """z_y and the softcap's slope there, (C,) each, by one dot product per row."""
+    dtype = accumulation_dtype(head.weight.dtype)
+    inside = (chunk.tokens >= 0) & (chunk.tokens < head.weight.shape[0])
+    tokens = torch.where(inside, chunk.tokens, 0)
+    z = (chunk.hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(1, keepdim=True)
+    if head.lora_weight is not None:
+        z = z + (chunk.lora_hidden * head.lora_weight[tokens].to(dtype)).sum(1, keepdim=True)
+    if head.bias is not None:
+        z = z + head.bias[tokens].to(dtype)[:, None]
+    slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
+    # an infinite anchor would turn a row of other infinities into an ordinary one
+    z = torch.where(inside & (z[:, 0] != torch.inf), z[:, 0], torch.nan)
+    return Target(z, None if slope is None else slope[:, 0])
+
+
+def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
+    """scores (C, V)[rows (C,) bool] = 0, whatever was there."""
+    if scores.device.type == "cpu":
+        scores.index_fill_(0, rows.nonzero()[:, 0], 0)  # touches those rows only
+    else:  # finding them would wait for the host
+        scores.masked_fill_(rows[:, None], 0)
+
+
+def _logits(
+    chunk: Chunk, block: slice, w: torch.Tensor, head: Head, start: int, out: torch.Tensor, want_slope: bool
+) -> torch.Tensor | None:
+    """The tile's logits into out; returns the softcap's slope at them if there is one and it is wanted."""
+    x = to_inner_size(chunk.hidden[block], w.shape[1])
+    product(out, x, w.T, False, head.weight.dtype == torch.bfloat16)
+    if head.lora_weight is not None:
+        inner = inner_size(lora_rank(head), out.device)
+        z, b = chunk.lora_hidden[block], head.lora_weight[start : start + len(w)].to(out.dtype).contiguous()
+        product(out, to_inner_size(z, inner), to_inner_size(b, inner).T, True, False)
+    if head.bias is not None:
+        out.add_(head.bias[start : start + len(w)])
+    return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
+
+
+def _to_logits_(scores: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
+    """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place; returns the softcap's slope if there is one."""
+    if head.logit_scale != 1:
+        scores.mul_(head.logit_scale)
+    slope = None
+    if head.softcap is not None:
+        slope = _softcap_(scores, head.softcap, want_slope)
+    if temperature is not None:
+        scores.div_(temperature)
+    return slope
+
+
+def _softcap_(u: torch.Tensor, cap: float, want_slope: bool) -> torch.Tensor | None:
+    """u <- c tanh(u / c); returns 1 - tanh^2 = 4 q / (1 + q)^2, q = exp(-2 |u / c|), which does not cancel at large u.
+
+    tanh = -expm1(-2 |u / c|) / (1 + q), which does not cancel at small u either.
+    """
+    exponent = u.abs().mul_(-2 / cap)
+    q_plus_1 = exponent.exp().add_(1)
+    slope = exponent.exp().mul_(4).div_(q_plus_1).div_(q_plus_1) if want_slope else None
+    torch.copysign(exponent.expm1_().div_(q_plus_1).mul_(cap), u, out=u)
+    return slope
+
+
+def _target_column(tokens: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's target as a column (C, 1) of [start, stop), and whether it lies there. No host read."""
+    inside = (tokens >= start) & (tokens < stop)
+    return torch.where(inside, tokens - start, 0)[:, None], inside[:, None]
+
+
+# Rows and columns of ready logits that are widened at a time.
+_GIVEN_ROWS, _GIVEN_COLUMNS = 256, 4096
+
+
+def given_statistics(given: Given, entropy: bool) -> RowStatistics:
+    """`row_statistics` of ready logits (N, V) / temperature (N, 1); rows with keep (N,) False count as zeros."""
+    logits, tokens = given.logits, given.tokens
+    dtype, (size, vocab) = accumulation_dtype(logits.dtype), logits.shape
+    maximum = logits.new_full((size,), -torch.inf, dtype=dtype)
+    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    target = torch.full_like(maximum, torch.nan)
+    for r in range(0, size, _GIVEN_ROWS):
+        block = slice(r, r + _GIVEN_ROWS)
+        for start in range(0, vocab, _GIVEN_COLUMNS):
+            z = _given_tile(given, block, start, dtype)
+            column, inside = _target_column(tokens[block], start, start + z.shape[1])
+            z_target = z.gather(1, column)
+            target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
+            z.scatter_(1, column, torch.where(inside, -torch.inf, z_target))
+            _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
+    return finish_rows(Partials(maximum, total, weighted if entropy else None, target), entropy)
+
+
+def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
+    """The gradient of ready logits, (N, V) in their dtype; exactly 0 in rows with keep False."""
+    logits, keep, temperature = given.logits, given.keep, given.temperature
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    scale = keep.to(statistics.t.dtype) if temperature is None else keep / temperature[:, 0]
+    g = torch.where(keep, incoming.logprobs * scale, 0)
+    h = None if incoming.entropy is None else torch.where(keep, incoming.entropy * scale, 0)
+    at_target = torch.where(keep, _target_gradient(statistics, g, h), 0)
+    for r in range(0, len(logits), _GIVEN_ROWS):
+        block = slice(r, r + _GIVEN_ROWS)
+        for start in range(0, logits.shape[1], _GIVEN_COLUMNS):
+            z = _given_tile(given, block, start, statistics.t.dtype)
+            _to_gradient_(z, given.tokens, block, start, statistics, g, h, at_target)
+            out[block, start : start + z.shape[1]] = z
+    return out
+
+
+def _given_tile(given: Given, block: slice, start: int, dtype: torch.dtype) -> torch.Tensor:
+    z = torch.where(given.keep[block, None], given.logits[block, start : start + _GIVEN_COLUMNS], 0).to(dtype)
+    return z if given.temperature is None else z.div_(given.temperature[block])

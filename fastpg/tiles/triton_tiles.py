@@ -1,0 +1,179 @@
+"""The tile ops on the kernels of `fastpg.kernels`: the functions of `torch_tiles`, with the same signatures.
+
+On CUDA and ROCm tensors; on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the first import). Operands keep
+their dtype, bf16 and fp16 included. A row's numbers do not depend on its place in a tile, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from ..kernels import dlogits as dlogits_kernel
+from ..kernels import finish as finish_kernel
+from ..kernels import given as given_kernel
+from ..kernels import objectives
+from ..kernels.anchored_exp import anchored_exp as anchored_tiles
+from ..kernels.blocks import Blocks, blocks_for, target_of
+from ..kernels.logsumexp import combine, finished, logsumexp
+from ..kernels.operands import Operands
+from ..kernels.target import target_logits as target_kernel_logits
+from ..kernels.tile import INTERPRETED
+from ..linear.rows import Chunk
+from ..lm_head import Head
+from ..loss.objectives import DeviceLoss
+from ..loss.policy_loss import TokenTerms
+from .products import dense
+from .row_statistics import Given, Incoming, Partials, RowStatistics, RowSums, ScoredRows, Target
+from .torch_tiles import LOWEST_ANCHOR, TileShape
+
+__all__ = [
+    "INTERPRETED",
+    "anchored_exp",
+    "dlogits",
+    "given_dlogits",
+    "given_statistics",
+    "online_logsumexp",
+    "operand_dtype",
+    "row_statistics",
+    "scored_rows",
+    "target_logits",
+    "tile_shape",
+    "weight_buffer",
+    "weight_tile",
+]
+
+
+def tile_shape(head: Head) -> TileShape:
+    """What a schedule steps by: chunks of a number of row tiles, slices wide enough for products at full speed."""
+    return TileShape(256, 2048, 1, 1024) if head.weight.device.type == "cpu" else TileShape(128, 8192, 1, 16384)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return dtype
+
+
+def weight_buffer(head: Head) -> None:
+    return None
+
+
+def weight_tile(head: Head, start: int, stop: int, buffer: None) -> torch.Tensor:
+    return dense(head.weight[start:stop])
+
+
+def _device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
+    with _device_of(chunk.hidden):
+        p = _operands(chunk, head)
+        return Partials(*combine(logsumexp(p, entropy, _blocks(head))), target_kernel_logits(p)[0])
+
+
+def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
+    with _device_of(chunk.hidden):
+        p = _operands(chunk, head)
+        return RowStatistics(*finished(logsumexp(p, entropy, _blocks(head)), target_kernel_logits(p)[0]))
+
+
+def target_logits(chunk: Chunk, head: Head) -> Target:
+    with _device_of(chunk.hidden):
+        return Target(*target_kernel_logits(_operands(chunk, head)))
+
+
+def dlogits(
+    chunk: Chunk,
+    head: Head,
+    w: torch.Tensor,
+    start: int,
+    statistics: RowStatistics,
+    incoming: Incoming,
+    unit: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor | None:
+    with _device_of(chunk.hidden):
+        columns = slice(start, start + len(w))
+        bias, b = (None if x is None else x[columns] for x in (head.bias, head.lora_weight))
+        if start:
+            chunk = chunk._replace(tokens=chunk.tokens - start)
+        return dlogits_kernel.dlogits(
+            _operands(chunk, head._replace(weight=w, lora_weight=b, bias=bias)), _statistics(statistics),
+            _incoming(incoming, unit), out, _blocks(head),
+        )  # fmt: skip
+
+
+def _statistics(statistics: RowStatistics) -> dlogits_kernel.Statistics:
+    return dlogits_kernel.Statistics(*statistics)
+
+
+def _incoming(incoming: Incoming, unit: torch.Tensor | None) -> dlogits_kernel.Incoming:
+    return dlogits_kernel.Incoming(*(None if x is None else x.contiguous() for x in incoming), unit)
+
+
+def given_statistics(given: Given, entropy: bool) -> RowStatistics:
+    with _device_of(given.logits):
+        return RowStatistics(*given_kernel.given_logsumexp(_given(given), entropy))
+
+
+def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
+    out = torch.empty_like(given.logits, memory_format=torch.contiguous_format)
+    with _device_of(given.logits):
+        given_kernel.given_dlogits(_given(given), _statistics(statistics), _incoming(incoming, None), out)
+    return out
+
+
+def _given(given: Given) -> given_kernel.Given:
+    logits = given.logits if given.logits.stride(1) == 1 else given.logits.contiguous()
+    scale = None if given.temperature is None else 1 / given.temperature[:, 0]
+    return given_kernel.given(logits, given.keep, given.tokens, scale)
+
+
+def anchored_exp(
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
+) -> RowSums:
+    with _device_of(chunk.hidden):
+        sums = anchored_tiles(_operands(chunk, head), target.logit - log_anchor, entropy, out, _blocks(head))
+        return RowSums(*finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None)))
+
+
+def scored_rows(
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
+) -> ScoredRows:
+    """`anchored_exp` anchored by the old log-probabilities, and the loss from the launch that completes the rows."""
+    with _device_of(chunk.hidden):
+        p = _operands(chunk, head)
+        logit, slope = target_kernel_logits(p)
+        anchor = logit if terms.old_logprobs is None else logit - terms.old_logprobs.clamp(LOWEST_ANCHOR, 0)
+        sums = anchored_tiles(p, anchor, entropy, scores, _blocks(head))
+        scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
+        vector, number = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
+        tokens = finish_kernel.Tokens(chunk.tokens, slope, vector, number)
+        found, results = finish_kernel.finish_with_loss(sums, tokens, finish_kernel.Terms(*terms), _loss(loss))
+        return ScoredRows(*results, found.RESIDUAL)
+
+
+def _loss(loss: DeviceLoss) -> finish_kernel.Loss:
+    """The device functions of a loss."""
+    objective = getattr(objectives, loss.objective)
+    bounds = objectives.bounds_of(objective, loss.numbers)
+    kl = None if loss.kl is None else getattr(objectives, loss.kl)
+    return finish_kernel.Loss(objective, bounds, kl, loss.kl_coef, loss.kl_is_weighted, loss.show_lost)
+
+
+def _blocks(head: Head) -> Blocks:
+    has_bias, has_softcap = head.bias is not None, head.softcap is not None
+    return blocks_for(target_of(head.weight.device), head.weight.dtype, has_bias, has_softcap)
+
+
+def _operands(chunk: Chunk, head: Head) -> Operands:
+    hidden = chunk.hidden if chunk.hidden.stride(1) == 1 else chunk.hidden.contiguous()
+    lora = None if head.lora_weight is None else (chunk.lora_hidden.contiguous(), head.lora_weight)
+    bias = None if head.bias is None else head.bias.contiguous()
+    inner = None if head.softcap is None else head.logit_scale / head.softcap
+    scale = head.logit_scale if head.softcap is None else head.softcap
+    if chunk.temperature is not None:
+        scale = scale / chunk.temperature[:, 0]
+    return Operands(hidden, head.weight, lora, bias, chunk.tokens, scale, inner)

@@ -1,0 +1,1 @@
+"""What developers measure with; no loss depends on it."""

@@ -1,0 +1,345 @@
+"""`fastpg compile-report`: every kernel compiled for four GPU targets, without a GPU.
+
+What can be known of a kernel before it runs: that it compiles, that its registers suffice (spilled ones live in memory), that
+its shared memory fits the target, and that its matrix products reach the tensor cores. A variant is what its launcher in
+`fastpg.kernels` would compile: the launcher is called on tensors without memory, of a common model's sizes (H and strides
+divisible by 16, which Triton finds at launch and without which nothing is vectorised), and what it launches is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+# target -> (backend, architecture, warp size, shared memory of a program in bytes, its matrix instructions)
+TARGETS = {
+    "cuda:80": ("cuda", 80, 32, 166_912, r"mma\.sync"),
+    "cuda:90": ("cuda", 90, 32, 232_448, r"wgmma\.mma_async"),
+    "cuda:100": ("cuda", 100, 32, 232_448, r"tcgen05\.mma"),
+    "hip:gfx942": ("hip", "gfx942", 64, 65_536, r"v_mfma"),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_TRITON_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int8: "i8",
+    torch.uint8: "u8",
+}  # fmt: skip
+
+OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
+# kernel -> the dtypes that reach it, and what it may be asked for
+KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora", "temperature")),
+    "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy", "lora", "temperature")),
+    "finish": (("bfloat16", "float32"), ("scores", "entropy", *OBJECTIVES)),
+    "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
+    "combine": (("float32",), ("entropy", "finish")),
+    "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
+    "given_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
+    "given_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
+}
+MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
+# of `finish`, beside each flag alone
+_WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
+_WHOLE_LOSS = ("scores", "entropy", "ppo_clip", "kl_k3", "temperature")
+
+# rows of a chunk, no multiple of 16; vocabulary of a head, and of a slice of it; hidden size; rank
+_ROWS, _VOCAB, _SLICE, _SIZE, _RANK = 1000, 128_256, 8192, 2048, 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: str
+    target: str
+    dtype: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler said of a variant. registers and spill_bytes per thread, shared_bytes per program."""
+
+    kernel: str
+    target: str
+    dtype: str
+    flags: list[str]
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    mma_instructions: int
+
+    def problems(self) -> list[str]:
+        """What must not be: spilled registers, too much shared memory, products beside the tensor cores."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory")
+        if self.kernel in MULTIPLIES and self.dtype != "float32" and not self.mma_instructions:
+            found.append("no tensor-core instruction")
+        return found
+
+
+def variants(kernels: list[str] | None = None, targets: list[str] | None = None) -> Iterator[Variant]:
+    """16-bit dtypes: plain, each flag alone (bf16), all flags. fp32: plain and all flags. Plain row kernels know no dtype."""
+    for kernel in kernels or KERNELS:
+        dtypes, flags = KERNELS[kernel]
+        for target in targets or TARGETS:
+            for dtype in dtypes:
+                alone = [(flag,) for flag in flags if flag != "temperature"] if dtype == "bfloat16" else []
+                chosen = [(), *alone, flags]
+                if kernel == "combine":
+                    chosen = [(), ("entropy",), ("finish",), flags]
+                elif kernel == "finish":
+                    chosen = [(), *alone, *_WITH_KL, _WHOLE_LOSS] if alone else [_WHOLE_LOSS]
+                yield from (Variant(kernel, target, dtype, combination) for combination in dict.fromkeys(chosen))
+
+
+def launched(variant: Variant) -> tuple[object, list[object], dict[str, int]]:
+    """(kernel, arguments in the order of its parameters, compiler options) of what the variant's launcher launches."""
+    from triton.runtime.jit import KernelInterface
+
+    found = []
+
+    def noted(kernel: object, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **named: found.append((kernel, arguments, named))
+
+    with mock.patch.object(KernelInterface, "__getitem__", noted):
+        _launch(variant)
+    ((kernel, arguments, named),) = [launch for launch in found if launch[0].fn.__name__ == f"{variant.kernel}_kernel"]
+    bound = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    options = {name: value for name, value in bound.items() if name not in kernel.arg_names}
+    return kernel, [bound[name] for name in kernel.arg_names], options
+
+
+def _launch(variant: Variant) -> None:
+    """Calls the launcher on tensors without memory."""
+    from ..kernels.anchored_exp import anchored_exp
+    from ..kernels.blocks import blocks_for
+    from ..kernels.dlogits import Incoming, Statistics, dlogits
+    from ..kernels.given import given, given_dlogits, given_logsumexp
+    from ..kernels.logsumexp import Running, combine, finished, logsumexp
+    from ..kernels.operands import Operands
+    from ..kernels.target import target_logits
+
+    dtype, flags = DTYPES[variant.dtype], variant.flags
+    vocab = _SLICE if variant.kernel == "dlogits" else _VOCAB
+    entropy, inner = "entropy" in flags, 0.5 if "softcap" in flags else None
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def vector(present: bool = True) -> torch.Tensor | None:
+        return meta(_ROWS) if present else None
+
+    lora = (meta(_ROWS, _RANK), meta(vocab, _RANK, dtype=dtype)) if "lora" in flags else None
+    bias = meta(vocab, dtype=dtype) if "bias" in flags else None
+    scale = vector() if "temperature" in flags else 1.0
+    tokens = meta(_ROWS, dtype=torch.int64)
+    p = Operands(meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype), lora, bias, tokens, scale, inner)
+    blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None)
+    statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
+    unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
+    incoming = Incoming(vector(), vector(entropy), unit)
+    if variant.kernel == "target":
+        target_logits(p)
+    elif variant.kernel == "anchored_exp":
+        anchored_exp(p, vector(), entropy, meta(_ROWS, vocab, dtype=dtype) if "scores" in flags else None, blocks)
+    elif variant.kernel == "finish":
+        _launch_finish(variant, meta)
+    elif variant.kernel == "logsumexp":
+        logsumexp(p, entropy, blocks)
+    elif variant.kernel == "combine":
+        parts = Running(meta(_ROWS, 63), meta(_ROWS, 63), meta(_ROWS, 63) if entropy else None)
+        finished(parts, vector()) if "finish" in flags else combine(parts)
+    elif variant.kernel == "dlogits":
+        dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
+    else:
+        logits = meta(_ROWS, vocab, dtype=dtype)
+        ready = given(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags))
+        if variant.kernel == "given_logsumexp":
+            given_logsumexp(ready, entropy)
+        else:
+            given_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
+
+
+def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
+    from ..kernels import objectives
+    from ..kernels.anchored_exp import TileSums
+    from ..kernels.finish import Loss, Terms, Tokens, finish, finish_with_loss
+
+    dtype, flags, tiles = DTYPES[variant.dtype], variant.flags, 501
+    scores = meta(_ROWS, _VOCAB, dtype=dtype) if "scores" in flags else None
+    rounds = scores is not None and dtype != torch.float32
+
+    def vector(present: bool = True) -> torch.Tensor | None:
+        return meta(_ROWS) if present else None
+
+    sums = TileSums(
+        meta(_ROWS, tiles), meta(_ROWS, tiles) if "entropy" in flags else None, meta(_ROWS, tiles) if rounds else None, scores,
+        None if scores is None else _VOCAB,
+    )  # fmt: skip
+    has_temperature = "temperature" in flags
+    tokens = Tokens(meta(_ROWS, dtype=torch.int64), None, vector(has_temperature), None if has_temperature else 1.0)
+    names = [name for name in flags if name in OBJECTIVES]
+    if not names:
+        finish(sums, tokens)
+        return
+    objective, kl = getattr(objectives, names[0]), next((name for name in flags if name.startswith("kl")), None)
+    bounds = objectives.bounds_of(objective, (0.8, 1.2, 3.0))
+    whole = flags == _WHOLE_LOSS
+    masked = meta(_ROWS, dtype=torch.bool) if whole else None
+    terms = Terms(masked, vector(), vector(), vector(), vector(whole), vector(kl is not None))
+    kl_function = None if kl is None else getattr(objectives, kl)
+    finish_with_loss(sums, tokens, terms, Loss(objective, bounds, kl_function, None if kl is None else 0.1, whole, whole))
+
+
+class Source(NamedTuple):
+    """What Triton's compiler is told of a kernel's arguments: by parameter the types, by path the constants and attributes."""
+
+    signature: dict[str, object]
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+
+
+def source_of(kernel: object, arguments: list[object]) -> Source:
+    """As Triton's own launch would have it: None and 1 are constants, pointers and multiples of 16 are known to be that."""
+    source = Source({}, {}, {})
+    hints = kernel.fn.__annotations__
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+        if "constexpr" in str(hints.get(name)):
+            source.signature[name] = "constexpr"
+            source.constants[(i,)] = value
+        else:
+            source.signature[name] = _type_of(value, (i,), source)
+    return source
+
+
+def _type_of(value: object, path: tuple[int, ...], source: Source) -> object:
+    if isinstance(value, tuple):
+        return type(value)(*(_type_of(item, (*path, i), source) for i, item in enumerate(value)))
+    if isinstance(value, torch.Tensor):
+        source.attributes[path] = [["tt.divisibility", 16]]
+        return f"*{_TRITON_TYPES[value.dtype]}"
+    if hasattr(value, "block_shape"):  # a descriptor
+        return f"tensordesc<{_TRITON_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+    if value is None or (isinstance(value, int) and value == 1):
+        source.constants[path] = value
+        return "constexpr"
+    if isinstance(value, int) and value % 16 == 0:
+        source.attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arguments, options = launched(variant)
+    found = source_of(kernel, arguments)
+    backend, arch, warp_size, shared_limit, mma = TARGETS[variant.target]
+    source = ASTSource(fn=kernel, signature=found.signature, constexprs=found.constants, attrs=found.attributes)
+    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+    if backend == "cuda":
+        registers, spilled = _resources(compiled.asm["cubin"])
+        assembly = compiled.asm["ptx"]
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
+    return Compiled(
+        variant.kernel, variant.target, variant.dtype, list(variant.flags), registers, spilled,
+        compiled.metadata.shared, shared_limit, len(re.findall(mma, assembly)),
+    )  # fmt: skip
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) per thread. Our kernels have no arrays of their own, so that a stack is spilled registers."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.cubin").write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "kernel.cubin"]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
+
+
+def compile_all(chosen: list[Variant], progress: bool = False) -> list[Compiled]:
+    """In one process per core, none of which may have the interpreter in the kernels' place; few are not worth a process."""
+    from multiprocessing import get_context
+
+    from tqdm import tqdm
+
+    if len(chosen) <= 24:
+        return [compile_variant(variant) for variant in chosen]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(tqdm(pool.map(compile_variant, chosen), total=len(chosen), disable=not progress, unit="kernel"))
+
+
+def add_command(commands) -> None:
+    """`fastpg compile-report`, for the parser in __main__."""
+    parser = commands.add_parser("compile-report", help="compile every kernel for four GPU targets, without a GPU")
+    parser.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; default: all")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable; default: all")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table, one row per kernel, dtype and flags")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("fastpg compile-report: unset TRITON_INTERPRET, which puts the interpreter in the compiler's place")
+    compiled = compile_all(list(variants(args.kernel, args.target)), progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps([asdict(c) for c in compiled], indent=1))  # noqa: T201 - it is what was asked for
+    elif args.markdown:
+        print(markdown(compiled))  # noqa: T201
+    else:
+        _print_table(compiled)
+    bad = [c for c in compiled if c.problems()]
+    if bad:
+        raise SystemExit(
+            "\n".join(f"{c.kernel} {c.target} {c.dtype} {' '.join(c.flags)}: {', '.join(c.problems())}" for c in bad)
+        )
+
+
+def _print_table(compiled: list[Compiled]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kernel", "target", "dtype", "flags", title="fastpg compile-report")
+    for column in ("registers", "spilled bytes", "shared bytes", "of", "matrix instructions"):
+        table.add_column(column, justify="right")
+    for c in compiled:
+        numbers = (c.registers, c.spill_bytes, c.shared_bytes, c.shared_limit, c.mma_instructions)
+        table.add_row(c.kernel, c.target, c.dtype, " ".join(c.flags) or "plain", *(str(n) for n in numbers))
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+
+
+def markdown(compiled: list[Compiled]) -> str:
+    """One row per kernel, dtype and flags; for each target registers / shared KiB / matrix instructions."""
+    cells: dict[tuple, dict[str, str]] = {}
+    for c in compiled:
+        spilled = f", {c.spill_bytes} spilled" if c.spill_bytes else ""
+        mma = f" / {c.mma_instructions}" if c.kernel in MULTIPLIES else ""
+        key = c.kernel, c.dtype, " ".join(c.flags) or "plain"
+        cells.setdefault(key, {})[c.target] = f"{c.registers} / {c.shared_bytes / 1024:.0f}{mma}{spilled}"
+    rows = ["| kernel | dtype | flags | " + " | ".join(TARGETS) + " |", "|---" * (3 + len(TARGETS)) + "|"]
+    rows += [
+        "| " + " | ".join([*key, *(by_target.get(target, "") for target in TARGETS)]) + " |" for key, by_target in cells.items()
+    ]
+    return "\n".join(rows)
