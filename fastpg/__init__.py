@@ -2,6 +2,13 @@
 
 from importlib.util import find_spec
 
+if find_spec("fastpg.kernels") is None:
+    raise ModuleNotFoundError(
+        "fastpg was imported from its source checkout, where kernels/ sits outside the package. "
+        "Run `pip install -e .` in the checkout, or start Python elsewhere.",
+        name="fastpg.kernels",
+    )
+
 from . import advantages
 from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
@@ -34,10 +41,3 @@ __all__ = [
     "policy_loss",
     "selective_logprobs",
 ]
-
-if find_spec("fastpg.kernels") is None:
-    raise ModuleNotFoundError(
-        "fastpg was imported from its source checkout, where kernels/ sits outside the package. "
-        "Run `pip install -e .` in the checkout, or start Python elsewhere.",
-        name="fastpg.kernels",
-    )

@@ -132,29 +132,6 @@ class LMHead:
         return cls(layer.weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
 
 
-class Head(NamedTuple):
-    """What the schedules and tile ops know of a head: its logits are softcap(logit_scale * (x . w + z . b + bias)).
-
-    z (r numbers per token, in the accumulation dtype) is scale * A x, computed before; see `lora`.
-    """
-
-    weight: torch.Tensor  # (V, H)
-    lora_weight: torch.Tensor | None  # (V, r): B
-    bias: torch.Tensor | None  # (V,)
-    softcap: float | None
-    logit_scale: float
-
-
-def lora_rank(head: Head) -> int:
-    """r, or 0. A function, as sizes are read from the weight: Dynamo of torch 2.9 cannot trace properties of a NamedTuple."""
-    return 0 if head.lora_weight is None else head.lora_weight.shape[1]
-
-
-def head_of(head: LMHead) -> Head:
-    b = None if head.lora is None else head.lora.b
-    return Head(head.weight, b, head.bias, head.softcap, float(head.logit_scale))
-
-
 def as_head(head: torch.Tensor | LMHead) -> LMHead:
     """A bare (V, H) weight is a head without bias, cap or scale."""
     return head if isinstance(head, LMHead) else LMHead(head)

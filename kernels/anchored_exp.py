@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import limits
 from .blocks import Blocks, cdiv
 from .operands import Operands, tile_arguments
 from .tile import (
@@ -36,6 +37,8 @@ from .tile import (
     row_token,
     tile_of,
 )
+
+LOG2_LARGEST_EXP = tl.constexpr(limits.LOG2_LARGEST_EXP)
 
 
 class TileSums(NamedTuple):
@@ -69,7 +72,7 @@ def _epilogue(score, start, mine, rows, head, out, PARTS: tl.constexpr, TILE: tl
         return s + s_right, q + q_right, r + r_right
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.GROUPS, TILE.GROUPS)
     z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
-    log2_e = tl.minimum((z - mine.anchor[:, None]) * LOG2E, 100.0, propagate_nan=tl.PropagateNan.ALL)
+    log2_e = tl.minimum((z - mine.anchor[:, None]) * LOG2E, LOG2_LARGEST_EXP, propagate_nan=tl.PropagateNan.ALL)
     counts = (columns < head.V)[None, :] & (columns[None, :] != mine.token[:, None])
     e = tl.where(counts, tl.exp2(log2_e), 0.0)
     s = tl.sum(e, 1)

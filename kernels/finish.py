@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import limits
 from .anchored_exp import TileSums
 from .blocks import cdiv
 from .objectives import token_loss
@@ -29,9 +30,9 @@ from .tile import INTERPRETED, ROWS_PER_PROGRAM, entropy_from_log_odds, log_sigm
 
 _BLOCK = 512
 
-LOWEST_ANCHOR = tl.constexpr(-60.0)
-SMALLEST_SUM, LARGEST_SUM = tl.constexpr(2.0**-90), tl.constexpr(2.0**99)
-SMALLEST_FACTOR, LARGEST_FACTOR = tl.constexpr(2.0**-110), tl.constexpr(2.0**110)
+LOWEST_ANCHOR = tl.constexpr(limits.LOWEST_ANCHOR)
+SMALLEST_SUM, LARGEST_SUM = tl.constexpr(limits.SMALLEST_SUM), tl.constexpr(limits.LARGEST_SUM)
+SMALLEST_FACTOR, LARGEST_FACTOR = tl.constexpr(limits.SMALLEST_FACTOR), tl.constexpr(limits.LARGEST_FACTOR)
 
 
 class RowSums(NamedTuple):

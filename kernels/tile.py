@@ -14,10 +14,11 @@ Everything after `product_tile` is elementwise on fp32 registers; logits are nev
 import triton
 import triton.language as tl
 
+from . import limits
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# exp of this is 0, and unlike -inf it can be multiplied by 0
-EXP_IS_ZERO = tl.constexpr(-1e4)
+EXP_IS_ZERO = tl.constexpr(limits.EXP_IS_ZERO)
 
 # Under TRITON_INTERPRET=1 kernels run on CPU tensors in numpy, which has no bf16: there tl.dot would multiply bit patterns and
 # casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied, and rounded by `round_to`.

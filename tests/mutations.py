@@ -216,8 +216,8 @@ MUTATIONS = [
         "opcheck or compiles",
     ),
     Mutation(
-        "given: masked rows are read",
-        "kernels/given.py",
+        "selective: masked rows are read",
+        "kernels/selective.py",
         "mask = (inside & keep)[:, None]",
         "mask = inside[:, None]",
         "selective",
@@ -378,10 +378,10 @@ MUTATIONS = [
         "worst and operands_in",
     ),
     Mutation(
-        "given: the token is read in 32 bits",
-        "kernels/given.py",
-        "column = tl.load(given.TOKENS + r, mask=in_chunk, other=-1).to(tl.int64)",
-        "column = tl.load(given.TOKENS + r, mask=in_chunk, other=-1).to(tl.int32)",
+        "selective: the token is read in 32 bits",
+        "kernels/selective.py",
+        "column = tl.load(ready.TOKENS + r, mask=in_chunk, other=-1).to(tl.int64)",
+        "column = tl.load(ready.TOKENS + r, mask=in_chunk, other=-1).to(tl.int32)",
         "selective",
         "outside_is_nan",
     ),
@@ -395,7 +395,7 @@ MUTATIONS = [
     ),
     Mutation(
         "check: a GPU's kernels are not compiled before",
-        "fastpg/crosscheck/judge.py",
+        "fastpg/crosscheck/command.py",
         'if small and "triton gpu" in places:',
         "if False:",
         "crosscheck_compile",
@@ -410,7 +410,7 @@ MUTATIONS = [
     ),
     Mutation(
         "demo: on the CPU, whatever there is",
-        "fastpg/demo/train.py",
+        "fastpg/demo/command.py",
         'device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")',
         'device = "cpu"',
         "demo",

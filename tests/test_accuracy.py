@@ -9,10 +9,10 @@ from problems import random_problem
 
 from fastpg import linear_logprobs
 from fastpg.crosscheck.accuracy import logprob_tolerance
-from fastpg.linear.rows import Chunk
-from fastpg.lm_head import head_of
+from fastpg.linear.call import head_of
 from fastpg.tiles import torch_tiles
 from fastpg.tiles.backend import tiles_of
+from fastpg.tiles.structures import Chunk
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 HALF = [torch.bfloat16, torch.float16]

@@ -8,10 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from fastpg import LMHead, linear_logprobs
 from fastpg.linear.online import Plan
 from fastpg.linear.operators import two_pass_backward, two_pass_partials, two_pass_statistics
-from fastpg.linear.rows import Rows, Wanted
-from fastpg.lm_head import Head
+from fastpg.linear.rows import Rows
 from fastpg.tiles.products import product
-from fastpg.tiles.row_statistics import Incoming, finish_rows
+from fastpg.tiles.row_statistics import finish_rows
+from fastpg.tiles.structures import Head, Incoming, Wanted
 
 
 def small_inputs(dtype=torch.float64, rows=7, vocab=9, hidden_size=4):

@@ -31,14 +31,10 @@ from fastpg import (
 )
 from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, operands, target
 from fastpg.linear import operators
-from fastpg.linear.anchored import _LARGEST_FACTOR, _SMALLEST_FACTOR, _SMALLEST_SUM
-from fastpg.linear.rows import Chunk
-from fastpg.lm_head import Head
 from fastpg.loss.objectives import device_loss
 from fastpg.loss.policy_loss import TokenTerms
 from fastpg.tiles import backend, products
-from fastpg.tiles.row_statistics import LARGEST_SUM
-from fastpg.tiles.torch_tiles import LOWEST_ANCHOR
+from fastpg.tiles.structures import Chunk, Head
 
 # ---- Which backend --------------------------------------------------------------------------------------------------
 
@@ -270,12 +266,6 @@ def test_which_losses_are_fused():
     assert device_loss(ImportanceWeighted("sequence"), None, False) is None
     assert device_loss(CISPO(), MyKL(0.1), False) is None
     assert device_loss(lambda logp, old, a: logp, None, False) is None
-
-
-def test_the_kernels_ranges_are_the_schedules():
-    kernel = finish.SMALLEST_SUM, finish.LARGEST_SUM, finish.SMALLEST_FACTOR, finish.LARGEST_FACTOR
-    assert tuple(c.value for c in kernel) == (_SMALLEST_SUM, LARGEST_SUM, _SMALLEST_FACTOR, _LARGEST_FACTOR)
-    assert finish.LOWEST_ANCHOR.value == LOWEST_ANCHOR
 
 
 @pytest.mark.parametrize(("dtype", "entropy"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)

@@ -15,7 +15,7 @@ from fastpg.tools.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, 
 PARTS = {
     "one-pass": ("target", "anchored_exp", "finish"),
     "logsumexp": ("logsumexp", "combine"),
-    "dlogits": ("dlogits", "given_logsumexp", "given_dlogits"),
+    "dlogits": ("dlogits", "selective_logsumexp", "selective_dlogits"),
 }
 
 

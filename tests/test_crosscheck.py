@@ -14,7 +14,7 @@ from problems import random_problem
 
 import fastpg
 from fastpg import CISPO, GSPO, KLPenalty, LMHead, PPOClip
-from fastpg.crosscheck import assert_matches_oracle, cases, judge
+from fastpg.crosscheck import assert_matches_oracle, cases, command, judge
 from fastpg.tools.memory import transient_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +190,7 @@ def test_small_cases_run_on_one_thread_and_a_head_of_given_sizes_on_all(argument
         seen.add(torch.get_num_threads())
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(judge, "check", fails)
+    monkeypatch.setattr(command, "check", fails)
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="stop"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpg.__main__ import main
-from fastpg.crosscheck import cases, compile_ahead, judge
+from fastpg.crosscheck import cases, command, compile_ahead, judge
 
 ALL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CASES = list(cases.cases(ALL, quick=False, interpret=False))
@@ -116,8 +116,8 @@ def test_a_worker_runs_what_the_check_runs_on_the_kernels(monkeypatch, operation
 )
 def test_only_a_check_of_many_small_cases_on_a_gpu_compiles_first(monkeypatch, capsys, places, arguments, compiles):
     order = []
-    monkeypatch.setattr(judge, "_places", lambda args: places)
-    monkeypatch.setattr(judge, "check", lambda case, places: order.append(case) or [])
+    monkeypatch.setattr(command, "_places", lambda args: places)
+    monkeypatch.setattr(command, "check", lambda case, places: order.append(case) or [])
     monkeypatch.setattr(compile_ahead, "fill_cache", lambda chosen: order.append(list(chosen)))
     main(["check", "--dtype", "fp32", *arguments])
     first, *rest = order

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastpg.__main__ import main
+from fastpg.demo import command
 from fastpg.demo import tasks as demo_tasks
 from fastpg.demo import train as demo
 from fastpg.demo import walk as demo_walk
@@ -39,12 +40,12 @@ def trained() -> demo.Training:
 
 
 def test_accuracy_rises_with_group_advantages(trained):
-    first, last = demo.quarters(trained.history)
+    first, last = command.quarters(trained.history)
     assert last >= first + 0.15
 
 
 def test_accuracy_does_not_rise_with_shuffled_advantages():
-    first, last = demo.quarters(train_tiny(STEPS, "none").history)
+    first, last = command.quarters(train_tiny(STEPS, "none").history)
     assert last < first + 0.05
 
 
@@ -124,7 +125,7 @@ def test_walking():
 @pytest.mark.parametrize("advantage", ["group", "vineppo", "gigpo", "gae"])
 def test_the_walker_learns(advantage):
     task = demo_walk.Walk(prompts_per_step=4, rollouts_per_state=2)
-    first, last = demo.quarters(train_tiny(48, advantage, task=task).history)
+    first, last = command.quarters(train_tiny(48, advantage, task=task).history)
     assert last >= first + 0.1
 
 
@@ -210,7 +211,7 @@ class DeviceIsNamed(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in self.factories:
             caller = sys._getframe(1)
-            if os.path.basename(caller.f_code.co_filename).startswith("demo"):
+            if os.path.basename(os.path.dirname(caller.f_code.co_filename)) == "demo":
                 assert "device" in kwargs, f"{function.__name__} in {caller.f_code.co_filename}, line {caller.f_lineno}"
                 self.made += 1
         return function(*args, **kwargs)
@@ -229,8 +230,8 @@ def test_everything_is_made_on_the_models_device(advantage, monkeypatch):
     assert mode.made > 5
     assert generators == [model.device]
     assert Critic(4, torch.device("meta")).linear.weight.is_meta
-    with pytest.raises(AssertionError, match=r"arange in .*demo_made_up\.py, line 1"), DeviceIsNamed():
-        exec(compile("torch.arange(3)", "demo_made_up.py", "exec"), {"torch": torch})
+    with pytest.raises(AssertionError, match=r"arange in .*demo/made_up\.py, line 1"), DeviceIsNamed():
+        exec(compile("torch.arange(3)", "demo/made_up.py", "exec"), {"torch": torch})
 
 
 @pytest.mark.parametrize(
@@ -251,8 +252,8 @@ def test_the_device_of_the_command(has_gpu, asked, device, monkeypatch, tmp_path
 
     model = Model()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(demo, "tiny_model", lambda: model)
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(command, "tiny_model", lambda: model)
+    monkeypatch.setattr(command, "train", train)
     with pytest.raises(KeyboardInterrupt):
         main(["demo", "--model", "tiny", "--out", str(tmp_path), *asked])
     assert moved == [device, model]
@@ -276,9 +277,9 @@ def test_tiny_models_train_on_one_thread(model, threads, monkeypatch, tmp_path):
         seen.append(torch.get_num_threads())
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(demo, "train", train)
-    monkeypatch.setattr(demo, "check_packages", lambda model: None)
-    monkeypatch.setattr(demo, "load_smollm2", lambda: (demo_tasks.tiny_model(), SimpleNamespace(decode=str, eos_token_id=0)))
+    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "check_packages", lambda model: None)
+    monkeypatch.setattr(command, "load_smollm2", lambda: (demo_tasks.tiny_model(), SimpleNamespace(decode=str, eos_token_id=0)))
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="stop"):

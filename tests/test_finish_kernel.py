@@ -19,7 +19,8 @@ from fastpg.kernels.finish import Loss, Terms, Tokens, finish_with_loss
 from fastpg.kernels.logsumexp import Running, combine, finished
 from fastpg.kernels.tile import INTERPRETED
 from fastpg.loss.policy_loss import TokenTerms, token_losses
-from fastpg.tiles.row_statistics import Partials, finish_rows
+from fastpg.tiles.row_statistics import finish_rows
+from fastpg.tiles.structures import Partials
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ULP = 2.0**-23

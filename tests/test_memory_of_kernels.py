@@ -16,13 +16,13 @@ from fastpg import CISPO, LMHead
 from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, target
 from fastpg.linear import online
 from fastpg.linear.anchored import Options, one_pass
-from fastpg.linear.rows import Rows, Wanted
+from fastpg.linear.call import head_of
+from fastpg.linear.rows import Rows
 from fastpg.linear.workspace import plan_logprobs, plan_policy_loss
-from fastpg.lm_head import head_of
 from fastpg.loss.objectives import device_loss
 from fastpg.loss.policy_loss import TokenTerms, token_losses
 from fastpg.tiles import products, triton_tiles
-from fastpg.tiles.row_statistics import Incoming, RowStatistics
+from fastpg.tiles.structures import Incoming, RowStatistics, Wanted
 
 GIB = 2**30
 SHAPES = {  # N, H, V

@@ -24,9 +24,8 @@ from fastpg import (
     reference,
 )
 from fastpg.linear.operators import anchored_scores, gradient_products, target_logits
-from fastpg.linear.rows import Chunk
-from fastpg.lm_head import Head
 from fastpg.tiles.products import Sums
+from fastpg.tiles.structures import Chunk, Head
 from fastpg.tools.memory import transient_bytes
 
 # names what a test calls `one_pass`

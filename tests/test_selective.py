@@ -6,8 +6,8 @@ from problems import opcheck
 from test_parity import KERNEL_DEVICE
 
 from fastpg import linear_logprobs, reference, selective_logprobs
-from fastpg.linear.operators import given_dlogits, given_statistics
-from fastpg.tiles.row_statistics import Given, Incoming
+from fastpg.linear.operators import selective_dlogits, selective_statistics
+from fastpg.tiles.structures import Incoming, ReadyLogits
 from fastpg.tools.memory import transient_bytes
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -135,10 +135,10 @@ def test_gradcheck_and_no_second_derivative():
 def test_opcheck(backend, entropy):
     logits, tokens = given(9, 40, torch.bfloat16)
     temperature, keep = torch.rand(9, 1, device=tokens.device) + 0.5, torch.rand(9, device=tokens.device) > 0.3
-    rows = Given(logits, tokens, temperature, keep)
-    statistics = opcheck(given_statistics, rows, entropy, backend)
+    rows = ReadyLogits(logits, tokens, temperature, keep)
+    statistics = opcheck(selective_statistics, rows, entropy, backend)
     g = torch.randn_like(statistics.t)
-    opcheck(given_dlogits, rows, statistics, Incoming(g, g if entropy else None), backend)
+    opcheck(selective_dlogits, rows, statistics, Incoming(g, g if entropy else None), backend)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

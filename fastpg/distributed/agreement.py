@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ..lm_head import LMHead
-from .vocab_parallel import gathered, is_dtensor
+from .dtensor import is_dtensor
+from .vocab_parallel import gathered
 
 if TYPE_CHECKING:
     from ..linear.call import Inputs

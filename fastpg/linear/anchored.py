@@ -34,23 +34,22 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import vocab_parallel
-from ..lm_head import Head
+from ..kernels.limits import LARGEST_FACTOR, LARGEST_SUM, LOWEST_ANCHOR, SMALLEST_FACTOR, SMALLEST_SUM
 from ..loss.objectives import DeviceLoss
 from ..loss.policy_loss import TokenTerms
 from ..tiles import large_pages
 from ..tiles.backend import tiles_of
 from ..tiles.products import Sums, accumulation_dtype
-from ..tiles.row_statistics import LARGEST_SUM, RowSums, Target, entropy_of
-from ..tiles.torch_tiles import LOWEST_ANCHOR, store_target
+from ..tiles.row_statistics import entropy_of
+from ..tiles.structures import Chunk, Gradients, Head, RowSums, Target, Wanted
+from ..tiles.torch_tiles import store_target
 from . import operators
-from .rows import Chunk, Gradients, Rows, Wanted
+from .rows import Rows
+from .statistics import row_statistics
 from .workspace import Plan, row_stride, score_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_SMALLEST_SUM = 2.0**-90
-_SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-110, 2.0**110
 
 # (logprobs, terms) -> per-token losses, whose sum is the loss
 TokenLosses = Callable[[torch.Tensor, TokenTerms], torch.Tensor]
@@ -177,7 +176,7 @@ class _Sweep:
         t = total.log() - log_anchor
         logprobs = F.logsigmoid(-t) if anchors is None else anchors
         entropy = None if weighted is None else entropy_of(t, total.log(), total, weighted[:size])
-        in_range = (total >= _SMALLEST_SUM) & (total < LARGEST_SUM)
+        in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
         flagged, factor = ~in_range, None
         if scores is not None:
             g = loss_gradient(self.token_losses, terms.kept(logprobs), terms)
@@ -259,7 +258,7 @@ class _Sweep:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities and entropies of flagged rows from the two-pass forward; rows flagged only for u keep theirs."""
         options = self.options
-        statistics = operators.row_statistics(
+        statistics = row_statistics(
             flagged_rows, self.head, options.entropy, options.plan.two_pass_rows, options.backend, options.group
         )
         again = torch.where(keeps, logprobs[flagged], statistics.logprobs)
@@ -339,4 +338,4 @@ def _parts(count: int, length: int) -> list[slice]:
 
 def _factor_in_range(factor: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     size = factor.abs()
-    return (g == 0) | ((size >= _SMALLEST_FACTOR) & (size <= _LARGEST_FACTOR))
+    return (g == 0) | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from .. import validation
-from ..distributed import vocab_parallel
+from ..distributed.dtensor import localized
 from ..lm_head import LMHead, LoRA, as_head
 from ..tiles.backend import choose_backend
-from .rows import Wanted
+from ..tiles.structures import Head, Wanted
 
 
 class Inputs(NamedTuple):
@@ -36,7 +36,7 @@ def prepare(
     check: bool,
 ) -> Inputs:
     """Raises TypeError or ValueError, naming the argument, for dtypes, shapes, devices and (with `check`) values."""
-    head = vocab_parallel.localized(as_head(head))
+    head = localized(as_head(head))
     hidden, head = _cast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
     backend = choose_backend(backend, hidden)
@@ -46,6 +46,11 @@ def prepare(
     if check:
         validation.check_values(tokens, keep, head.vocab_size if head.group is None else None, temperature)
     return Inputs(hidden, head, tokens, keep, temperature, backend, check)
+
+
+def head_of(head: LMHead) -> Head:
+    b = None if head.lora is None else head.lora.b
+    return Head(head.weight, b, head.bias, head.softcap, float(head.logit_scale))
 
 
 def wanted_of(inputs: Inputs) -> Wanted:

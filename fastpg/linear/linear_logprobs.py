@@ -8,12 +8,13 @@ import torch
 
 from ..distributed import vocab_parallel
 from ..distributed.agreement import one_outcome
-from ..lm_head import Head, LMHead, head_of
-from ..tiles.row_statistics import Incoming, RowStatistics
+from ..lm_head import LMHead
+from ..tiles.structures import Gradients, Head, Incoming, RowStatistics, Wanted
 from . import operators
-from .call import differentiable, needs_gradient, prepare, with_inputs
+from .call import differentiable, head_of, needs_gradient, prepare, with_inputs
 from .online import Plan
-from .rows import Gradients, Rows, Wanted, rows_of
+from .rows import Rows, rows_of
+from .statistics import row_statistics
 from .workspace import plan_logprobs
 
 
@@ -88,7 +89,7 @@ def row_logprobs(
     """Log-probabilities and entropies (K,) of the rows: differentiable where something wants a gradient."""
     if not needs_gradient(rows.hidden, head):
         with torch.no_grad():
-            return operators.row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
+            return row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
     call = _Call(rows, head_of(head), entropy, chunk_rows, backend, head.group, head.weight_grad)
     return _LinearLogprobs.apply(*differentiable(call), with_inputs(call))
 
@@ -111,7 +112,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
         whole = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
-        statistics = operators.row_statistics(
+        statistics = row_statistics(
             whole.rows, whole.head, call.entropy, call.chunk_rows, call.backend, call.group
         )  # fmt: skip
         ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)

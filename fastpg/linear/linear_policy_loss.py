@@ -9,7 +9,7 @@ import torch
 
 from .. import validation
 from ..distributed.agreement import one_outcome
-from ..lm_head import Head, LMHead, head_of
+from ..lm_head import LMHead
 from ..loss.metrics import Metrics
 from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
 from ..loss.policy_loss import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
@@ -17,10 +17,11 @@ from ..loss.reductions import Reduction, check_reduction, token_weights
 from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
 from ..tiles import large_pages
 from ..tiles.products import accumulation_dtype
+from ..tiles.structures import Gradients, Head, Wanted
 from .anchored import Options, TokenLosses, loss_gradient, one_pass
-from .call import Inputs, differentiable, prepare, wanted_of, with_inputs
+from .call import Inputs, differentiable, head_of, prepare, wanted_of, with_inputs
 from .linear_logprobs import row_logprobs
-from .rows import Gradients, Rows, Wanted, rows_of
+from .rows import Rows, rows_of
 from .workspace import Plan, plan_policy_loss
 
 

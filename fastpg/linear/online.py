@@ -21,23 +21,22 @@ fp16 has a short range. Row n is stored times unit_n = 2^14 / m_n, with m_n a po
 dX is divided by unit_n in fp32. dW multiplies D with fp16(s x_n / unit_n), and is divided by s: one power of two for the call,
 which brings the largest of these factors into fp16's range.
 
-`tiles` is the module of tile ops to run on: `torch_tiles` or `triton_tiles`.
+`tiles` is the backend to run on: `torch_tiles` or `triton_tiles`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..lm_head import Head, lora_rank
 from ..tiles import large_pages
+from ..tiles.backend import TileOps
 from ..tiles.products import accumulation_dtype, product, skinny_product, weight_product
-from ..tiles.row_statistics import Incoming, Partials, RowStatistics
-from .rows import Gradients, Rows, Wanted
+from ..tiles.structures import Gradients, Head, Incoming, Partials, RowStatistics, Wanted, lora_rank
+from .rows import Rows
 
 # Rows that are finished at a time, after all slices: few, because their targets' rows of W are copied in fp32.
 _FINISHED_ROWS = 512
@@ -51,17 +50,17 @@ class Plan(NamedTuple):
     partial: bool  # other ranks hold other columns: dX is returned of the K rows and unrounded, to be summed with theirs
 
 
-def two_pass_statistics(tiles: ModuleType, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> RowStatistics:
+def two_pass_statistics(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> RowStatistics:
     """What is known of every row: vectors (K,)."""
     return RowStatistics(*_forward(tiles.row_statistics, tiles, rows, head, entropy, chunk_rows))
 
 
-def two_pass_partials(tiles: ModuleType, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> Partials:
+def two_pass_partials(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> Partials:
     """What the columns of `head` leave of every row: vectors (K,), for `finish_rows`."""
     return Partials(*_forward(tiles.online_logsumexp, tiles, rows, head, entropy, chunk_rows))
 
 
-def _forward(tile_op: Callable, tiles: ModuleType, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> list:
+def _forward(tile_op: Callable, tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> list:
     count = len(rows.tokens)
     dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
     parts = []
@@ -75,7 +74,7 @@ def _forward(tile_op: Callable, tiles: ModuleType, rows: Rows, head: Head, entro
 
 
 def two_pass_backward(
-    tiles: ModuleType,
+    tiles: TileOps,
     rows: Rows,
     head: Head,
     statistics: RowStatistics,
@@ -98,7 +97,7 @@ class _Backward:
 
     def __init__(
         self,
-        tiles: ModuleType,
+        tiles: TileOps,
         rows: Rows,
         head: Head,
         statistics: RowStatistics,

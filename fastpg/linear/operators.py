@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
-from ..distributed import vocab_parallel
-from ..lm_head import Head
 from ..loss.objectives import DeviceLoss
 from ..loss.policy_loss import TokenTerms
 from ..tiles import products
-from ..tiles.backend import tiles_of
+from ..tiles.backend import TileOps, tiles_of
 from ..tiles.operator import is_opaque, operator
 from ..tiles.products import Sums, accumulation_dtype
-from ..tiles.row_statistics import Given, Incoming, Partials, RowStatistics, RowSums, ScoredRows, Target, finish_rows
+from ..tiles.structures import (
+    Chunk,
+    Gradients,
+    Head,
+    Incoming,
+    Partials,
+    ReadyLogits,
+    RowStatistics,
+    RowSums,
+    ScoredRows,
+    Target,
+    Wanted,
+)
 from . import online
-from .rows import Chunk, Gradients, Rows, Wanted
+from .rows import Rows
 
 
 def _vector(like: torch.Tensor, count: int, present: bool = True) -> torch.Tensor | None:
     return like.new_empty(count, dtype=accumulation_dtype(like.dtype)) if present else None
-
-
-def row_statistics(
-    rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str, group: vocab_parallel.Group
-) -> RowStatistics:
-    """The two-pass forward over the columns of all ranks of the group, or of the one process there is."""
-    if group is None:
-        return two_pass_statistics(rows, head, entropy, chunk_rows, backend)
-    partials = two_pass_partials(rows, head, entropy, chunk_rows, backend)
-    return finish_rows(vocab_parallel.combine(partials, rows.tokens, head.weight.shape[0], group), entropy)
 
 
 def _fake_statistics(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> RowStatistics:
@@ -161,7 +159,7 @@ class _Opaque:
         return scored_rows(chunk, head, terms, loss, scores, entropy)
 
 
-def one_pass_tiles(backend: str, hidden: torch.Tensor) -> ModuleType | _Opaque:
+def one_pass_tiles(backend: str, hidden: torch.Tensor) -> TileOps | _Opaque:
     """The tile ops that a sweep calls: plain functions, or operators where `operator` says so."""
     return _Opaque(backend) if is_opaque(hidden) else tiles_of(backend)
 
@@ -174,22 +172,22 @@ def gradient_products(
     products.gradient_products(scores, factor, residual, chunk, head, sums, add)
 
 
-def _fake_given(given: Given, entropy: bool, backend: str) -> RowStatistics:
-    count = given.logits.shape[0]
-    return RowStatistics(*(_vector(given.logits, count, present) for present in (True, entropy, True, True, entropy)))
+def _fake_selective(ready: ReadyLogits, entropy: bool, backend: str) -> RowStatistics:
+    count = ready.logits.shape[0]
+    return RowStatistics(*(_vector(ready.logits, count, present) for present in (True, entropy, True, True, entropy)))
 
 
-@operator(_fake_given)
-def given_statistics(given: Given, entropy: bool, backend: str) -> RowStatistics:
-    """Of ready logits (N, V): `torch_tiles.given_statistics`."""
-    return tiles_of(backend).given_statistics(given, entropy)
+@operator(_fake_selective)
+def selective_statistics(ready: ReadyLogits, entropy: bool, backend: str) -> RowStatistics:
+    """Of ready logits (N, V): `torch_tiles.selective_statistics`."""
+    return tiles_of(backend).selective_statistics(ready, entropy)
 
 
-def _fake_given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
-    return torch.empty_like(given.logits, memory_format=torch.contiguous_format)
+def _fake_selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
+    return torch.empty_like(ready.logits, memory_format=torch.contiguous_format)
 
 
-@operator(_fake_given_dlogits)
-def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
-    """Their gradient: `torch_tiles.given_dlogits`."""
-    return tiles_of(backend).given_dlogits(given, statistics, incoming)
+@operator(_fake_selective_dlogits)
+def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
+    """Their gradient: `torch_tiles.selective_dlogits`."""
+    return tiles_of(backend).selective_dlogits(ready, statistics, incoming)

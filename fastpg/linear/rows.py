@@ -7,21 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..tiles.products import accumulation_dtype, dense
+from ..tiles.structures import Chunk
 from .lora import lora_hidden
 
 if TYPE_CHECKING:
     from .call import Inputs
 
 _ROUNDED_ROWS = 512
-
-
-class Chunk(NamedTuple):
-    """C rows of a call, ready to be multiplied. Padding rows are zeros with token -1 and temperature 1."""
-
-    hidden: torch.Tensor  # (C, H) in the operand dtype
-    lora_hidden: torch.Tensor | None  # (C, r) in the accumulation dtype
-    tokens: torch.Tensor  # (C,) int64
-    temperature: torch.Tensor | None  # (C, 1) in the accumulation dtype; None is 1
 
 
 class Rows(NamedTuple):
@@ -123,23 +115,3 @@ def _per_row(rows: Rows, temperature: float | torch.Tensor, count: int, dtype: t
     if rows.indices is None or temperature.dim() == 0:
         return of_rows.clone(memory_format=torch.contiguous_format)
     return of_rows[rows.indices]
-
-
-class Wanted(NamedTuple):
-    """Which gradients a call computes."""
-
-    hidden: bool
-    lora_hidden: bool
-    weight: bool
-    lora_weight: bool
-    bias: bool
-
-
-class Gradients(NamedTuple):
-    """Each in its input's shape and dtype; None where not wanted."""
-
-    hidden: torch.Tensor | None
-    lora_hidden: torch.Tensor | None
-    weight: torch.Tensor | None
-    lora_weight: torch.Tensor | None
-    bias: torch.Tensor | None

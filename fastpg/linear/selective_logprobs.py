@@ -7,7 +7,7 @@ import torch
 from .. import validation
 from ..tiles.backend import choose_backend
 from ..tiles.products import accumulation_dtype
-from ..tiles.row_statistics import Given, Incoming, RowStatistics
+from ..tiles.structures import Incoming, ReadyLogits, RowStatistics
 from . import operators
 from .linear_logprobs import TokenLogprobs
 
@@ -56,7 +56,7 @@ def selective_logprobs(
         dtype = accumulation_dtype(logits.dtype)
         per_row = torch.as_tensor(temperature, dtype=dtype, device=logits.device)
         per_row = torch.where(keep, per_row, 1).reshape(-1, 1)
-    values = _SelectiveLogprobs.apply(flat, Given(None, ids, per_row, kept), entropy, backend)
+    values = _SelectiveLogprobs.apply(flat, ReadyLogits(None, ids, per_row, kept), entropy, backend)
     masked = ~keep
     return TokenLogprobs(*(None if x is None else x.view(tokens.shape).masked_fill(masked, 0) for x in values))
 
@@ -65,10 +65,10 @@ class _SelectiveLogprobs(torch.autograd.Function):
     """(logprobs (N,), entropy (N,) or None) of logits (N, V)."""
 
     @staticmethod
-    def forward(ctx, logits, given, entropy, backend):
-        given = given._replace(logits=logits)
-        statistics = operators.given_statistics(given, entropy, backend)
-        ctx.save_for_backward(*given, *statistics)
+    def forward(ctx, logits, ready, entropy, backend):
+        ready = ready._replace(logits=logits)
+        statistics = operators.selective_statistics(ready, entropy, backend)
+        ctx.save_for_backward(*ready, *statistics)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return statistics.logprobs, statistics.entropy
@@ -76,9 +76,9 @@ class _SelectiveLogprobs(torch.autograd.Function):
     # not once_differentiable, for the reason given in linear_logprobs
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        saved, count = ctx.saved_tensors, len(Given._fields)
-        given, statistics = Given(*saved[:count]), RowStatistics(*saved[count:])
+        saved, count = ctx.saved_tensors, len(ReadyLogits._fields)
+        ready, statistics = ReadyLogits(*saved[:count]), RowStatistics(*saved[count:])
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics.logprobs)
         incoming = Incoming(grad_logprobs, grad_entropy)
-        return operators.given_dlogits(given, statistics, incoming, ctx.backend), None, None, None
+        return operators.selective_dlogits(ready, statistics, incoming, ctx.backend), None, None, None

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..lm_head import Head, lora_rank
 from ..tiles.backend import tiles_of
 from ..tiles.products import WIDENED_ROWS, accumulation_dtype, tile_columns, widened_entries
+from ..tiles.structures import Head, lora_rank
 from ..validation import is_positive_number
 
 _DEFAULT = {"cpu": 256 * 2**20}
@@ -111,11 +111,9 @@ def _torch_sweep(head: Head, entropy: bool) -> tuple[int, int]:
 
 
 def _triton_sweep(head: Head, entropy: bool) -> tuple[int, int]:
-    from ..kernels.blocks import fewest_columns
-
     # one partial sum of each kind per row and column tile
     partials = 1 + entropy + (head.weight.dtype != torch.float32)
-    return _lora_operands(head), 4 * partials * -(-head.weight.shape[0] // fewest_columns(head.weight.dtype))
+    return _lora_operands(head), 4 * partials * tiles_of("triton").most_column_tiles(head.weight.shape[0], head.weight.dtype)
 
 
 def _widened(head: Head) -> int:
@@ -163,12 +161,9 @@ def _torch_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
 
 
 def _triton_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
-    from ..kernels.blocks import fewest_columns
-    from ..kernels.logsumexp import split_count
-
-    vocab, columns = head.weight.shape[0], fewest_columns(head.weight.dtype)
-    slice_tiles = -(-min(tiles_of("triton").tile_shape(head).columns, vocab) // columns)
-    return _lora_operands(head), 4 * max((2 + entropy) * split_count(vocab, columns), slice_tiles)
+    tiles, vocab, dtype = tiles_of("triton"), head.weight.shape[0], head.weight.dtype
+    slice_tiles = tiles.most_column_tiles(min(tiles.tile_shape(head).columns, vocab), dtype)
+    return _lora_operands(head), 4 * max((2 + entropy) * tiles.most_splits(vocab, dtype), slice_tiles)
 
 
 # ---- both

@@ -1,19 +1,69 @@
-"""Which code computes the tiles: PyTorch or the Triton kernels."""
+"""Which code computes the tiles, PyTorch or the Triton kernels, and what both of them have to offer: `TileOps`."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from types import ModuleType
+from typing import Protocol
 
 import torch
 
 from . import torch_tiles
+from .structures import (
+    Chunk,
+    Head,
+    Incoming,
+    Partials,
+    ReadyLogits,
+    RowStatistics,
+    RowSums,
+    Target,
+    TileShape,
+)
 
 BACKENDS = ("torch", "triton")
 # FASTPG_BACKEND replaces the default, for debugging; an argument `backend=` goes before it.
 _ENVIRONMENT = os.environ.get("FASTPG_BACKEND")
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class TileOps(Protocol):
+    """A backend: a module with these functions. `torch_tiles` documents each, `triton_tiles` has the same ones.
+
+    A schedule is loops around them and knows nothing else of a device. Triton adds `anchored_loss`, which the one-pass schedule
+    calls for objectives that have a device function.
+    """
+
+    # how a schedule cuts its loops, and what it multiplies
+    def tile_shape(self, head: Head) -> TileShape: ...
+    def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype: ...
+    def weight_buffer(self, head: Head) -> torch.Tensor | None: ...
+    def weight_tile(self, head: Head, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor: ...
+
+    # one pass
+    def target_logits(self, chunk: Chunk, head: Head) -> Target: ...
+    def anchored_exp(
+        self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
+    ) -> RowSums: ...
+
+    # two passes
+    def online_logsumexp(self, chunk: Chunk, head: Head, entropy: bool) -> Partials: ...
+    def row_statistics(self, chunk: Chunk, head: Head, entropy: bool) -> RowStatistics: ...
+    def dlogits(
+        self,
+        chunk: Chunk,
+        head: Head,
+        w: torch.Tensor,
+        start: int,
+        statistics: RowStatistics,
+        incoming: Incoming,
+        unit: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor | None: ...
+
+    # ready logits
+    def selective_statistics(self, ready: ReadyLogits, entropy: bool) -> RowStatistics: ...
+    def selective_dlogits(self, ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor: ...
 
 
 def choose_backend(backend: str | None, hidden: torch.Tensor, name: str = "hidden") -> str:
@@ -46,7 +96,7 @@ def _check_triton(device: str, name: str) -> None:
         )
 
 
-def tiles_of(backend: str) -> ModuleType:
+def tiles_of(backend: str) -> TileOps:
     """The tile ops of a backend. Triton is imported here and not with fastpg."""
     if backend == "torch":
         return torch_tiles

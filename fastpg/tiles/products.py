@@ -19,15 +19,12 @@ is there by 0, which is NaN where that is NaN or infinite.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..lm_head import Head
-
-if TYPE_CHECKING:
-    from ..linear.rows import Chunk
+from .structures import Chunk, Head
 
 WIDENED_ROWS = 512
 

@@ -9,26 +9,13 @@ makes a token's log-probability the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from ..linear.rows import Chunk
-from ..lm_head import Head, lora_rank
+from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
 from .products import accumulation_dtype, has_gaps, inner_size, product, tile_columns, to_inner_size
-from .row_statistics import LARGEST_SUM, Given, Incoming, Partials, RowStatistics, RowSums, Target, finish_rows
-
-LOWEST_ANCHOR = -60.0  # log-probabilities below it are anchored here: exp(60) leaves E room on both sides
-# exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
-_EXP_IS_ZERO = -1e4
-
-
-class TileShape(NamedTuple):
-    rows: int  # tokens; chunks are as long as a number of these
-    columns: int  # vocabulary entries
-    padding: int  # chunks of a forward pass are padded to a multiple of this many rows
-    longest: int  # rows of a chunk of the two-pass schedule; longer ones gain nothing
+from .row_statistics import finish_rows
+from .structures import Chunk, Head, Incoming, Partials, ReadyLogits, RowStatistics, RowSums, Target, TileShape, lora_rank
 
 
 def tile_shape(head: Head) -> TileShape:
@@ -117,11 +104,11 @@ def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weig
     """Folds a tile of logits (which it overwrites) into the running m, s and q of its rows, in place."""
     larger = torch.maximum(maximum, z.amax(1))
     pivot = torch.where(larger == -torch.inf, 0, larger)  # -inf - -inf would be NaN while no column has counted yet
-    shift = (maximum - pivot).clamp_(min=_EXP_IS_ZERO)
+    shift = (maximum - pivot).clamp_(min=EXP_IS_ZERO)
     decay = shift.exp()
     z.sub_(pivot[:, None])
     if weighted is not None:
-        e = z.clamp_(min=_EXP_IS_ZERO).exp()
+        e = z.clamp_(min=EXP_IS_ZERO).exp()
         # moving the pivot by `shift` turns exp(z - m) (z - m) into decay * (that + exp(z - m) * shift)
         weighted.copy_(decay * (weighted + total * shift) + z.mul_(e).sum(1))
     else:
@@ -199,7 +186,7 @@ def _to_gradient_(
     if h is None:
         z.exp_().mul_(-g[block, None])
     else:
-        p = z.clamp_(min=_EXP_IS_ZERO).exp()  # log p_v = -inf only where p_v = 0
+        p = z.clamp_(min=EXP_IS_ZERO).exp()  # log p_v = -inf only where p_v = 0
         z.add_(statistics.entropy[block, None]).mul_(-h[block, None]).sub_(g[block, None]).mul_(p)
     column, inside = _target_column(tokens[block], start, start + z.shape[1])
     z.scatter_(1, column, torch.where(inside, at_target[block, None], z.gather(1, column)))
@@ -246,7 +233,7 @@ def anchored_exp(
             block = slice(r, r + rows)
             slope = _logits(chunk, block, w, head, start, e, want_slope=out is not None)
             e.sub_(anchor[block])
-            log_e = e.clamp(min=_EXP_IS_ZERO) if entropy else None
+            log_e = e.clamp(min=EXP_IS_ZERO) if entropy else None
             e.exp_()
             column, inside = _target_column(chunk.tokens[block], start, stop)
             e.scatter_(1, column, torch.where(inside, 0, e.gather(1, column)))
@@ -353,20 +340,20 @@ def _target_column(tokens: torch.Tensor, start: int, stop: int) -> tuple[torch.T
 
 
 # Rows and columns of ready logits that are widened at a time.
-_GIVEN_ROWS, _GIVEN_COLUMNS = 256, 4096
+_READY_ROWS, _READY_COLUMNS = 256, 4096
 
 
-def given_statistics(given: Given, entropy: bool) -> RowStatistics:
+def selective_statistics(ready: ReadyLogits, entropy: bool) -> RowStatistics:
     """`row_statistics` of ready logits (N, V) / temperature (N, 1); rows with keep (N,) False count as zeros."""
-    logits, tokens = given.logits, given.tokens
+    logits, tokens = ready.logits, ready.tokens
     dtype, (size, vocab) = accumulation_dtype(logits.dtype), logits.shape
     maximum = logits.new_full((size,), -torch.inf, dtype=dtype)
     total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
     target = torch.full_like(maximum, torch.nan)
-    for r in range(0, size, _GIVEN_ROWS):
-        block = slice(r, r + _GIVEN_ROWS)
-        for start in range(0, vocab, _GIVEN_COLUMNS):
-            z = _given_tile(given, block, start, dtype)
+    for r in range(0, size, _READY_ROWS):
+        block = slice(r, r + _READY_ROWS)
+        for start in range(0, vocab, _READY_COLUMNS):
+            z = _ready_tile(ready, block, start, dtype)
             column, inside = _target_column(tokens[block], start, start + z.shape[1])
             z_target = z.gather(1, column)
             target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
@@ -375,23 +362,23 @@ def given_statistics(given: Given, entropy: bool) -> RowStatistics:
     return finish_rows(Partials(maximum, total, weighted if entropy else None, target), entropy)
 
 
-def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
+def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
     """The gradient of ready logits, (N, V) in their dtype; exactly 0 in rows with keep False."""
-    logits, keep, temperature = given.logits, given.keep, given.temperature
+    logits, keep, temperature = ready.logits, ready.keep, ready.temperature
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     scale = keep.to(statistics.t.dtype) if temperature is None else keep / temperature[:, 0]
     g = torch.where(keep, incoming.logprobs * scale, 0)
     h = None if incoming.entropy is None else torch.where(keep, incoming.entropy * scale, 0)
     at_target = torch.where(keep, _target_gradient(statistics, g, h), 0)
-    for r in range(0, len(logits), _GIVEN_ROWS):
-        block = slice(r, r + _GIVEN_ROWS)
-        for start in range(0, logits.shape[1], _GIVEN_COLUMNS):
-            z = _given_tile(given, block, start, statistics.t.dtype)
-            _to_gradient_(z, given.tokens, block, start, statistics, g, h, at_target)
+    for r in range(0, len(logits), _READY_ROWS):
+        block = slice(r, r + _READY_ROWS)
+        for start in range(0, logits.shape[1], _READY_COLUMNS):
+            z = _ready_tile(ready, block, start, statistics.t.dtype)
+            _to_gradient_(z, ready.tokens, block, start, statistics, g, h, at_target)
             out[block, start : start + z.shape[1]] = z
     return out
 
 
-def _given_tile(given: Given, block: slice, start: int, dtype: torch.dtype) -> torch.Tensor:
-    z = torch.where(given.keep[block, None], given.logits[block, start : start + _GIVEN_COLUMNS], 0).to(dtype)
-    return z if given.temperature is None else z.div_(given.temperature[block])
+def _ready_tile(ready: ReadyLogits, block: slice, start: int, dtype: torch.dtype) -> torch.Tensor:
+    z = torch.where(ready.keep[block, None], ready.logits[block, start : start + _READY_COLUMNS], 0).to(dtype)
+    return z if ready.temperature is None else z.div_(ready.temperature[block])

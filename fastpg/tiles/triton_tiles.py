@@ -12,32 +12,32 @@ import torch
 
 from ..kernels import dlogits as dlogits_kernel
 from ..kernels import finish as finish_kernel
-from ..kernels import given as given_kernel
 from ..kernels import objectives
+from ..kernels import selective as selective_kernel
 from ..kernels.anchored_exp import anchored_exp as anchored_tiles
-from ..kernels.blocks import Blocks, blocks_for, target_of
-from ..kernels.logsumexp import combine, finished, logsumexp
+from ..kernels.blocks import Blocks, blocks_for, cdiv, fewest_columns, target_of
+from ..kernels.limits import LOWEST_ANCHOR
+from ..kernels.logsumexp import combine, finished, logsumexp, split_count
 from ..kernels.operands import Operands
 from ..kernels.target import target_logits as target_kernel_logits
 from ..kernels.tile import INTERPRETED
-from ..linear.rows import Chunk
-from ..lm_head import Head
 from ..loss.objectives import DeviceLoss
 from ..loss.policy_loss import TokenTerms
 from .products import dense
-from .row_statistics import Given, Incoming, Partials, RowStatistics, RowSums, ScoredRows, Target
-from .torch_tiles import LOWEST_ANCHOR, TileShape
+from .structures import Chunk, Head, Incoming, Partials, ReadyLogits, RowStatistics, RowSums, ScoredRows, Target, TileShape
 
 __all__ = [
     "INTERPRETED",
     "anchored_exp",
     "dlogits",
-    "given_dlogits",
-    "given_statistics",
+    "most_column_tiles",
+    "most_splits",
     "online_logsumexp",
     "operand_dtype",
     "row_statistics",
     "scored_rows",
+    "selective_dlogits",
+    "selective_statistics",
     "target_logits",
     "tile_shape",
     "weight_buffer",
@@ -48,6 +48,16 @@ __all__ = [
 def tile_shape(head: Head) -> TileShape:
     """What a schedule steps by: chunks of a number of row tiles, slices wide enough for products at full speed."""
     return TileShape(256, 2048, 1, 1024) if head.weight.device.type == "cpu" else TileShape(128, 8192, 1, 16384)
+
+
+def most_column_tiles(columns: int, dtype: torch.dtype) -> int:
+    """How many tiles `columns` are at most, on whatever device: each has a partial sum for every row."""
+    return cdiv(columns, fewest_columns(dtype))
+
+
+def most_splits(vocab: int, dtype: torch.dtype) -> int:
+    """The same of the splits of `online_logsumexp`."""
+    return split_count(vocab, fewest_columns(dtype))
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -113,22 +123,22 @@ def _incoming(incoming: Incoming, unit: torch.Tensor | None) -> dlogits_kernel.I
     return dlogits_kernel.Incoming(*(None if x is None else x.contiguous() for x in incoming), unit)
 
 
-def given_statistics(given: Given, entropy: bool) -> RowStatistics:
-    with _device_of(given.logits):
-        return RowStatistics(*given_kernel.given_logsumexp(_given(given), entropy))
+def selective_statistics(ready: ReadyLogits, entropy: bool) -> RowStatistics:
+    with _device_of(ready.logits):
+        return RowStatistics(*selective_kernel.selective_logsumexp(_ready(ready), entropy))
 
 
-def given_dlogits(given: Given, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
-    out = torch.empty_like(given.logits, memory_format=torch.contiguous_format)
-    with _device_of(given.logits):
-        given_kernel.given_dlogits(_given(given), _statistics(statistics), _incoming(incoming, None), out)
+def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
+    out = torch.empty_like(ready.logits, memory_format=torch.contiguous_format)
+    with _device_of(ready.logits):
+        selective_kernel.selective_dlogits(_ready(ready), _statistics(statistics), _incoming(incoming, None), out)
     return out
 
 
-def _given(given: Given) -> given_kernel.Given:
-    logits = given.logits if given.logits.stride(1) == 1 else given.logits.contiguous()
-    scale = None if given.temperature is None else 1 / given.temperature[:, 0]
-    return given_kernel.given(logits, given.keep, given.tokens, scale)
+def _ready(ready: ReadyLogits) -> selective_kernel.ReadyLogits:
+    logits = ready.logits if ready.logits.stride(1) == 1 else ready.logits.contiguous()
+    scale = None if ready.temperature is None else 1 / ready.temperature[:, 0]
+    return selective_kernel.ready_logits(logits, ready.keep, ready.tokens, scale)
 
 
 def anchored_exp(

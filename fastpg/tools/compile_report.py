@@ -46,8 +46,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "combine": (("float32",), ("entropy", "finish")),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
-    "given_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
-    "given_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
+    "selective_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
+    "selective_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
 }
 MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 # of `finish`, beside each flag alone
@@ -129,9 +129,9 @@ def _launch(variant: Variant) -> None:
     from ..kernels.anchored_exp import anchored_exp
     from ..kernels.blocks import blocks_for
     from ..kernels.dlogits import Incoming, Statistics, dlogits
-    from ..kernels.given import given, given_dlogits, given_logsumexp
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
+    from ..kernels.selective import ready_logits, selective_dlogits, selective_logsumexp
     from ..kernels.target import target_logits
 
     dtype, flags = DTYPES[variant.dtype], variant.flags
@@ -168,11 +168,11 @@ def _launch(variant: Variant) -> None:
         dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
     else:
         logits = meta(_ROWS, vocab, dtype=dtype)
-        ready = given(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags))
-        if variant.kernel == "given_logsumexp":
-            given_logsumexp(ready, entropy)
+        ready = ready_logits(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags))
+        if variant.kernel == "selective_logsumexp":
+            selective_logsumexp(ready, entropy)
         else:
-            given_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
+            selective_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
 
 
 def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:

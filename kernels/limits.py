@@ -1,0 +1,16 @@
+"""Numbers that kernels and PyTorch code must agree on. Plain Python, so that either side may read them without triton."""
+
+# exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
+EXP_IS_ZERO = -1e4
+
+# The one-pass schedule anchors a row at its old log-probability, but not below this: exp(60) leaves E room on both sides.
+LOWEST_ANCHOR = -60.0
+
+# Kernels cap log2 E here, so that a sum of V <= 2^27 entries stays finite.
+LOG2_LARGEST_EXP = 100.0
+
+# A row whose sum S is not in [SMALLEST_SUM, LARGEST_SUM) has left the range of fp32, or is about to; it is recomputed.
+SMALLEST_SUM, LARGEST_SUM = 2.0**-90, 2.0**99
+
+# So is a row whose factor u is not 0 and not in this range.
+SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-110, 2.0**110
