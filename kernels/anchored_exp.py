@@ -65,12 +65,12 @@ def _epilogue(score, start, mine, rows, head, out, PARTS: tl.constexpr, TILE: tl
     """Stores E of a tile (ROWS, COLUMNS) that begins at column `start`, or of each of its parts; returns its sums of E, E log E
     and E - stored, (ROWS,) each."""
     if PARTS > 1:
-        left, right = halves(score, TILE.GROUPS)
+        left, right = halves(score, TILE.WARP_GROUPS)
         s, q, r = _epilogue(left, start, mine, rows, head, out, PARTS // 2, TILE)
-        middle = start + right.shape[1] // TILE.GROUPS
+        middle = start + right.shape[1] // TILE.WARP_GROUPS
         s_right, q_right, r_right = _epilogue(right, middle, mine, rows, head, out, PARTS // 2, TILE)
         return s + s_right, q + q_right, r + r_right
-    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.GROUPS, TILE.GROUPS)
+    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
     log2_e = tl.minimum((z - mine.anchor[:, None]) * LOG2E, LOG2_LARGEST_EXP, propagate_nan=tl.PropagateNan.ALL)
     counts = (columns < head.V)[None, :] & (columns[None, :] != mine.token[:, None])
@@ -110,14 +110,14 @@ def anchored_exp(
     p: Operands,
     anchor: torch.Tensor,  # (C,) fp32
     entropy: bool,
-    scores: torch.Tensor | None,  # (C, V) out
+    exps: torch.Tensor | None,  # (C, V) out
     blocks: Blocks,
 ) -> TileSums:
-    """Writes E into `scores` if given; returns the partial sums (C, column tiles)."""
+    """Writes E into `exps` if given; returns the partial sums (C, column tiles)."""
     tiles = cdiv(len(p.weight), blocks.columns)
-    rounds, stride = scores is not None and scores.dtype != torch.float32, None if scores is None else scores.stride(0)
+    rounds, stride = exps is not None and exps.dtype != torch.float32, None if exps is None else exps.stride(0)
     out = TileSums(
-        p.partials(tiles), p.partials(tiles) if entropy else None, p.partials(tiles) if rounds else None, scores, stride
+        p.partials(tiles), p.partials(tiles) if entropy else None, p.partials(tiles) if rounds else None, exps, stride
     )
     if len(p.tokens):
         *first, tile = tile_arguments(p, blocks)

@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     parts: int = 1  # how many parts an epilogue takes the tile's columns in
-    groups: int = 1  # how many warp groups share a row of the tile
+    warp_groups: int = 1  # how many warp groups share a row of the tile
     descriptors: bool = False  # tensor descriptors (TMA) where alignment allows, pointers elsewhere
 
     def options(self) -> dict[str, int]:
@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 # in tensor memory, whose columns its two warp groups share. sm_80 serves every other NVIDIA architecture: 64 KiB of shared
 # memory fit the 99 KiB of consumer cards. gfx942 has 64 KiB.
 # In each row: a plain head, one with a bias, one with a softcap (and perhaps a bias).
-_HALF = {
+_SIXTEEN_BIT = {
     "cuda:80": (
         Blocks(128, 128, 64, 8, 3, parts=2),
         Blocks(128, 128, 64, 8, 3, parts=2),
@@ -47,9 +47,9 @@ _HALF = {
         Blocks(128, 128, 64, 8, 4, parts=2, descriptors=True),
     ),
     "cuda:100": (
-        Blocks(128, 256, 64, 8, 3, parts=4, groups=2, descriptors=True),
-        Blocks(128, 256, 64, 8, 3, parts=8, groups=2, descriptors=True),
-        Blocks(128, 256, 64, 8, 3, parts=8, groups=2, descriptors=True),
+        Blocks(128, 256, 64, 8, 3, parts=4, warp_groups=2, descriptors=True),
+        Blocks(128, 256, 64, 8, 3, parts=8, warp_groups=2, descriptors=True),
+        Blocks(128, 256, 64, 8, 3, parts=8, warp_groups=2, descriptors=True),
     ),
     "hip:gfx942": (Blocks(128, 128, 64, 8, 2),) * 3,
 }
@@ -68,7 +68,7 @@ def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool) -> Bl
     """target: as `target_of` names it."""
     if target == "interpreter":
         return _INTERPRETED
-    return _SINGLE if dtype == torch.float32 else _HALF[target][2 if softcap else int(bias)]
+    return _SINGLE if dtype == torch.float32 else _SIXTEEN_BIT[target][2 if softcap else int(bias)]
 
 
 def fewest_columns(dtype: torch.dtype) -> int:

@@ -108,11 +108,11 @@ def gradient_entries(z, columns, mine, HAS_ENTROPY: tl.constexpr):
 def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
     """Stores the gradient of a tile (ROWS, COLUMNS), or of each of its parts; returns what rounding took from its rows."""
     if PARTS > 1:
-        left, right = halves(score, TILE.GROUPS)
+        left, right = halves(score, TILE.WARP_GROUPS)
         taken = _epilogue(left, start, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
-        middle = start + right.shape[1] // TILE.GROUPS
+        middle = start + right.shape[1] // TILE.WARP_GROUPS
         return taken + _epilogue(right, middle, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
-    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.GROUPS, TILE.GROUPS)
+    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
     d = gradient_entries(z, columns, mine, HAS_ENTROPY)
     if head.inner is not None:

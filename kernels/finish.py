@@ -95,7 +95,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _complete_scores(sums, total, r, inside, tokens, tiles, V, RESIDUAL, TILE: tl.constexpr):
+def _complete_exps(sums, total, r, inside, tokens, tiles, V, RESIDUAL, TILE: tl.constexpr):
     """Writes the target's entry of E, or zeros where the row is lost; stores what rounding took from the row."""
     ROWS: tl.constexpr = TILE.ROWS
     BLOCK: tl.constexpr = TILE.BLOCK
@@ -218,7 +218,7 @@ def finish_kernel(
         if out.WEIGHTED is not None:
             tl.store(out.WEIGHTED + r, weighted, mask=inside)
     if sums.E is not None:
-        _complete_scores(sums, total, r, inside, tokens, tiles, V, out.RESIDUAL, TILE)
+        _complete_exps(sums, total, r, inside, tokens, tiles, V, out.RESIDUAL, TILE)
     if OBJECTIVE is not None:
         _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bounds, KL, kl_coef, TILE)
 

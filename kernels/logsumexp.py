@@ -86,11 +86,11 @@ def others_only(z, columns, token, V):
 def _fold_parts(score, start, m, s, q, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
     """The running statistics after a tile, or after each of its parts in turn."""
     if PARTS > 1:
-        left, right = halves(score, TILE.GROUPS)
+        left, right = halves(score, TILE.WARP_GROUPS)
         m, s, q = _fold_parts(left, start, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
-        middle = start + right.shape[1] // TILE.GROUPS
+        middle = start + right.shape[1] // TILE.WARP_GROUPS
         return _fold_parts(right, middle, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
-    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.GROUPS, TILE.GROUPS)
+    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
     return fold(others_only(z, columns, token, head.V), m, s, q, ENTROPY)
 
@@ -143,8 +143,8 @@ def finish_row(m, s, q, target, out, r, inside):
 
 
 @triton.jit
-def combine_kernel(parts, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """parts: Running of (C, splits). out: with FINISH, which needs z_y in TARGET (C,), Finished; else Running of (C,)."""
+def combine_kernel(partials, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """partials: Running of (C, splits). out: with FINISH, which needs z_y in TARGET (C,), Finished; else Running of (C,)."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_chunk = r < C
     first = r[:, None] * splits
@@ -152,7 +152,7 @@ def combine_kernel(parts, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl
     largest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     for start in range(0, splits, BLOCK):
         inside = in_chunk[:, None] & (start + offsets < splits)
-        m = tl.load(parts.M + first + start + offsets, mask=inside, other=float("-inf"))
+        m = tl.load(partials.M + first + start + offsets, mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, m, propagate_nan=tl.PropagateNan.ALL)
     maximum = tl.max(largest, 1)
     pivot = tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]
@@ -162,13 +162,13 @@ def combine_kernel(parts, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl
     for start in range(0, splits, BLOCK):
         inside = in_chunk[:, None] & (start + offsets < splits)
         places = first + start + offsets
-        part = tl.load(parts.S + places, mask=inside, other=0.0)
-        shift = tl.load(parts.M + places, mask=inside, other=float("-inf")) - pivot
+        partial = tl.load(partials.S + places, mask=inside, other=0.0)
+        shift = tl.load(partials.M + places, mask=inside, other=float("-inf")) - pivot
         shift = tl.maximum(shift, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         decay = tl.exp2(shift * LOG2E)
-        if parts.Q is not None:
-            q += decay * (tl.load(parts.Q + places, mask=inside, other=0.0) + part * shift)
-        s += decay * part
+        if partials.Q is not None:
+            q += decay * (tl.load(partials.Q + places, mask=inside, other=0.0) + partial * shift)
+        s += decay * partial
     if FINISH:
         target = tl.load(TARGET + r, mask=in_chunk, other=0.0)
         finish_row(maximum, tl.sum(s, 1), tl.sum(q, 1), target, out, r, in_chunk)
@@ -191,26 +191,26 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
     return out
 
 
-def combine(parts: Running) -> Running:
+def combine(partials: Running) -> Running:
     """m, s, q (C,) of all splits."""
-    return _combined(parts, None, Running(*_vectors(parts, (True, True, parts.Q is not None))))
+    return _combined(partials, None, Running(*_vectors(partials, (True, True, partials.Q is not None))))
 
 
-def finished(parts: Running, target: torch.Tensor) -> Finished:
+def finished(partials: Running, target: torch.Tensor) -> Finished:
     """The rows' statistics, (C,) each, from those of the splits and z_y (C,)."""
-    entropy = parts.Q is not None
-    return _combined(parts, target, Finished(*_vectors(parts, (True, entropy, True, True, entropy))))
+    entropy = partials.Q is not None
+    return _combined(partials, target, Finished(*_vectors(partials, (True, entropy, True, True, entropy))))
 
 
-def _vectors(parts: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
-    return [parts.M.new_empty(len(parts.M)) if is_wanted else None for is_wanted in wanted]
+def _vectors(partials: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
+    return [partials.M.new_empty(len(partials.M)) if is_wanted else None for is_wanted in wanted]
 
 
-def _combined(parts: Running, target: torch.Tensor | None, out):
-    count, splits = parts.M.shape
+def _combined(partials: Running, target: torch.Tensor | None, out):
+    count, splits = partials.M.shape
     if count:
         grid = (cdiv(count, ROWS_PER_PROGRAM),)
         combine_kernel[grid](
-            parts, target, out, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK
+            partials, target, out, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK
         )  # fmt: skip
     return out

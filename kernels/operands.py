@@ -68,7 +68,7 @@ class Tile(NamedTuple):
     COLUMNS: int
     DEPTH: int
     PARTS: int
-    GROUPS: int
+    WARP_GROUPS: int
     EVEN_H: bool
     DESCRIPTORS: bool
     WIDEN: bool
@@ -84,7 +84,7 @@ def tile_arguments(p: Operands, blocks: Blocks) -> tuple[Any, Any, Rows, Head, T
     low_rank, b = (None, None) if p.lora is None else _lora_operands(*p.lora, x.dtype)
     rank_step = 16 if b is None or x.dtype == torch.float32 else min(32, max(16, triton.next_power_of_2(b.shape[1])))
     tile = Tile(
-        blocks.rows, blocks.columns, blocks.depth, blocks.parts, blocks.groups, depth % blocks.depth == 0, descriptors,
+        blocks.rows, blocks.columns, blocks.depth, blocks.parts, blocks.warp_groups, depth % blocks.depth == 0, descriptors,
         INTERPRETED, rank_step,
     )  # fmt: skip
     rows, head = rows_of(p, low_rank), head_of(p, b)
@@ -113,23 +113,23 @@ def _lora_operands(low_rank: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) 
 def _bf16_operands(low_rank: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """l (C, rank) fp32 and B (V, rank) as bf16 operands (C, n rank), (V, n rank) of the same product, exact to fp32.
 
-    With both as sums of three bf16 parts, six of the nine products of parts matter in fp32; three where B is bf16 itself. Zeros
+    With both as sums of three bf16 terms, six of the nine products of terms matter in fp32; three where B is bf16 itself. Zeros
     fill them up to a multiple of 16 columns, whose rows are aligned for any rank.
     """
-    x1, x2, x3 = _bf16_parts(low_rank)
+    x1, x2, x3 = _bf16_terms(low_rank)
     if b.dtype == torch.bfloat16:
         return _side_by_side(x1, x2, x3), _side_by_side(b, b, b)
-    b1, b2, b3 = _bf16_parts(b.float())
+    b1, b2, b3 = _bf16_terms(b.float())
     return _side_by_side(x1, x2, x3, x1, x2, x1), _side_by_side(b1, b1, b1, b2, b2, b3)
 
 
-def _side_by_side(*parts: torch.Tensor) -> torch.Tensor:
-    missing = -sum(part.shape[1] for part in parts) % 16
-    zeros = [parts[0].new_zeros(len(parts[0]), missing)] if missing else []
-    return torch.cat([*parts, *zeros], 1)
+def _side_by_side(*terms: torch.Tensor) -> torch.Tensor:
+    missing = -sum(term.shape[1] for term in terms) % 16
+    zeros = [terms[0].new_zeros(len(terms[0]), missing)] if missing else []
+    return torch.cat([*terms, *zeros], 1)
 
 
-def _bf16_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _bf16_terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     high = x.bfloat16()
     middle = (x - high.float()).bfloat16()
     return high, middle, (x - high.float() - middle.float()).bfloat16()

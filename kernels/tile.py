@@ -25,16 +25,16 @@ EXP_IS_ZERO = tl.constexpr(limits.EXP_IS_ZERO)
 INTERPRETED = triton.knobs.runtime.interpret
 # Rows of a program of the kernels that work row by row. The interpreter's time goes into the number of programs.
 ROWS_PER_PROGRAM = 64 if INTERPRETED else 4
-# rows of programs that share their columns of W in the L2 cache
-_GROUP = tl.constexpr(8)
+# rows of tiles that share their columns of W in the L2 cache
+_ROW_TILES_SIDE_BY_SIDE = tl.constexpr(8)
 
 
 @triton.jit
 def tile_position(pid, row_tiles, column_tiles):
     """(row tile, column tile) of a program of a 1-D grid; neighbours share operands, so that these are read from the cache."""
-    width = _GROUP * column_tiles
-    first = (pid // width) * _GROUP
-    rows = tl.minimum(row_tiles - first, _GROUP)
+    width = _ROW_TILES_SIDE_BY_SIDE * column_tiles
+    first = (pid // width) * _ROW_TILES_SIDE_BY_SIDE
+    rows = tl.minimum(row_tiles - first, _ROW_TILES_SIDE_BY_SIDE)
     return first + (pid % width) % rows, (pid % width) // rows
 
 
@@ -120,24 +120,24 @@ def row_token(rows, r, inside):
 
 
 @triton.jit
-def halves(tile, GROUPS: tl.constexpr):
-    """A tile (ROWS, COLUMNS) in two parts, each half of every one of GROUPS runs of its columns.
+def halves(tile, WARP_GROUPS: tl.constexpr):
+    """A tile (ROWS, COLUMNS) in two parts, each half of every one of WARP_GROUPS runs of its columns.
 
     Epilogues work through a tile part by part, so that what they compute on the way is as small as a part: a thread holds
-    128 accumulators of a 128 x 256 tile, and has 255 registers. GROUPS is how many warp groups share a row: every one of
+    128 accumulators of a 128 x 256 tile, and has 255 registers. WARP_GROUPS is how many warp groups share a row: every one of
     them is to have its share of each part.
     """
-    half: tl.constexpr = tile.shape[1] // (2 * GROUPS)
-    left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], GROUPS, 2, half)), (0, 1, 3, 2)))
-    shape: tl.constexpr = (tile.shape[0], GROUPS * half)
+    half: tl.constexpr = tile.shape[1] // (2 * WARP_GROUPS)
+    left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], WARP_GROUPS, 2, half)), (0, 1, 3, 2)))
+    shape: tl.constexpr = (tile.shape[0], WARP_GROUPS * half)
     return tl.reshape(left, shape), tl.reshape(right, shape)
 
 
 @triton.jit
-def part_columns(start, WIDTH: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr):
-    """The columns (WIDTH,) of a part that begins at `start`: of each of GROUPS runs of RUN columns, WIDTH / GROUPS."""
+def part_columns(start, WIDTH: tl.constexpr, RUN: tl.constexpr, WARP_GROUPS: tl.constexpr):
+    """The columns (WIDTH,) of a part that begins at `start`: WIDTH / WARP_GROUPS of each of WARP_GROUPS runs of RUN columns."""
     lane = tl.arange(0, WIDTH)
-    share: tl.constexpr = WIDTH // GROUPS
+    share: tl.constexpr = WIDTH // WARP_GROUPS
     return start + (lane // share) * RUN + lane % share
 
 

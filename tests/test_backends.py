@@ -197,9 +197,9 @@ def test_no_pass_over_the_scores_beside_products(launches, objective):
 def test_a_skinny_product_with_a_16_bit_chunk_keeps_the_digits_of_its_other_factor(monkeypatch):
     """As on a GPU, whose 16-bit products return fp32: u = high + low loses 2^-16 of it, high alone 2^-9."""
     monkeypatch.setattr(products, "multiply", lambda a, b: a.float() @ b.float())
-    scores, factor = torch.rand(1, 50).bfloat16(), torch.tensor([1.00390625 / 3])
-    exact = scores.T.double() @ factor[:, None].double()
-    assert relative_error(products.skinny_product(scores.T, factor[:, None]), exact) < 2**-15
+    exps, factor = torch.rand(1, 50).bfloat16(), torch.tensor([1.00390625 / 3])
+    exact = exps.T.double() @ factor[:, None].double()
+    assert relative_error(products.skinny_product(exps.T, factor[:, None]), exact) < 2**-15
 
 
 # ---- The fused loss -------------------------------------------------------------------------------------------------
@@ -284,11 +284,11 @@ def test_opcheck_of_the_fused_operator(dtype, entropy):
     )  # fmt: skip
     terms = TokenTerms(*map(on_device, (masked, old, advantages, weights, rollout, ref)))
     loss = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k3"), show_lost=True)
-    for scores in (torch.zeros(rows, vocab, dtype=dtype, device=KERNEL_DEVICE), None):
-        found = opcheck(operators.scored_rows, chunk, head, terms, loss, scores, entropy)
-        assert (found.entropy is not None, found.factor is not None) == (entropy, scores is not None)
+    for exps in (torch.zeros(rows, vocab, dtype=dtype, device=KERNEL_DEVICE), None):
+        found = opcheck(operators.anchored_loss, chunk, head, terms, loss, exps, entropy)
+        assert (found.entropy is not None, found.factor is not None) == (entropy, exps is not None)
     plain = TokenTerms(None, None, terms.advantages, terms.weights, None, None)
-    opcheck(operators.scored_rows, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy)
+    opcheck(operators.anchored_loss, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

@@ -74,7 +74,7 @@ def test_a_variant_is_what_its_launcher_would_compile():
         if variant.kernel == "finish":
             named = [flag for flag in variant.flags if flag in compile_report.OBJECTIVES]
             assert (given["OBJECTIVE"] is None) == (not named)
-            assert given["sums"].E is None or "scores" in variant.flags
+            assert given["sums"].E is None or "exps" in variant.flags
 
 
 def test_no_kernel_has_more_than_14_parameters():

@@ -407,8 +407,8 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(name):
 def test_parts_and_groups_change_no_entry(name, options):
     """How an epilogue takes its tile changes the order of sums, and nothing else."""
     p, first = inputs(9, 140, 40, name, options), None
-    for parts, groups in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2)):
-        z, slope, m, s, q, E, S, Q, d, *_ = launch(p, parts=parts, groups=groups)
+    for parts, warp_groups in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2)):
+        z, slope, m, s, q, E, S, Q, d, *_ = launch(p, parts=parts, warp_groups=warp_groups)
         entries = z, slope, m, d, E.scatter(1, p.tokens[:, None], 0)  # the target's entry is -S
         sums = torch.stack([s, q, S, Q]).cpu().double()
         first = first or (entries, sums)

@@ -23,7 +23,7 @@ from fastpg import (
     policy_loss,
     reference,
 )
-from fastpg.linear.operators import anchored_scores, gradient_products, target_logits
+from fastpg.linear.operators import anchored_exp, gradient_products, target_logits
 from fastpg.tiles.products import Sums
 from fastpg.tiles.structures import Chunk, Head
 from fastpg.tools.memory import transient_bytes
@@ -464,7 +464,7 @@ def test_garbage_at_masked_positions_changes_no_bit(backend, dtype, check, kl):
 @ONE_PASS
 @ALL_DTYPES
 def test_masked_rows_are_harmless_where_their_placeholder_token_is_banned(one_pass, dtype):
-    """With check=False masked rows are computed, as token 0; a bias of -inf there makes their scores NaN."""
+    """With check=False masked rows are computed, as token 0; a bias of -inf there makes their logits NaN."""
     problem = random_problem(60, 50, dtype, bias=True, masked=True)
     problem.head.bias[:2] = -torch.inf
     problem = replace(problem, mask=problem.mask & (problem.tokens > 1))
@@ -679,11 +679,11 @@ def test_opcheck(dtype, entropy):
     chunk = Chunk(torch.randn(256, 8).to(dtype).to(wide), lora_hidden, torch.randint(0, 33, (256,)), temperature)
     softcap = 5.0 if entropy else None
     head = Head(torch.randn(33, 8).to(dtype), b, torch.randn(33).to(dtype), softcap, 0.9)
-    scores, anchor = torch.zeros(256, 33, dtype=dtype), -torch.rand(256).to(wide)
+    exps, anchor = torch.zeros(256, 33, dtype=dtype), -torch.rand(256).to(wide)
     target = opcheck(target_logits, chunk, head, "torch")
     assert (target.slope is None) == (softcap is None)
-    opcheck(anchored_scores, chunk, head, anchor, target, None, entropy, "torch")
-    sums = opcheck(anchored_scores, chunk, head, anchor, target, scores, entropy, "torch")
+    opcheck(anchored_exp, chunk, head, anchor, target, None, entropy, "torch")
+    sums = opcheck(anchored_exp, chunk, head, anchor, target, exps, entropy, "torch")
     assert (sums.weighted is not None, sums.residual is not None) == (entropy, dtype == torch.bfloat16)
     factor = torch.randn(256).to(wide)
     for of_weight in (dtype, wide):
@@ -691,7 +691,7 @@ def test_opcheck(dtype, entropy):
         into = Sums(
             torch.zeros(256, 8, dtype=dtype), lora[0], torch.zeros(33, 8, dtype=of_weight), lora[1], torch.zeros(33, dtype=wide)
         )
-        opcheck(gradient_products, scores, factor, sums.residual, chunk, head, into, of_weight == wide)
+        opcheck(gradient_products, exps, factor, sums.residual, chunk, head, into, of_weight == wide)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

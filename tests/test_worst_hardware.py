@@ -126,9 +126,9 @@ def test_rows_of_e_end_in_zeros(monkeypatch, backend, dtype, vocab):
         pytest.skip("on CPU tensors, in the interpreter")
     seen, original = [], products.gradient_products
 
-    def spy(scores, *arguments):
-        seen.append(memory_around(scores))
-        return original(scores, *arguments)
+    def spy(exps, *arguments):
+        seen.append(memory_around(exps))
+        return original(exps, *arguments)
 
     monkeypatch.setattr(products, "gradient_products", spy)
     hidden, weight = torch.randn(40, 16).to(dtype).requires_grad_(), (torch.randn(vocab, 16) / 5).to(dtype).requires_grad_()

@@ -12,9 +12,9 @@ through one number per row, g_n = dL/dlogp_n, which commutes with the other two 
     dL/dz_nv = g_n ([v = y] - p_nv) = -g_n E_nv / D_n  with  E_n,y = -S_n            u_n = -g_n logit_scale / (T_n D_n)
     dX_n = u_n (E @ W)_n                      dW = E^T @ (u x)    db = E^T u
 
-Per token chunk: product 1 with its epilogue (`operators.anchored_scores`), plain Python on [C] vectors, products 2 and 3
+Per token chunk: product 1 with its epilogue (`operators.anchored_exp`), plain Python on [C] vectors, products 2 and 3
 (`operators.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once. On
-Triton a loss of named objectives is computed where the sums are completed, in one launch (`operators.scored_rows`).
+Triton a loss of named objectives is computed where the sums are completed, in one launch (`operators.anchored_loss`).
 
 Range. The kernels cap E at 2^100; in PyTorch it may become infinite, and so may its sum. A row is flagged unless 2^-90
 <= S < 2^99 and (g = 0 or 2^-110 <= |u| <= 2^110), which NaN, overflow, underflow and the empty sum of V = 1 all fail. Flagged
@@ -46,7 +46,7 @@ from ..tiles.torch_tiles import store_target
 from . import operators
 from .rows import Rows
 from .statistics import row_statistics
-from .workspace import Plan, row_stride, score_dtype
+from .workspace import Plan, exps_dtype, row_stride
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,14 +71,14 @@ class Options(NamedTuple):
     wanted: Wanted
     entropy: bool
     plan: Plan
-    check: bool
+    host_reads: bool
     backend: str
     device_loss: DeviceLoss | None  # the loss as device functions, where the Triton backend has it in a kernel
     wide_weight: bool = False  # dW in the accumulation dtype, for a buffer of the caller
     group: ProcessGroup | None = None  # whose ranks hold the other columns
 
 
-class _Scored(NamedTuple):
+class _RowVectors(NamedTuple):
     """Vectors (C,) of a chunk after product 1."""
 
     logprobs: torch.Tensor
@@ -93,30 +93,30 @@ class _Scored(NamedTuple):
 def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
     """Log-probabilities, losses, entropies and gradients of the loss for K rows.
 
-    check: flagged rows are found by one host read, after product 1 of the last chunk, and recomputed. Without it nothing is
-    read; a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients NaN.
+    With `options.host_reads` one read, after product 1 of the last chunk, finds flagged rows, and they are recomputed. Without it
+    nothing is read: a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients NaN.
     """
     count, length = len(rows.tokens), options.plan.sweep_rows
     sweep = _Sweep(head, token_losses, options, rows, min(count, length))
-    scored, flagged = [], None
-    for part in _parts(count, length):
-        chunk, vectors = sweep.score(rows, part, terms if part.stop - part.start == count else terms.select(part))
-        scored.append(vectors)
-        if options.check and part.stop == count:
-            flagged = _joined(scored, "flagged").nonzero()[:, 0]  # the host read
+    found, flagged = [], None
+    for span in _spans(count, length):
+        chunk, vectors = sweep.first_product(rows, span, terms if span.stop - span.start == count else terms.select(span))
+        found.append(vectors)
+        if options.host_reads and span.stop == count:
+            flagged = _joined(found, "flagged").nonzero()[:, 0]  # the host read
             flagged = flagged if len(flagged) else None
-        sweep.add_gradients(rows, part, chunk, vectors, once=count <= length and flagged is None)
+        sweep.add_gradients(rows, span, chunk, vectors, once=count <= length and flagged is None)
 
-    logprobs, losses, entropies = (_joined(scored, name) for name in ("logprobs", "losses", "entropy"))
+    logprobs, losses, entropies = (_joined(found, name) for name in ("logprobs", "losses", "entropy"))
     if flagged is not None:
         again, again_terms = rows.select(flagged), terms.select(flagged)
-        anchors, again_entropies = sweep.rescore(again, _joined(scored, "sum_in_range")[flagged], flagged, logprobs, entropies)
+        anchors, again_entropies = sweep.recompute(again, _joined(found, "sum_in_range")[flagged], flagged, logprobs, entropies)
         logprobs = logprobs.index_copy(0, flagged, anchors)
         entropies = None if entropies is None else entropies.index_copy(0, flagged, again_entropies)
         losses = None if losses is None else losses.index_copy(0, flagged, token_losses(anchors, again_terms))
-        for part in _parts(len(flagged), length) if any(options.wanted) else []:
-            chunk, vectors = sweep.score(again, part, again_terms.select(part), anchors[part])
-            sweep.add_gradients(again, part, chunk, vectors, once=False)
+        for span in _spans(len(flagged), length) if any(options.wanted) else []:
+            chunk, vectors = sweep.first_product(again, span, again_terms.select(span), anchors[span])
+            sweep.add_gradients(again, span, chunk, vectors, once=False)
     if losses is None:
         logprobs = terms.kept(logprobs)
         losses = token_losses(logprobs, terms)
@@ -135,12 +135,12 @@ class _Sweep:
         self.tiles = operators.one_pass_tiles(options.backend, hidden)
         self.dtype = accumulation_dtype(weight.dtype)
         self.operand_dtype, self.padding = tiles.operand_dtype(weight.dtype, weight.device), tiles.tile_shape(head).padding
-        self.scores = None
+        self.exps = None
         if any(self.wanted):
-            scores = large_pages.empty((longest, row_stride(head)), score_dtype(weight.dtype), weight.device)
+            exps = large_pages.empty((longest, row_stride(head)), exps_dtype(weight.dtype), weight.device)
             vocab = head.weight.shape[0]
-            scores[:, vocab:] = 0  # products may read past the end of a row (see `products`)
-            self.scores = scores[:, :vocab]
+            exps[:, vocab:] = 0  # products may read past the end of a row (see `products`)
+            self.exps = exps[:, :vocab]
         self.dhidden = self.dlora_hidden = None
         if self.wanted.hidden:  # summed over ranks before it is rounded
             writes_all = rows.indices is None and longest
@@ -151,69 +151,73 @@ class _Sweep:
         # allocated by the first chunk, which knows whether there are others
         self.dweight = self.dlora_weight = self.dbias = None
 
-    def score(self, rows: Rows, part: slice, terms: TokenTerms, anchors: torch.Tensor | None = None) -> tuple[Chunk, _Scored]:
+    def first_product(
+        self, rows: Rows, span: slice, terms: TokenTerms, anchors: torch.Tensor | None = None
+    ) -> tuple[Chunk, _RowVectors]:
         """Product 1 of a chunk, and what follows from it row by row. `anchors`: log-probabilities already known.
 
         Also returns the chunk, whose hidden states product 3 needs.
         """
-        chunk = rows.chunk(part.start, part.stop, self.operand_dtype, multiple=self.padding)
-        scores = None if self.scores is None else self.scores[: part.stop - part.start]
-        loss, check = self.options.device_loss, self.options.check
+        chunk = rows.chunk(span.start, span.stop, self.operand_dtype, multiple=self.padding)
+        exps = None if self.exps is None else self.exps[: span.stop - span.start]
+        loss, checks = self.options.device_loss, self.options.host_reads
         if loss is None or anchors is not None:
-            return chunk, self._score(chunk, scores, terms, anchors)
-        found = self.tiles.scored_rows(chunk, self.head, terms, loss, scores, self.options.entropy)
-        in_range = found.state < 2 if check else None
-        flagged = found.state > (1 if scores is None else 0) if check else None
-        return chunk, _Scored(*found[:4], found.residual, in_range, flagged)
+            return chunk, self._any_objective(chunk, exps, terms, anchors)
+        found = self.tiles.anchored_loss(chunk, self.head, terms, loss, exps, self.options.entropy)
+        in_range = found.state < 2 if checks else None
+        flagged = found.state > (1 if exps is None else 0) if checks else None
+        return chunk, _RowVectors(*found[:4], found.residual, in_range, flagged)
 
-    def _score(self, chunk: Chunk, scores: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None) -> _Scored:
+    def _any_objective(
+        self, chunk: Chunk, exps: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None
+    ) -> _RowVectors:
         """Any objective, on vectors."""
         size = len(terms.advantages)
         log_anchor = _log_anchor(terms) if anchors is None else anchors
         padded = F.pad(log_anchor, (0, len(chunk.tokens) - size))
-        total, weighted, residual = self._sums(chunk, padded, scores)
+        total, weighted, residual = self._sums(chunk, padded, exps)
         total = total[:size]
         t = total.log() - log_anchor
         logprobs = F.logsigmoid(-t) if anchors is None else anchors
         entropy = None if weighted is None else entropy_of(t, total.log(), total, weighted[:size])
         in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
         flagged, factor = ~in_range, None
-        if scores is not None:
+        if exps is not None:
             g = loss_gradient(self.token_losses, terms.kept(logprobs), terms)
             factor = self._row_factor(g, total + log_anchor.exp(), chunk.temperature)
             flagged = flagged | ~_factor_in_range(factor, g)
-        if not self.options.check:
+        if not self.options.host_reads:
             lost = ~(total < LARGEST_SUM) if factor is None else ~(total < LARGEST_SUM) | ~factor.isfinite()
             logprobs, entropy, factor = (
                 None if x is None else terms.kept(torch.where(lost, torch.nan, x)) for x in (logprobs, entropy, factor)
             )
         elif factor is not None and anchors is None:
             factor = factor.masked_fill(flagged, 0)
-        return _Scored(logprobs, None, entropy, factor, residual, in_range, flagged)
+        return _RowVectors(logprobs, None, entropy, factor, residual, in_range, flagged)
 
-    def _sums(self, chunk: Chunk, log_anchor: torch.Tensor, scores: torch.Tensor | None) -> RowSums:
-        """S, Q and what rounding took, from product 1, over the columns of all ranks; E of this rank's into scores."""
+    def _sums(self, chunk: Chunk, log_anchor: torch.Tensor, exps: torch.Tensor | None) -> RowSums:
+        """S, Q and what rounding took, from product 1, over the columns of all ranks; E of this rank's into exps."""
         head, options, group = self.head, self.options, self.options.group
         target = self.tiles.target_logits(chunk, head)
         if group is not None:
             columns = [target.logit] if target.slope is None else list(target)
             of_owner = vocab_parallel.on_the_owner(torch.stack(columns, 1), chunk.tokens, head.weight.shape[0], group)
             target = Target(*of_owner.T.contiguous()) if len(columns) == 2 else Target(of_owner[:, 0].contiguous(), None)
-        sums = self.tiles.anchored_exp(chunk, head, log_anchor, target, scores, options.entropy)
+        sums = self.tiles.anchored_exp(chunk, head, log_anchor, target, exps, options.entropy)
         if group is None:
             return sums
         whole = vocab_parallel.sum_over_ranks(torch.stack([x for x in sums[:2] if x is not None]), group)
         residual = sums.residual
-        if scores is not None:
-            size = len(scores)
+        if exps is not None:
+            size = len(exps)
             slope = 1 if target.slope is None else target.slope[:size]
             before, after, tokens = (x[:size] for x in (sums.total, whole[0], chunk.tokens))
             in_range = (before < LARGEST_SUM) & (after < LARGEST_SUM)  # else the row is stored as zeros, or dropped
             columns = torch.where(in_range, tokens, -1)
-            taken = store_target(scores, columns, torch.where(in_range, -after * slope, 0))
+            taken = store_target(exps, columns, torch.where(in_range, -after * slope, 0))
             if residual is not None:
                 once = torch.where(columns == tokens.clamp(0, head.weight.shape[0] - 1), -before * slope, 0)
-                residual = residual - (once - once.to(scores.dtype).to(once.dtype)) + taken
+                residual = residual - (once - once.to(exps.dtype).to(once.dtype)) + taken
         return RowSums(whole[0], whole[1] if options.entropy else None, residual)
 
     def _row_factor(self, g: torch.Tensor, denominator: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
@@ -223,21 +227,21 @@ class _Sweep:
             scale = scale / temperature[: len(g), 0]
         return -g * scale / denominator
 
-    def add_gradients(self, rows: Rows, part: slice, chunk: Chunk, scored: _Scored, once: bool) -> None:
+    def add_gradients(self, rows: Rows, span: slice, chunk: Chunk, vectors: _RowVectors, once: bool) -> None:
         """Products 2 and 3 of a chunk. once: it is the only chunk of the call."""
-        if self.scores is None or part.stop == part.start:
+        if self.exps is None or span.stop == span.start:
             return
-        weight, count = self.head.weight, part.stop - part.start
+        weight, count = self.head.weight, span.stop - span.start
         add = any(x is not None for x in (self.dweight, self.dlora_weight, self.dbias))
         if not add:
             self._allocate_sums(weight.dtype if once and not self.options.wide_weight else self.dtype)
         sums = Sums(
-            _rows_to_write(self.dhidden, rows, part), _rows_to_write(self.dlora_hidden, rows, part), self.dweight,
+            _rows_to_write(self.dhidden, rows, span), _rows_to_write(self.dlora_hidden, rows, span), self.dweight,
             self.dlora_weight, self.dbias,
         )  # fmt: skip
-        operators.gradient_products(self.scores[:count], scored.factor, scored.residual, chunk, self.head, sums, add)
-        _write_back(self.dhidden, rows, part, sums.hidden)
-        _write_back(self.dlora_hidden, rows, part, sums.lora_hidden)
+        operators.gradient_products(self.exps[:count], vectors.factor, vectors.residual, chunk, self.head, sums, add)
+        _write_back(self.dhidden, rows, span, sums.hidden)
+        _write_back(self.dlora_hidden, rows, span, sums.lora_hidden)
 
     def _allocate_sums(self, dtype: torch.dtype) -> None:
         head, device = self.head, self.head.weight.device
@@ -248,7 +252,7 @@ class _Sweep:
         if self.wanted.bias:
             self.dbias = torch.empty(head.weight.shape[0], dtype=self.dtype, device=device)
 
-    def rescore(
+    def recompute(
         self,
         flagged_rows: Rows,
         keeps: torch.Tensor,
@@ -267,7 +271,7 @@ class _Sweep:
     def gradients(self, rows: Rows) -> Gradients:
         """In the dtype of each input; dX summed over the ranks that share the columns."""
         head, group = self.head, self.options.group
-        self.scores = None
+        self.exps = None
         if group is not None:
             self.dhidden, self.dlora_hidden = (_summed(x, rows, group) for x in (self.dhidden, self.dlora_hidden))
             self.dhidden = None if self.dhidden is None else self.dhidden.to(rows.hidden.dtype)
@@ -286,22 +290,22 @@ class _Sweep:
         )  # fmt: skip
 
 
-def _joined(scored: list[_Scored], name: str) -> torch.Tensor | None:
+def _joined(chunks: list[_RowVectors], name: str) -> torch.Tensor | None:
     """One vector of all chunks."""
-    vectors = [getattr(s, name) for s in scored]
+    vectors = [getattr(chunk, name) for chunk in chunks]
     return vectors[0] if len(vectors) == 1 or vectors[0] is None else torch.cat(vectors)
 
 
-def _rows_to_write(sums: torch.Tensor | None, rows: Rows, part: slice) -> torch.Tensor | None:
+def _rows_to_write(sums: torch.Tensor | None, rows: Rows, span: slice) -> torch.Tensor | None:
     """Where a chunk's rows of a gradient (N, ...) are computed: in place, or beside it where they are gathered."""
     if sums is None or rows.indices is None:
-        return None if sums is None else sums[part]
-    return sums.new_empty(part.stop - part.start, sums.shape[1])
+        return None if sums is None else sums[span]
+    return sums.new_empty(span.stop - span.start, sums.shape[1])
 
 
-def _write_back(sums: torch.Tensor | None, rows: Rows, part: slice, values: torch.Tensor | None) -> None:
+def _write_back(sums: torch.Tensor | None, rows: Rows, span: slice, values: torch.Tensor | None) -> None:
     if values is not None and rows.indices is not None:
-        sums.index_copy_(0, rows.indices[part], values)
+        sums.index_copy_(0, rows.indices[span], values)
 
 
 def _summed(sums: torch.Tensor | None, rows: Rows, group: ProcessGroup) -> torch.Tensor | None:
@@ -331,7 +335,7 @@ def _log_anchor(terms: TokenTerms) -> torch.Tensor:
     return torch.zeros_like(terms.advantages) if old is None else old.clamp(LOWEST_ANCHOR, 0)
 
 
-def _parts(count: int, length: int) -> list[slice]:
+def _spans(count: int, length: int) -> list[slice]:
     """Of the rows; one of none where there are none."""
     return [slice(start, min(start + length, count)) for start in range(0, max(count, 1), length)]
 

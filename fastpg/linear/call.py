@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     keep: torch.Tensor  # (...) bool: tokens that count
     temperature: float | torch.Tensor  # number or (...)
     backend: str
-    check: bool
+    host_reads: bool  # whether values are checked and rows skipped; False: nothing waits for the device
 
 
 def prepare(

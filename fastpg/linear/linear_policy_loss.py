@@ -142,13 +142,13 @@ def _check_loss(given: LossInputs, inputs: Inputs) -> None:
             "token; use linear_logprobs and policy_loss"
         )
     check_reduction(given.reduction, tokens.shape, given.denominator, ids)
-    if ids is not None and inputs.check:
+    if ids is not None and inputs.host_reads:
         check_id_values(ids, inputs.keep, id_limit(given.advantages, tokens))
 
 
 def _computed(given: LossInputs, inputs: Inputs, weights: torch.Tensor) -> torch.Tensor:
     """(...) bool: tokens that count, but for those that can add nothing to the loss; where a value is not finite they can."""
-    if not inputs.check or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
+    if not inputs.host_reads or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
         return inputs.keep
     dtype = weights.dtype  # that of the loss: a product in 16 bits may be 0 where this one is not
     factor = given.advantages.to(dtype)
@@ -165,9 +165,9 @@ def _computed(given: LossInputs, inputs: Inputs, weights: torch.Tensor) -> torch
 def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:
     group, loss = inputs.head.group, None
     if inputs.backend == "triton" and group is None:
-        loss = device_loss(given.objective, given.kl, show_lost=not inputs.check)
+        loss = device_loss(given.objective, given.kl, show_lost=not inputs.host_reads)
     wide_weight = inputs.head.weight_grad is not None
-    return Options(wanted, entropy, plan, inputs.check, inputs.backend, loss, wide_weight, group)
+    return Options(wanted, entropy, plan, inputs.host_reads, inputs.backend, loss, wide_weight, group)
 
 
 def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor) -> TokenTerms:

@@ -23,14 +23,14 @@ def lora_hidden(hidden: torch.Tensor, keep: torch.Tensor, lora: LoRA) -> torch.T
     return _LoraHidden.apply(hidden, lora.a, keep, float(lora.scale))
 
 
-def _parts(count: int) -> list[slice]:
+def _spans(count: int) -> list[slice]:
     return [slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
 
 
-def _widened(x: torch.Tensor, keep: torch.Tensor, part: slice, dtype: torch.dtype) -> torch.Tensor:
+def _widened(x: torch.Tensor, keep: torch.Tensor, span: slice, dtype: torch.dtype) -> torch.Tensor:
     """Rows of x with zeros where they are masked and as padding, (_ROWS, ...)."""
     wide = x.new_zeros(_ROWS, x.shape[1], dtype=dtype)
-    wide[: part.stop - part.start] = torch.where(keep[part, None], x[part], 0)
+    wide[: span.stop - span.start] = torch.where(keep[span, None], x[span], 0)
     return wide
 
 
@@ -41,10 +41,10 @@ class _LoraHidden(torch.autograd.Function):
         out = hidden.new_empty(len(hidden), len(a), dtype=dtype)
         inner = inner_size(hidden.shape[1], hidden.device)
         tile, transposed = hidden.new_empty(_ROWS, len(a), dtype=dtype), to_inner_size(a.to(dtype).contiguous(), inner).T
-        for part in _parts(len(hidden)):
-            x = to_inner_size(_widened(hidden, keep, part, dtype), inner)
+        for span in _spans(len(hidden)):
+            x = to_inner_size(_widened(hidden, keep, span, dtype), inner)
             product(tile, x, transposed, False, False)
-            out[part] = tile[: part.stop - part.start]
+            out[span] = tile[: span.stop - span.start]
         ctx.save_for_backward(hidden, a, keep)
         ctx.scale = scale
         return out.mul_(scale)
@@ -59,11 +59,11 @@ class _LoraHidden(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         da = torch.zeros_like(wide_a) if ctx.needs_input_grad[1] else None
         tile = torch.empty(_ROWS, hidden.shape[1], dtype=grad.dtype, device=grad.device)
-        for part in _parts(len(hidden)):
-            dz = _widened(grad, keep, part, grad.dtype)
+        for span in _spans(len(hidden)):
+            dz = _widened(grad, keep, span, grad.dtype)
             if dhidden is not None:
                 product(tile, dz, wide_a, False, False)
-                dhidden[part] = tile[: part.stop - part.start]
+                dhidden[span] = tile[: span.stop - span.start]
             if da is not None:
-                product(da, dz.T, _widened(hidden, keep, part, grad.dtype), True, False)
+                product(da, dz.T, _widened(hidden, keep, span, grad.dtype), True, False)
         return dhidden, None if da is None else da.to(a.dtype), None, None

@@ -34,12 +34,9 @@ import torch.nn.functional as F
 
 from ..tiles import large_pages
 from ..tiles.backend import TileOps
-from ..tiles.products import accumulation_dtype, product, skinny_product, weight_product
+from ..tiles.products import WIDENED_ROWS, accumulation_dtype, product, skinny_product, weight_product
 from ..tiles.structures import Gradients, Head, Incoming, Partials, RowStatistics, Wanted, lora_rank
 from .rows import Rows
-
-# Rows that are finished at a time, after all slices: few, because their targets' rows of W are copied in fp32.
-_FINISHED_ROWS = 512
 
 
 class Plan(NamedTuple):
@@ -63,14 +60,14 @@ def two_pass_partials(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chu
 def _forward(tile_op: Callable, tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> list:
     count = len(rows.tokens)
     dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
-    parts = []
+    chunks = []
     for start in range(0, max(count, 1), chunk_rows):  # without rows, one chunk of none
         stop = min(start + chunk_rows, count)
         found = tile_op(rows.chunk(start, stop, dtype, multiple=padding), head, entropy)
-        parts.append([None if x is None else x[: stop - start] for x in found])
-    if len(parts) == 1:
-        return parts[0]
-    return [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
+        chunks.append([None if x is None else x[: stop - start] for x in found])
+    if len(chunks) == 1:
+        return chunks[0]
+    return [None if x[0] is None else torch.cat(x) for x in zip(*chunks, strict=True)]
 
 
 def two_pass_backward(
@@ -110,10 +107,10 @@ class _Backward:
         self.wanted, self.partial, self.adds = wanted, plan.partial, weight_grad is not None
         weight, count = head.weight, len(rows.tokens)
         self.wide, self.narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
-        self.parts = [slice(start, min(start + plan.chunk_rows, count)) for start in range(0, count, plan.chunk_rows)]
-        self.half = None
+        self.spans = [slice(start, min(start + plan.chunk_rows, count)) for start in range(0, count, plan.chunk_rows)]
+        self.fp16 = None
         if self.narrow == torch.float16:
-            self.half = _half_scales(rows, head, statistics, incoming, self.parts)
+            self.fp16 = _fp16_scales(rows, head, statistics, incoming, self.spans)
 
         def zeros(is_wanted: bool, *shape: int) -> torch.Tensor | None:
             return weight.new_zeros(shape, dtype=self.wide) if is_wanted else None
@@ -134,12 +131,12 @@ class _Backward:
 
     def add_slices(self) -> None:
         """Slice after slice of the vocabulary, chunk after chunk of the rows."""
-        if not self.parts:
+        if not self.spans:
             return
         weight = self.head.weight
         columns = min(self.tiles.tile_shape(self.head).columns, weight.shape[0])
         buffer = self.tiles.weight_buffer(self.head)
-        dlogits = torch.empty(self.parts[0].stop * columns, dtype=self.narrow, device=weight.device)
+        dlogits = torch.empty(self.spans[0].stop * columns, dtype=self.narrow, device=weight.device)
         by_tile = self.wanted.weight and (self.adds or weight.dtype != self.wide)
         tile_of_dw = torch.empty(columns if by_tile else 0, weight.shape[1], dtype=self.wide, device=weight.device)
         for v in range(0, weight.shape[0], columns):
@@ -148,60 +145,60 @@ class _Backward:
             dw = None
             if self.wanted.weight:
                 dw = tile_of_dw[: into.stop - v] if by_tile else self.dweight[into]
-            for part in self.parts:
-                self._add(part, into, w, dw, dlogits)
-            if self.half is not None and dw is not None:
-                dw.div_(self.half.scale)
+            for span in self.spans:
+                self._add(span, into, w, dw, dlogits)
+            if self.fp16 is not None and dw is not None:
+                dw.div_(self.fp16.scale)
             if by_tile and self.adds:
                 self.dweight[into] += dw
             elif by_tile:
                 self.dweight[into] = dw
 
-    def _add(self, part: slice, into: slice, w: torch.Tensor, dw: torch.Tensor | None, dlogits: torch.Tensor) -> None:
+    def _add(self, span: slice, into: slice, w: torch.Tensor, dw: torch.Tensor | None, dlogits: torch.Tensor) -> None:
         """One chunk of rows and one slice of columns, `into`: its D, and what it adds to the sums."""
-        head, wanted, half, holds_bf16 = self.head, self.wanted, self.half, self.head.weight.dtype == torch.bfloat16
-        chunk = self.rows.chunk(part.start, part.stop, self.narrow)
+        head, wanted, fp16, holds_bf16 = self.head, self.wanted, self.fp16, self.head.weight.dtype == torch.bfloat16
+        chunk = self.rows.chunk(span.start, span.stop, self.narrow)
         d = dlogits[: len(chunk.tokens) * len(w)].view(-1, len(w))
-        unit = None if half is None else half.unit[part]
+        unit = None if fp16 is None else fp16.unit[span]
         taken = self.tiles.dlogits(
-            chunk, head, w, into.start, self.statistics.select(part), self.incoming.select(part), unit, d
+            chunk, head, w, into.start, self.statistics.select(span), self.incoming.select(span), unit, d
         )
         if taken is not None:
-            self._add_residual(part, taken)
+            self._add_residual(span, taken)
         if wanted.hidden:
-            product(self.dhidden[part], d, w[:, : head.weight.shape[1]], into.start > 0, holds_bf16)
+            product(self.dhidden[span], d, w[:, : head.weight.shape[1]], into.start > 0, holds_bf16)
         if dw is not None:
-            x = chunk.hidden if half is None else (chunk.hidden * half.share[part, None]).to(self.narrow)
-            weight_product(dw, d, x, part.start > 0, holds_bf16, single=len(self.parts) == 1 and not self.adds)
-        if wanted.bias and half is None:
+            x = chunk.hidden if fp16 is None else (chunk.hidden * fp16.share[span, None]).to(self.narrow)
+            weight_product(dw, d, x, span.start > 0, holds_bf16, single=len(self.spans) == 1 and not self.adds)
+        if wanted.bias and fp16 is None:
             self.dbias[into] += d.sum(0, dtype=self.wide)
         elif wanted.bias:
-            product(self.dbias[into, None], d.T, half.share[part, None].to(self.narrow), part.start > 0, False)
+            product(self.dbias[into, None], d.T, fp16.share[span, None].to(self.narrow), span.start > 0, False)
         if wanted.lora_hidden:
-            self.dlora_hidden[part] += skinny_product(d, head.lora_weight[into])
+            self.dlora_hidden[span] += skinny_product(d, head.lora_weight[into])
         if wanted.lora_weight:
-            z = chunk.lora_hidden if half is None else chunk.lora_hidden * half.share[part, None]
+            z = chunk.lora_hidden if fp16 is None else chunk.lora_hidden * fp16.share[span, None]
             self.dlora_weight[into] += skinny_product(d.T, z)
 
-    def _add_residual(self, part: slice, taken: torch.Tensor) -> None:
-        if len(self.parts) == 1:
+    def _add_residual(self, span: slice, taken: torch.Tensor) -> None:
+        if len(self.spans) == 1:
             self.residual = taken if self.residual is None else self.residual + taken
             return
         if self.residual is None:
             self.residual = taken.new_zeros(len(self.rows.tokens))
-        self.residual[part] += taken
+        self.residual[span] += taken
 
     def finish(self) -> Gradients:
         """From sums to gradients: each rounded once to the dtype of its input, and over all N rows, unless it is partial."""
-        rows, head, half = self.rows, self.head, self.half
+        rows, head, fp16 = self.rows, self.head, self.fp16
         dhidden, dlora_hidden, dlora_weight, dbias = self.dhidden, self.dlora_hidden, self.dlora_weight, self.dbias
         if dhidden is not None:
-            _finish_rows(dhidden, head.weight, self.residual, half, rows.tokens)
+            _finish_rows(dhidden, head.weight, self.residual, fp16, rows.tokens)
             dhidden = dhidden if self.partial else rows.scatter_rounded(dhidden)
         if dlora_hidden is not None:
-            _finish_rows(dlora_hidden, head.lora_weight, self.residual, half, rows.tokens)
+            _finish_rows(dlora_hidden, head.lora_weight, self.residual, fp16, rows.tokens)
             dlora_hidden = dlora_hidden if self.partial else rows.scatter(dlora_hidden)
-        scale = 1 if half is None else half.scale
+        scale = 1 if fp16 is None else fp16.scale
         if dlora_weight is not None:
             dlora_weight = (dlora_weight / scale).to(head.lora_weight.dtype)
         if dbias is not None:
@@ -209,7 +206,7 @@ class _Backward:
         return Gradients(dhidden, dlora_hidden, None if self.adds else self.dweight, dlora_weight, dbias)
 
 
-class _HalfScales(NamedTuple):
+class _Fp16Scales(NamedTuple):
     """The powers of two that keep fp16 operands in their range."""
 
     unit: torch.Tensor  # (K,): rows of D are stored times it
@@ -217,13 +214,13 @@ class _HalfScales(NamedTuple):
     scale: torch.Tensor  # (): what dW and db are divided by
 
 
-def _half_scales(
+def _fp16_scales(
     rows: Rows,
     head: Head,
     statistics: RowStatistics,
     incoming: Incoming,
-    parts: list[slice],
-) -> _HalfScales:
+    spans: list[slice],
+) -> _Fp16Scales:
     """|D_nv| <= m_n = sigmoid(t) (|g| + |h| (|t| + Ho + 1)) logit_scale / T, rounded up to a power of two."""
     bound = incoming.logprobs.abs()
     if incoming.entropy is not None:
@@ -232,14 +229,14 @@ def _half_scales(
     bound = bound * F.logsigmoid(statistics.t).exp() * head.logit_scale
     unit = _to_2_14(bound if rows.temperature is None else bound / rows.temperature)
     largest = bound.new_ones(len(bound))
-    for part in parts:
-        chunk = rows.chunk(part.start, part.stop, rows.hidden.dtype)
+    for span in spans:
+        chunk = rows.chunk(span.start, span.stop, rows.hidden.dtype)
         size = chunk.hidden.abs().amax(1).to(bound.dtype).clamp(min=1)
         if chunk.lora_hidden is not None:
             size = torch.maximum(size, chunk.lora_hidden.abs().amax(1))
-        largest[part] = size / unit[part]
+        largest[span] = size / unit[span]
     scale = _to_2_14(largest.amax()) if len(largest) else largest.new_ones(())
-    return _HalfScales(unit, scale / unit, scale)
+    return _Fp16Scales(unit, scale / unit, scale)
 
 
 def _to_2_14(x: torch.Tensor) -> torch.Tensor:
@@ -249,18 +246,18 @@ def _to_2_14(x: torch.Tensor) -> torch.Tensor:
 
 
 def _finish_rows(
-    sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, half: _HalfScales | None, tokens: torch.Tensor
+    sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, fp16: _Fp16Scales | None, tokens: torch.Tensor
 ) -> None:
     """Adds the rounding error of each row of D back to D @ weight, (K, ...) in place, and divides by fp16's units.
 
     Any row of the weight serves for a token that is on another rank: it is what the rows have in common that must cancel.
     """
-    if residual is None and half is None:
+    if residual is None and fp16 is None:
         return
-    for start in range(0, len(sums), _FINISHED_ROWS):
-        part = slice(start, start + _FINISHED_ROWS)
+    for start in range(0, len(sums), WIDENED_ROWS):
+        span = slice(start, start + WIDENED_ROWS)
         if residual is not None:
-            at_target = weight[tokens[part].clamp(0, len(weight) - 1)].to(sums.dtype)
-            sums[part].add_(at_target.mul_(residual[part, None]))
-        if half is not None:
-            sums[part].div_(half.unit[part, None])
+            at_target = weight[tokens[span].clamp(0, len(weight) - 1)].to(sums.dtype)
+            sums[span].add_(at_target.mul_(residual[span, None]))
+        if fp16 is not None:
+            sums[span].div_(fp16.unit[span, None])

@@ -15,11 +15,11 @@ from ..tiles.structures import (
     Gradients,
     Head,
     Incoming,
+    LossRows,
     Partials,
     ReadyLogits,
     RowStatistics,
     RowSums,
-    ScoredRows,
     Target,
     Wanted,
 )
@@ -96,43 +96,43 @@ def target_logits(chunk: Chunk, head: Head, backend: str) -> Target:
 
 
 def _fake_sums(
-    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, scores: torch.Tensor | None, entropy: bool, backend: str
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, exps: torch.Tensor | None, entropy: bool, backend: str
 ) -> RowSums:
-    return _row_sums(chunk, head, scores, entropy)
+    return _row_sums(chunk, head, exps, entropy)
 
 
-def _row_sums(chunk: Chunk, head: Head, scores: torch.Tensor | None, weighted: bool) -> RowSums:
+def _row_sums(chunk: Chunk, head: Head, exps: torch.Tensor | None, weighted: bool) -> RowSums:
     count = chunk.hidden.shape[0]
-    is_rounded = scores is not None and scores.dtype != accumulation_dtype(head.weight.dtype)
-    residual = _vector(head.weight, scores.shape[0]) if is_rounded else None
+    is_rounded = exps is not None and exps.dtype != accumulation_dtype(head.weight.dtype)
+    residual = _vector(head.weight, exps.shape[0]) if is_rounded else None
     return RowSums(_vector(head.weight, count), _vector(head.weight, count, weighted), residual)
 
 
-@operator(_fake_sums, mutates=("scores",))
-def anchored_scores(
-    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, scores: torch.Tensor | None, entropy: bool, backend: str
+@operator(_fake_sums, mutates=("exps",))
+def anchored_exp(
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, exps: torch.Tensor | None, entropy: bool, backend: str
 ) -> RowSums:
-    """Product 1 of the one-pass schedule: `torch_tiles.anchored_exp`. Writes scores (C, V) if given."""
-    return tiles_of(backend).anchored_exp(chunk, head, log_anchor, target, scores, entropy)
+    """Product 1 of the one-pass schedule: `torch_tiles.anchored_exp`. Writes exps (C, V) if given."""
+    return tiles_of(backend).anchored_exp(chunk, head, log_anchor, target, exps, entropy)
 
 
-def _fake_scored(
-    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
-) -> ScoredRows:
+def _fake_loss(
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+) -> LossRows:
     def vector(present: bool = True) -> torch.Tensor | None:
         return _vector(head.weight, chunk.hidden.shape[0], present)
 
     state = chunk.hidden.new_empty(chunk.hidden.shape[0], dtype=torch.int8)
-    sums = _row_sums(chunk, head, scores, False)
-    return ScoredRows(vector(), vector(), vector(entropy), vector(scores is not None), state, sums.residual)
+    sums = _row_sums(chunk, head, exps, False)
+    return LossRows(vector(), vector(), vector(entropy), vector(exps is not None), state, sums.residual)
 
 
-@operator(_fake_scored, mutates=("scores",))
-def scored_rows(
-    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
-) -> ScoredRows:
-    """`anchored_scores` on Triton with the loss in its last kernel: `triton_tiles.scored_rows`."""
-    return tiles_of("triton").scored_rows(chunk, head, terms, loss, scores, entropy)
+@operator(_fake_loss, mutates=("exps",))
+def anchored_loss(
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+) -> LossRows:
+    """`anchored_exp` on Triton with the loss in its last kernel: `triton_tiles.anchored_loss`."""
+    return tiles_of("triton").anchored_loss(chunk, head, terms, loss, exps, entropy)
 
 
 def _no_result(*arguments) -> None:
@@ -151,12 +151,12 @@ class _Opaque:
     def anchored_exp(
         self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
     ) -> RowSums:
-        return anchored_scores(chunk, head, log_anchor, target, out, entropy, self.backend)
+        return anchored_exp(chunk, head, log_anchor, target, out, entropy, self.backend)
 
-    def scored_rows(
-        self, chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
-    ) -> ScoredRows:
-        return scored_rows(chunk, head, terms, loss, scores, entropy)
+    def anchored_loss(
+        self, chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+    ) -> LossRows:
+        return anchored_loss(chunk, head, terms, loss, exps, entropy)
 
 
 def one_pass_tiles(backend: str, hidden: torch.Tensor) -> TileOps | _Opaque:
@@ -166,10 +166,10 @@ def one_pass_tiles(backend: str, hidden: torch.Tensor) -> TileOps | _Opaque:
 
 @operator(_no_result, mutates=("sums",))
 def gradient_products(
-    scores: torch.Tensor, factor: torch.Tensor, residual: torch.Tensor | None, chunk: Chunk, head: Head, sums: Sums, add: bool
+    exps: torch.Tensor, factor: torch.Tensor, residual: torch.Tensor | None, chunk: Chunk, head: Head, sums: Sums, add: bool
 ) -> None:
     """Products 2 and 3 of a chunk (`products.gradient_products`)."""
-    products.gradient_products(scores, factor, residual, chunk, head, sums, add)
+    products.gradient_products(exps, factor, residual, chunk, head, sums, add)
 
 
 def _fake_selective(ready: ReadyLogits, entropy: bool, backend: str) -> RowStatistics:

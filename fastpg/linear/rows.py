@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..tiles.products import accumulation_dtype, dense
+from ..tiles.products import WIDENED_ROWS, accumulation_dtype, dense
 from ..tiles.structures import Chunk
 from .lora import lora_hidden
 
 if TYPE_CHECKING:
     from .call import Inputs
-
-_ROUNDED_ROWS = 512
 
 
 class Rows(NamedTuple):
@@ -70,12 +68,12 @@ class Rows(NamedTuple):
         if self.indices is None and values.dtype == self.hidden.dtype:
             return values
         out = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
-        for start in range(0, len(values), _ROUNDED_ROWS):
-            part = slice(start, start + _ROUNDED_ROWS)
+        for start in range(0, len(values), WIDENED_ROWS):
+            span = slice(start, start + WIDENED_ROWS)
             if self.indices is None:
-                out[part] = values[part]
+                out[span] = values[span]
             else:
-                out.index_copy_(0, self.indices[part], values[part].to(out.dtype))
+                out.index_copy_(0, self.indices[span], values[span].to(out.dtype))
         return out
 
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
@@ -91,7 +89,7 @@ def rows_of(inputs: Inputs, computed: torch.Tensor) -> Rows:
     flat = hidden.reshape(-1, hidden.shape[-1])
     low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
     indices = masked = None
-    if inputs.check:
+    if inputs.host_reads:
         found = keep.nonzero()[:, 0]
         indices = None if len(found) == len(keep) else found
     else:

@@ -81,16 +81,16 @@ def one_pass_bytes(head: Head, entropy: bool, gradient: bool, backend: str) -> t
     weight = head.weight
     wide = accumulation_dtype(weight.dtype).itemsize
     fixed, per_row = _triton_sweep(head, entropy) if backend == "triton" else _torch_sweep(head, entropy)
-    # hidden states with the temporaries of the target's logit, or of products 2 and 3; a score of per-row numbers
+    # hidden states with the temporaries of the target's logit, or of products 2 and 3; twenty numbers per row
     per_row += 4 * (weight.shape[1] + lora_rank(head)) * wide + 20 * wide
-    fixed += 3 * weight.shape[0] * lora_rank(head) * wide  # dB of a chunk, in two parts and summed
+    fixed += 3 * weight.shape[0] * lora_rank(head) * wide  # dB of a chunk, as two terms and their sum
     if gradient:
-        per_row += row_stride(head) * score_dtype(weight.dtype).itemsize
+        per_row += row_stride(head) * exps_dtype(weight.dtype).itemsize
         fixed += _widened(head)
     return fixed, per_row
 
 
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
+def exps_dtype(dtype: torch.dtype) -> torch.dtype:
     """E is stored in the dtype of the inputs, so that products 2 and 3 run at its speed; fp16 has too little range."""
     return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
 
@@ -137,7 +137,7 @@ def two_pass_rows(head: Head, entropy: bool, workspace: int, backend: str) -> in
     wide, narrow = accumulation_dtype(dtype).itemsize, tiles_of(backend).operand_dtype(dtype, device).itemsize
     fixed, per_row = _triton_two_passes(head, entropy) if backend == "triton" else _torch_two_passes(head, entropy)
     fixed += columns * weight.shape[1] * wide  # a tile of dW
-    # hidden states (gathered, widened or scaled), a row of dlogits, and a score of per-row numbers
+    # hidden states (gathered, widened or scaled), a row of dlogits, and twenty numbers per row
     per_row += 2 * (weight.shape[1] + 3 * lora_rank(head)) * wide + columns * narrow + 20 * wide
     fixed += 4 * columns * lora_rank(head) * wide
     if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
@@ -178,7 +178,7 @@ def _tile(head: Head) -> tuple[int, int, int, int]:
 
 
 def _lora_operands(head: Head) -> int:
-    """Of LoRA's B on Triton: as bf16 operands (`kernels.operands`), with the parts they are put together from."""
+    """Of LoRA's B on Triton: as bf16 operands (`kernels.operands`), with the terms they are put together from."""
     rank = lora_rank(head)
     if head.weight.dtype == torch.float32 or rank == 0:
         return 4 * head.weight.shape[0] * rank

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from .structures import Chunk, Head
 
+# Rows that are copied in another dtype at a time: few, so that the copy is small and stays in the cache.
 WIDENED_ROWS = 512
 
 
@@ -122,25 +123,25 @@ def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _multiply(a, b).to(dtype) if a.device.type == "cpu" else _multiply(a, b, dtype=dtype)
 
 
-def _tiled_product(scores: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """scores (C, V) @ weight (V, H) on a CPU, in the accumulation dtype and not rounded before, from tiles of both.
+def _tiled_product(exps: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """exps (C, V) @ weight (V, H) on a CPU, in the accumulation dtype and not rounded before, from tiles of both.
 
     For sums in which what the rows of W have in common may cancel elsewhere, and for a weight with gaps between its rows.
     """
-    dtype = accumulation_dtype(scores.dtype)
-    columns, sums = tile_columns(weight.shape[1]), scores.new_empty(len(scores), weight.shape[1], dtype=dtype)
+    dtype = accumulation_dtype(exps.dtype)
+    columns, sums = tile_columns(weight.shape[1]), exps.new_empty(len(exps), weight.shape[1], dtype=dtype)
     for v in range(0, len(weight), columns):
         w = dense(weight[v : v + columns].to(dtype))
-        for r in range(0, len(scores), WIDENED_ROWS):
-            e = scores[r : r + WIDENED_ROWS, v : v + columns].to(dtype)
-            product(sums[r : r + WIDENED_ROWS], e, w, v > 0, holds_bf16=scores.dtype == torch.bfloat16)
+        for r in range(0, len(exps), WIDENED_ROWS):
+            e = exps[r : r + WIDENED_ROWS, v : v + columns].to(dtype)
+            product(sums[r : r + WIDENED_ROWS], e, w, v > 0, holds_bf16=exps.dtype == torch.bfloat16)
     return sums
 
 
 def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K) @ b (K, r) in the accumulation dtype, for few columns of a b that is in it too (or in a's dtype).
 
-    Where a has 16 bits b is multiplied in two 16-bit parts, whose sum has twice the digits, so that a is not widened.
+    Where a has 16 bits b is multiplied as two 16-bit terms, whose sum has twice the digits, so that a is not widened.
     """
     dtype = accumulation_dtype(a.dtype)
     if a.dtype == dtype:
@@ -149,8 +150,8 @@ def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         out, b = a.new_empty(len(a), b.shape[1], dtype=dtype), dense(b.to(dtype))
         rows = max(1, widened_entries(min(a.shape)) // a.shape[1])
         for start in range(0, len(a), rows):
-            part = slice(start, start + rows)
-            _multiply(a[part].to(dtype), b, out[part])
+            span = slice(start, start + rows)
+            _multiply(a[span].to(dtype), b, out[span])
         return out
     if b.dtype == a.dtype:
         return multiply(a, b)
@@ -184,7 +185,7 @@ class Sums(NamedTuple):
 
 
 def gradient_products(
-    scores: torch.Tensor,  # E (C, V)
+    exps: torch.Tensor,  # E (C, V)
     factor: torch.Tensor,  # u (C,) in the accumulation dtype
     residual: torch.Tensor | None,  # (C,), of `anchored_exp`
     chunk: Chunk,  # of these C rows, and perhaps padding after them
@@ -199,30 +200,30 @@ def gradient_products(
     """
     x, tokens = chunk.hidden[: len(factor)], chunk.tokens[: len(factor)]
     if sums.hidden is not None:
-        _hidden_gradient(scores, factor, residual, tokens, head.weight, sums.hidden)
+        _hidden_gradient(exps, factor, residual, tokens, head.weight, sums.hidden)
     # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
-    widens = scores.device.type == "cpu" and scores.dtype != factor.dtype
+    widens = exps.device.type == "cpu" and exps.dtype != factor.dtype
     if sums.weight is not None:
-        weighted = torch.mul(x, factor[:, None], out=x.new_empty(x.shape, dtype=scores.dtype))
-        if widens and sums.weight.dtype != scores.dtype:
-            _widened_products(sums.weight, scores, weighted.to(sums.weight.dtype), add, holds_bf16=True)
+        weighted = torch.mul(x, factor[:, None], out=x.new_empty(x.shape, dtype=exps.dtype))
+        if widens and sums.weight.dtype != exps.dtype:
+            _widened_products(sums.weight, exps, weighted.to(sums.weight.dtype), add, holds_bf16=True)
         else:
-            product(sums.weight, scores.T, weighted, add, holds_bf16=False)
+            product(sums.weight, exps.T, weighted, add, holds_bf16=False)
     if sums.bias is not None and widens:
-        _widened_products(sums.bias[:, None], scores, factor[:, None], add, holds_bf16=False)
+        _widened_products(sums.bias[:, None], exps, factor[:, None], add, holds_bf16=False)
     elif sums.bias is not None:
-        _store(sums.bias, skinny_product(scores.T, factor[:, None])[:, 0], add)
+        _store(sums.bias, skinny_product(exps.T, factor[:, None])[:, 0], add)
     if sums.lora_hidden is not None:
-        of_rows = skinny_product(scores, head.lora_weight)
+        of_rows = skinny_product(exps, head.lora_weight)
         _add_residual(of_rows, residual, tokens, head.lora_weight)
         torch.mul(of_rows, factor[:, None], out=sums.lora_hidden)
     if sums.lora_weight is not None:
         z = chunk.lora_hidden[: len(factor)]
-        _store(sums.lora_weight, skinny_product(scores.T, z * factor[:, None]), add)
+        _store(sums.lora_weight, skinny_product(exps.T, z * factor[:, None]), add)
 
 
 def _hidden_gradient(
-    scores: torch.Tensor,
+    exps: torch.Tensor,
     factor: torch.Tensor,
     residual: torch.Tensor | None,
     tokens: torch.Tensor,
@@ -231,9 +232,9 @@ def _hidden_gradient(
 ) -> None:
     """out (C, H) = u (E @ W)."""
     # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
-    adds_ranks = out.dtype != scores.dtype
-    tiled = scores.device.type == "cpu" and (adds_ranks or has_gaps(weight))
-    of_rows = _tiled_product(scores, weight) if tiled else multiply(scores, weight)
+    adds_ranks = out.dtype != exps.dtype
+    tiled = exps.device.type == "cpu" and (adds_ranks or has_gaps(weight))
+    of_rows = _tiled_product(exps, weight) if tiled else multiply(exps, weight)
     _add_residual(of_rows, residual, tokens, weight)
     torch.mul(of_rows, factor[:, None], out=out)
 
@@ -251,11 +252,11 @@ def _store(out: torch.Tensor, values: torch.Tensor, add: bool) -> None:
         out.copy_(values)
 
 
-def _widened_products(out: torch.Tensor, scores: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
+def _widened_products(out: torch.Tensor, exps: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
     """out (V, K) = or += E^T @ x, x (C, K) in the dtype of out."""
     columns = tile_columns(x.shape[1])
-    for v in range(0, scores.shape[1], columns):
-        for r in range(0, len(scores), WIDENED_ROWS):
+    for v in range(0, exps.shape[1], columns):
+        for r in range(0, len(exps), WIDENED_ROWS):
             rows = slice(r, r + WIDENED_ROWS)
-            e = scores[rows, v : v + columns].to(out.dtype).T
+            e = exps[rows, v : v + columns].to(out.dtype).T
             product(out[v : v + columns], e, x[rows], accumulate or r > 0, holds_bf16)

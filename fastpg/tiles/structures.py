@@ -91,7 +91,7 @@ class RowSums(NamedTuple):
     residual: torch.Tensor | None  # of the rows that are stored; None where E is not rounded
 
 
-class ScoredRows(NamedTuple):
+class LossRows(NamedTuple):
     """Rows with their loss, (C,) each."""
 
     logprobs: torch.Tensor

@@ -259,14 +259,14 @@ def anchored_exp(
     return RowSums(total, weighted, residual)
 
 
-def store_target(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """scores (C, V)[n, tokens_n] = exact_n, rounded; tokens elsewhere change nothing. Returns what rounding took, (C,)."""
-    rows, column = torch.arange(len(scores), device=scores.device), tokens.clamp(0, scores.shape[1] - 1)
+def store_target(exps: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """exps (C, V)[n, tokens_n] = exact_n, rounded; tokens elsewhere change nothing. Returns what rounding took, (C,)."""
+    rows, column = torch.arange(len(exps), device=exps.device), tokens.clamp(0, exps.shape[1] - 1)
     inside = column == tokens
-    stored = exact.to(scores.dtype)
+    stored = exact.to(exps.dtype)
     # not scatter_, which on a CPU widens the whole of a bf16 tensor
-    there = scores.gather(1, column[:, None])[:, 0]
-    scores.index_put_((rows, column), torch.where(inside, stored, there))
+    there = exps.gather(1, column[:, None])[:, 0]
+    exps.index_put_((rows, column), torch.where(inside, stored, there))
     return torch.where(inside, exact - stored.to(exact.dtype), 0)
 
 
@@ -286,12 +286,12 @@ def target_logits(chunk: Chunk, head: Head) -> Target:
     return Target(z, None if slope is None else slope[:, 0])
 
 
-def _zero_rows_(scores: torch.Tensor, rows: torch.Tensor) -> None:
-    """scores (C, V)[rows (C,) bool] = 0, whatever was there."""
-    if scores.device.type == "cpu":
-        scores.index_fill_(0, rows.nonzero()[:, 0], 0)  # touches those rows only
+def _zero_rows_(exps: torch.Tensor, rows: torch.Tensor) -> None:
+    """exps (C, V)[rows (C,) bool] = 0, whatever was there."""
+    if exps.device.type == "cpu":
+        exps.index_fill_(0, rows.nonzero()[:, 0], 0)  # touches those rows only
     else:  # finding them would wait for the host
-        scores.masked_fill_(rows[:, None], 0)
+        exps.masked_fill_(rows[:, None], 0)
 
 
 def _logits(
@@ -309,15 +309,15 @@ def _logits(
     return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
 
 
-def _to_logits_(scores: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
+def _to_logits_(score: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
     """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place; returns the softcap's slope if there is one."""
     if head.logit_scale != 1:
-        scores.mul_(head.logit_scale)
+        score.mul_(head.logit_scale)
     slope = None
     if head.softcap is not None:
-        slope = _softcap_(scores, head.softcap, want_slope)
+        slope = _softcap_(score, head.softcap, want_slope)
     if temperature is not None:
-        scores.div_(temperature)
+        score.div_(temperature)
     return slope
 
 

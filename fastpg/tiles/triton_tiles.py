@@ -24,18 +24,18 @@ from ..kernels.tile import INTERPRETED
 from ..loss.objectives import DeviceLoss
 from ..loss.policy_loss import TokenTerms
 from .products import dense
-from .structures import Chunk, Head, Incoming, Partials, ReadyLogits, RowStatistics, RowSums, ScoredRows, Target, TileShape
+from .structures import Chunk, Head, Incoming, LossRows, Partials, ReadyLogits, RowStatistics, RowSums, Target, TileShape
 
 __all__ = [
     "INTERPRETED",
     "anchored_exp",
+    "anchored_loss",
     "dlogits",
     "most_column_tiles",
     "most_splits",
     "online_logsumexp",
     "operand_dtype",
     "row_statistics",
-    "scored_rows",
     "selective_dlogits",
     "selective_statistics",
     "target_logits",
@@ -149,20 +149,20 @@ def anchored_exp(
         return RowSums(*finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None)))
 
 
-def scored_rows(
-    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, scores: torch.Tensor | None, entropy: bool
-) -> ScoredRows:
+def anchored_loss(
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+) -> LossRows:
     """`anchored_exp` anchored by the old log-probabilities, and the loss from the launch that completes the rows."""
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
         logit, slope = target_kernel_logits(p)
         anchor = logit if terms.old_logprobs is None else logit - terms.old_logprobs.clamp(LOWEST_ANCHOR, 0)
-        sums = anchored_tiles(p, anchor, entropy, scores, _blocks(head))
+        sums = anchored_tiles(p, anchor, entropy, exps, _blocks(head))
         scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
         vector, number = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
         tokens = finish_kernel.Tokens(chunk.tokens, slope, vector, number)
         found, results = finish_kernel.finish_with_loss(sums, tokens, finish_kernel.Terms(*terms), _loss(loss))
-        return ScoredRows(*results, found.RESIDUAL)
+        return LossRows(*results, found.RESIDUAL)
 
 
 def _loss(loss: DeviceLoss) -> finish_kernel.Loss:

@@ -41,8 +41,8 @@ OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
 # kernel -> the dtypes that reach it, and what it may be asked for
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora", "temperature")),
-    "anchored_exp": (("bfloat16", "float32"), ("scores", "bias", "softcap", "entropy", "lora", "temperature")),
-    "finish": (("bfloat16", "float32"), ("scores", "entropy", *OBJECTIVES)),
+    "anchored_exp": (("bfloat16", "float32"), ("exps", "bias", "softcap", "entropy", "lora", "temperature")),
+    "finish": (("bfloat16", "float32"), ("exps", "entropy", *OBJECTIVES)),
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "combine": (("float32",), ("entropy", "finish")),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
@@ -52,7 +52,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 # of `finish`, beside each flag alone
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
-_WHOLE_LOSS = ("scores", "entropy", "ppo_clip", "kl_k3", "temperature")
+_WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
 
 # rows of a chunk, no multiple of 16; vocabulary of a head, and of a slice of it; hidden size; rank
 _ROWS, _VOCAB, _SLICE, _SIZE, _RANK = 1000, 128_256, 8192, 2048, 8
@@ -156,7 +156,7 @@ def _launch(variant: Variant) -> None:
     if variant.kernel == "target":
         target_logits(p)
     elif variant.kernel == "anchored_exp":
-        anchored_exp(p, vector(), entropy, meta(_ROWS, vocab, dtype=dtype) if "scores" in flags else None, blocks)
+        anchored_exp(p, vector(), entropy, meta(_ROWS, vocab, dtype=dtype) if "exps" in flags else None, blocks)
     elif variant.kernel == "finish":
         _launch_finish(variant, meta)
     elif variant.kernel == "logsumexp":
@@ -181,15 +181,15 @@ def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
     from ..kernels.finish import Loss, Terms, Tokens, finish, finish_with_loss
 
     dtype, flags, tiles = DTYPES[variant.dtype], variant.flags, 501
-    scores = meta(_ROWS, _VOCAB, dtype=dtype) if "scores" in flags else None
-    rounds = scores is not None and dtype != torch.float32
+    exps = meta(_ROWS, _VOCAB, dtype=dtype) if "exps" in flags else None
+    rounds = exps is not None and dtype != torch.float32
 
     def vector(present: bool = True) -> torch.Tensor | None:
         return meta(_ROWS) if present else None
 
     sums = TileSums(
-        meta(_ROWS, tiles), meta(_ROWS, tiles) if "entropy" in flags else None, meta(_ROWS, tiles) if rounds else None, scores,
-        None if scores is None else _VOCAB,
+        meta(_ROWS, tiles), meta(_ROWS, tiles) if "entropy" in flags else None, meta(_ROWS, tiles) if rounds else None, exps,
+        None if exps is None else _VOCAB,
     )  # fmt: skip
     has_temperature = "temperature" in flags
     tokens = Tokens(meta(_ROWS, dtype=torch.int64), None, vector(has_temperature), None if has_temperature else 1.0)
