@@ -21,6 +21,7 @@ from fastpg import (
     policy_loss,
     selective_logprobs,
 )
+from fastpg.linear.linear_policy_loss import LossOptions, PolicyLossOptions
 
 V, H = 7, 4
 # the arithmetic of a model or a loss; checks compare, count and index
@@ -53,7 +54,7 @@ def said(function: Callable[[], Any], before_work: bool = True) -> str:
 
 
 def module_loss(**given: Any) -> Any:
-    options = {name: given.pop(name) for name in given.keys() & inspect.signature(LinearPolicyLoss).parameters.keys()}
+    options = {name: given.pop(name) for name in given.keys() & {"objective", *LossOptions.__annotations__}}
     return LinearPolicyLoss(**options)(**given)
 
 
@@ -64,6 +65,7 @@ def _parameters(function: Callable) -> set[str]:
 ACCEPTED = {
     f: _parameters(f) for f in (linear_logprobs, linear_policy_loss, linear_cispo_loss, selective_logprobs, policy_loss)
 }
+ACCEPTED[linear_cispo_loss] |= {*PolicyLossOptions.__annotations__}
 ACCEPTED |= {masked_mean: _parameters(masked_mean), module_loss: ACCEPTED[linear_policy_loss]}
 
 ONE_PASS = (linear_policy_loss, linear_cispo_loss, module_loss)

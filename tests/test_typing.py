@@ -1,5 +1,6 @@
 """The public interface as a type checker sees it, and the wheel: what a user of the installed package gets."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -8,6 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import fastpg
+from fastpg import CISPO
+from fastpg.linear.linear_policy_loss import CallOptions, LossOptions, PolicyLossOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,8 +39,24 @@ WRONG = {
     "a string as a tensor": 'fastpg.linear_logprobs("hidden", weight, tokens)',
     "a reduction that does not exist": 'fastpg.policy_loss(old, None, old, objective=CISPO(), reduction="mean")',
     "an argument that does not exist": "fastpg.linear_logprobs(hidden, weight, tokens, labels=tokens)",
+    "an option that does not exist": "fastpg.linear_cispo_loss(hidden, weight, tokens, old, advantages, ratio=2.0)",
+    "an option of another type": 'fastpg.linear_cispo_loss(hidden, weight, tokens, old, advantages, reduction="mean")',
+    "an option of the call": "fastpg.LinearPolicyLoss(objective=CISPO(), mask=None)",
     "a result that may be None": "given.entropy.sum()",
 }
+
+
+def test_options_are_those_of_linear_policy_loss():
+    """Spelled once for its own signature, and once for the functions that hand them on."""
+    parameters = inspect.signature(fastpg.linear_policy_loss).parameters.values()
+    keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "objective"}
+    assert {name: hint.__forward_arg__ for name, hint in PolicyLossOptions.__annotations__.items()} == keywords
+    assert CallOptions.__annotations__.keys() | LossOptions.__annotations__.keys() == keywords.keys()
+
+
+def test_a_module_names_the_options_it_does_not_have():
+    with pytest.raises(TypeError, match=r"unexpected arguments \['mask'\]; its options are \['temperature', .*'check'\]"):
+        fastpg.LinearPolicyLoss(objective=CISPO(), mask=None)
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,9 @@ class _RowVectors(NamedTuple):
 def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
     """Log-probabilities, losses, entropies and gradients of the loss for K rows.
 
-    With `options.host_reads` one read, after product 1 of the last chunk, finds flagged rows, and they are recomputed. Without it
-    nothing is read: a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients NaN.
+    With `options.host_reads` one read, after product 1 of the last chunk, finds flagged rows, which are then recomputed.
+    Without it nothing is read: a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients
+    NaN.
     """
     count, length = len(rows.tokens), options.plan.sweep_rows
     sweep = _Sweep(head, token_losses, options, rows, min(count, length))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
@@ -23,6 +23,9 @@ from .call import Inputs, differentiable, head_of, prepare, wanted_of, with_inpu
 from .linear_logprobs import row_logprobs
 from .rows import Rows, rows_of
 from .workspace import Plan, plan_policy_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def linear_policy_loss(
@@ -196,6 +199,33 @@ def _reported(logprobs: torch.Tensor, rows: Rows, keep: torch.Tensor, computed: 
     return others.index_copy_(0, rows.indices, logprobs).reshape(keep.shape)
 
 
+class CallOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_policy_loss` that belong to a batch."""
+
+    mask: torch.Tensor | None
+    sequence_ids: torch.Tensor | None
+    denominator: float | torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    rollout_weights: torch.Tensor | None
+
+
+class LossOptions(TypedDict, total=False):
+    """... and those that stay the same from step to step, but for the objective. A test holds both to its signature."""
+
+    temperature: float | torch.Tensor
+    reduction: Reduction
+    kl: KLPenalty | None
+    entropy: bool
+    skip_zero_weight: bool
+    workspace: int | None
+    backend: str | None
+    check: bool
+
+
+class PolicyLossOptions(CallOptions, LossOptions, total=False):
+    """All keyword arguments of `linear_policy_loss` but the objective."""
+
+
 def linear_cispo_loss(
     hidden: torch.Tensor,  # (..., H)
     head: torch.Tensor | LMHead,  # (V, H), or an LMHead
@@ -205,75 +235,40 @@ def linear_cispo_loss(
     *,
     ratio_max: float | None = 5.0,
     ratio_min: float | None = None,
-    mask: torch.Tensor | None = None,  # (...)
-    sequence_ids: torch.Tensor | None = None,  # (N,)
-    temperature: float | torch.Tensor = 1.0,  # number or (...)
-    reduction: Reduction = "token-mean",
-    denominator: float | torch.Tensor | None = None,
-    kl: KLPenalty | None = None,
-    ref_logprobs: torch.Tensor | None = None,  # (...)
-    rollout_weights: torch.Tensor | None = None,  # (...)
-    entropy: bool = False,
-    skip_zero_weight: bool = True,
-    workspace: int | None = None,
-    backend: str | None = None,
-    check: bool = True,
+    **options: Unpack[PolicyLossOptions],
 ) -> PolicyLossOutput:
     """`linear_policy_loss` with objective=CISPO(ratio_max, ratio_min): l = sg(clip(r, ratio_min, ratio_max)) A logp.
 
     The bounds are on the ratio r itself (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, with ratio_max = 1 + eps_high).
+
+    Args:
+        hidden, head, tokens, old_logprobs, advantages: as in `linear_policy_loss`.
+        ratio_max, ratio_min: as in `CISPO`; None: no bound.
+        options: mask, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs, rollout_weights, entropy,
+            skip_zero_weight, workspace, backend, check: as in `linear_policy_loss`, with its defaults.
     """
-    return linear_policy_loss(
-        hidden,
-        head,
-        tokens,
-        old_logprobs,
-        advantages,
-        objective=CISPO(ratio_max, ratio_min),
-        mask=mask,
-        sequence_ids=sequence_ids,
-        temperature=temperature,
-        reduction=reduction,
-        denominator=denominator,
-        kl=kl,
-        ref_logprobs=ref_logprobs,
-        rollout_weights=rollout_weights,
-        entropy=entropy,
-        skip_zero_weight=skip_zero_weight,
-        workspace=workspace,
-        backend=backend,
-        check=check,
-    )
+    objective = CISPO(ratio_max, ratio_min)
+    return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, **options)
 
 
 class LinearPolicyLoss(torch.nn.Module):
-    """`linear_policy_loss` with its options held: a module without parameters. See there for the arguments."""
+    """`linear_policy_loss` with its options held: a module without parameters.
 
-    def __init__(
-        self,
-        *,
-        objective: Objective | ObjectiveFunction,
-        temperature: float = 1.0,
-        reduction: Reduction = "token-mean",
-        kl: KLPenalty | None = None,
-        entropy: bool = False,
-        skip_zero_weight: bool = True,
-        workspace: int | None = None,
-        backend: str | None = None,
-        check: bool = True,
-    ) -> None:
+    LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
+
+    See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, entropy,
+    skip_zero_weight, workspace, backend and check are held; mask, sequence_ids, denominator, ref_logprobs and rollout_weights
+    belong to a call.
+    """
+
+    def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[LossOptions]) -> None:
         super().__init__()
-        self.options = {
-            "objective": objective,
-            "temperature": temperature,
-            "reduction": reduction,
-            "kl": kl,
-            "entropy": entropy,
-            "skip_zero_weight": skip_zero_weight,
-            "workspace": workspace,
-            "backend": backend,
-            "check": check,
-        }
+        unknown = options.keys() - LossOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(
+                f"LinearPolicyLoss got unexpected arguments {sorted(unknown)}; its options are {[*LossOptions.__annotations__]}"
+            )
+        self.options = {"objective": objective, **options}
 
     def forward(
         self,
@@ -282,18 +277,9 @@ class LinearPolicyLoss(torch.nn.Module):
         tokens: torch.Tensor,
         old_logprobs: torch.Tensor | None,
         advantages: torch.Tensor,
-        *,
-        mask: torch.Tensor | None = None,
-        sequence_ids: torch.Tensor | None = None,
-        denominator: float | torch.Tensor | None = None,
-        ref_logprobs: torch.Tensor | None = None,
-        rollout_weights: torch.Tensor | None = None,
+        **batch: Unpack[CallOptions],
     ) -> PolicyLossOutput:
-        return linear_policy_loss(
-            hidden, head, tokens, old_logprobs, advantages,
-            mask=mask, sequence_ids=sequence_ids, denominator=denominator, ref_logprobs=ref_logprobs,
-            rollout_weights=rollout_weights, **self.options,
-        )  # fmt: skip
+        return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, **batch, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
