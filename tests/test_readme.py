@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from endings import plain_cispo_loss
 from readme_tables import H100_SERIES, H100_STEP, RESULTS, accuracy_table, goals_table, h100_table, step_table
 
 import fastpg
@@ -48,6 +49,12 @@ def test_before_and_after_are_the_same_loss_and_gradients(names):
         results.append([names["loss"].detach(), *(p.grad.clone() for p in names["model"].parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bench_lets_peers_end_in_the_lines_of_before(names):
+    exec(BLOCKS[0], names)
+    plain = plain_cispo_loss(*(names[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")))
+    torch.testing.assert_close(plain, names["loss"])
 
 
 def test_measurements_are_those_of_the_results():
