@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import measure
 import peers
+import plots
 import pytest
 import torch
 from cases import LOSSES, Cell, Head, batch
 from endings import plain_cispo_loss
 from operations import counted
+from readme_tables import loss_table, step_table
 
 import fastpg
 
@@ -97,3 +99,29 @@ def test_operations_of_the_plain_lines():
         peers.METHODS["plain lines alone"].step(b)
     assert 16 <= step.total <= 17, dict(step.counts)
     assert not {"_local_scalar_dense", "nonzero", "index"} & set(step.counts)
+
+
+def test_tables_and_plots_say_what_a_row_ends_in():
+    def row(method, **changes):
+        cell = {"section": "step", "dtype": "float32", "method": method}
+        errors = {"logp_error": None if method == "Liger" else 1e-6, "dx_error": 1e-6}
+        measured = {"seconds": 2e-4, "over_products": 1.5, "peak_bytes": 5, "gradient_bytes": 5}
+        return cell | errors | measured | changes
+
+    methods = {"full logits": "plain lines", "Liger": "its own loss", "fastpg one pass": "its own loss"}
+    methods["fastpg two passes"] = "policy_loss"
+    rows = [row(method, ends_in=ends_in) for method, ends_in in methods.items()]
+    labels = ["full logits + plain lines", "Liger", "fastpg one pass", "fastpg two passes + policy_loss"]
+    assert [plots._label(r) for r in rows] == labels
+    said = [line.split(" | ")[1] for line in step_table({"rows": rows}).splitlines()[2:]]
+    assert said == ["plain lines", "its own loss", "its own loss", "`policy_loss`"]
+    older = [row(method) for method in methods]
+    said = [line.split(" | ")[1] for line in step_table({"rows": older}).splitlines()[2:]]
+    assert said == ["`policy_loss`", "its own loss", "its own loss", "`policy_loss`"]
+    assert [plots._label(r) for r in older] == list(methods)
+    assert "older than this cell" in loss_table({"rows": rows})
+    losses = [row(m, section="loss alone", seconds=s, over_products=2e-4) for m, s in zip(LOSSES, (3e-4, 2e-4), strict=True)]
+    assert loss_table({"rows": rows + losses}).splitlines()[2:] == [
+        "| plain lines | 200 | 1.00 x | 2.0e-04 x |",
+        "| **`policy_loss`** | 300 | 1.50 x | 2.0e-04 x |",
+    ]
