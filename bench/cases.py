@@ -52,26 +52,41 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (N,)
     old_logprobs: torch.Tensor  # (N,)
     advantages: torch.Tensor  # (N,)
+    mask: torch.Tensor  # (N,) bool: all tokens count; a trainer has a mask, whatever is in it
+    logprobs: torch.Tensor  # (N,) fp32, of these hidden states: for what starts from ready ones
     softcap: float | None = None
     frozen: bool = False  # the weight takes no gradient
     workspace: int | None = None  # bytes; None the default
 
     def leaves(self) -> Batch:
-        """The same with hidden and weight as fresh leaves (no copy of their values)."""
+        """The same with hidden, weight and logprobs as fresh leaves (no copy of their values)."""
         hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not self.frozen)
-        return self._replace(hidden=hidden, weight=weight)
+        return self._replace(hidden=hidden, weight=weight, logprobs=self.logprobs.detach().requires_grad_())
 
     def some(self, rows: int) -> Batch:
         """At most so many of its rows, evenly spaced: neighbours may all have weight zero."""
         chosen = torch.arange(0, len(self.tokens), max(1, len(self.tokens) // rows), device=self.tokens.device)[:rows]
-        per_row = ("hidden", "tokens", "old_logprobs", "advantages")
+        per_row = ("hidden", "tokens", "old_logprobs", "advantages", "mask", "logprobs")
         return self._replace(**{name: getattr(self, name)[chosen] for name in per_row})
 
     def to(self, device: str) -> Batch:
         return Batch(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
+    def with_logprobs(self, noise: torch.Tensor | float = 0.0) -> Batch:
+        """The same with log-probabilities of its hidden states, and old ones that differ by the noise."""
+        logprobs = exact_logprobs(self, torch.float32).float()
+        return self._replace(logprobs=logprobs, old_logprobs=logprobs + noise)
+
     def gradient_bytes(self) -> int:
         return self.hidden.nbytes + (0 if self.frozen else self.weight.nbytes)
+
+
+def batch_of(
+    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, advantages: torch.Tensor, softcap: float | None = None
+) -> Batch:
+    """Without its log-probabilities, which `with_logprobs` adds."""
+    none = torch.empty(0)
+    return Batch(hidden, weight, tokens, none, advantages, torch.ones_like(tokens, dtype=torch.bool), none, softcap)
 
 
 def batch(cell: Cell, device: str = "cpu", seed: int = 0) -> Batch:
@@ -85,9 +100,8 @@ def batch(cell: Cell, device: str = "cpu", seed: int = 0) -> Batch:
     tokens = torch.randint(0, head.vocab, (cell.rows,), generator=generator)
     advantages = torch.randn(cell.rows, generator=generator)
     advantages[torch.randperm(cell.rows, generator=generator)[: round(cell.zero_share * cell.rows)]] = 0
-    b = Batch(hidden, weight, tokens, torch.empty(0), advantages, head.softcap).to(device)
     noise = 0.1 * torch.randn(cell.rows, generator=generator).to(device)
-    return b._replace(old_logprobs=exact_logprobs(b, torch.float32).float() + noise)
+    return batch_of(hidden, weight, tokens, advantages, head.softcap).to(device).with_logprobs(noise)
 
 
 def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -102,6 +116,7 @@ def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor
 
 OURS = ("fastpg one pass", "fastpg two passes")
 VARIANTS = ("fastpg one pass, half zero weights", "fastpg one pass, frozen weight")
+LOSSES = ("policy_loss alone", "plain lines alone")  # on ready log-probabilities
 SMALL = HEADS["smollm2-135m"]
 
 
@@ -120,7 +135,7 @@ def cpu_cells() -> list[Cell]:
         for vocab in (8192, 49152, 151936, 262144):
             methods = (*OURS, "full logits") if dtype == "bfloat16" else one
             cells.append(Cell("over V", f"V = {vocab}, {dtype}", Head(vocab, 576), 512, dtype, methods, rounds=1))
-    return cells
+    return [*cells, loss_cell(2048, "float32")]
 
 
 def gpu_cells() -> list[Cell]:
@@ -136,7 +151,12 @@ def gpu_cells() -> list[Cell]:
     for vocab in (32768, 65536, 151936, 262144):
         methods = ("fastpg one pass", "fastpg two passes", "full logits")
         cells.append(Cell("over V", f"V = {vocab}, bfloat16", Head(vocab, 4096), 4096, "bfloat16", methods))
-    return cells
+    return [*cells, loss_cell(8192, "bfloat16")]
+
+
+def loss_cell(rows: int, dtype: str) -> Cell:
+    """What `policy_loss` costs. A loss takes less than a millisecond, hence many rounds; its share is largest at this head."""
+    return Cell("loss alone", f"{rows} log-probabilities, {dtype} head", SMALL, rows, dtype, LOSSES, rounds=100)
 
 
 def tiny_cells() -> list[Cell]:
@@ -149,4 +169,5 @@ def tiny_cells() -> list[Cell]:
         replace(cells[0], section="over V", name=f"V = {v}, float32", head=Head(v, 64), methods=(*one, "full logits"))
         for v in (200, 500)
     ]
+    cells.append(replace(cells[0], section="loss alone", name="96 log-probabilities, float32 head", methods=LOSSES))
     return cells

@@ -100,6 +100,7 @@ def _same_bytes(x, y) -> bool:
 def steps() -> dict[str, Callable[[], None]]:
     """The steps that are timed, each a function of nothing, on tensors that stay."""
     import torch
+    from endings import plain_cispo_loss
 
     import fastpg
 
@@ -132,10 +133,9 @@ def steps() -> dict[str, Callable[[], None]]:
             fastpg.linear_logprobs(hidden, weight, tokens, **options)
 
     def before() -> None:
-        """The full logits and five lines that a trainer would write itself."""
+        """The full logits and the lines that a trainer would write itself."""
         logprobs = torch.log_softmax(hidden @ weight.T, -1).gather(1, tokens[:, None])[:, 0]
-        ratio = (logprobs.detach() - old).exp().clamp(max=5.0)
-        backward(-(ratio * advantages * logprobs * mask).sum() / mask.sum().clamp(min=1))
+        backward(plain_cispo_loss(logprobs, old, advantages, mask))
 
     return {
         "one pass, CISPO": one_pass(fastpg.CISPO()),
@@ -180,7 +180,8 @@ def in_process(folder: Path, repeats: int) -> dict[str, float]:
         for part in (folder / "fastpg").iterdir():
             (package / part.name).symlink_to(part)
         (package / "kernels").symlink_to(folder / "kernels")
-        settings = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join((path, str(Path(__file__).parent)))  # what is beside this file is of this checkout
+        settings = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         if not torch.cuda.is_available():
             settings["TRITON_INTERPRET"] = "1"
         command = [sys.executable, __file__, "--worker", "--repeats", str(repeats)]

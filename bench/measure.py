@@ -17,7 +17,7 @@ import torch
 from cases import Batch
 from peers import METHODS, Method, bare_products
 
-import fastpg
+from fastpg import reference
 from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.tools.memory import transient_bytes
 
@@ -25,22 +25,30 @@ _GATE_ROWS = 64
 
 
 class Errors(NamedTuple):
-    """Against float64 on some rows of a batch: |dlogp| (None where the method does not tell it), dX and dW relative."""
+    """Against float64 on some rows of a batch: |dlogp|, and gradients relative. None: what the method does not tell or have."""
 
     logprobs: float | None
-    dhidden: float
+    dhidden: float | None
     dweight: float | None
+    dlogprobs: float | None = None  # of a loss alone
 
 
 def errors_of(method: Method, b: Batch) -> Errors:
-    """dW (V, H) is compared through its product with a random vector, so that no float64 copy of it is made."""
+    """What is exact comes from the oracle, which shares no code with any method: `policy_loss` is one of them.
+
+    dW (V, H) is compared through its product with a random vector, so that no float64 copy of it is made.
+    """
     b = method.variant(b.some(_GATE_ROWS)).leaves()
     logprobs = method.step(b)
+    if method.is_loss_alone:
+        exact = b.logprobs.detach().double().requires_grad_()
+        _exact_loss(exact, b).backward()
+        return Errors(None, None, None, _relative(b.logprobs.grad.double(), exact.grad))
     logits = torch.cat([b.hidden.detach().double() @ w.double().T for w in b.weight.detach().split(32768)], 1)
     logits.requires_grad_()
     z = logits if b.softcap is None else b.softcap * torch.tanh(logits / b.softcap)
     exact = z.log_softmax(-1).gather(1, b.tokens[:, None])[:, 0]
-    fastpg.policy_loss(exact, b.old_logprobs.double(), b.advantages.double(), objective=fastpg.CISPO()).loss.backward()
+    _exact_loss(exact, b).backward()
     d, probe = logits.grad, torch.randn(b.hidden.shape[1], dtype=torch.float64, device=b.hidden.device)
     columns = b.weight.detach().split(32768)
     dhidden = sum(part @ w.double() for part, w in zip(d.split(32768, 1), columns, strict=True))
@@ -53,6 +61,11 @@ def errors_of(method: Method, b: Batch) -> Errors:
         got = torch.cat([g.double() @ probe for g in b.weight.grad.split(32768)])
         of_weight = _relative(got, d.T @ (b.hidden.detach().double() @ probe))
     return Errors(of_logprobs, _relative(b.hidden.grad.double(), dhidden), of_weight)
+
+
+def _exact_loss(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
+    old, advantages = b.old_logprobs.double(), b.advantages.double()
+    return reference.policy_loss(logprobs, old, advantages, objective=reference.cispo(), mask=b.mask)
 
 
 def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -71,6 +84,9 @@ def is_wrong(method: Method, errors: Errors, b: Batch) -> str | None:
         # rounded logits move every probability by eps times their size
         if error is not None and not error <= (2 * eps if method.is_ours else 4 * eps * size) + 1e-5:
             return f"{name} is off by {error:.1e}"
+    limit = 8 * torch.finfo(b.logprobs.dtype).eps  # a subtraction, an exponential and a few products, rounded
+    if errors.dlogprobs is not None and not errors.dlogprobs <= limit:
+        return f"the gradient of the log-probabilities is off by {errors.dlogprobs:.1e}, limit {limit:.1e}"
     return None
 
 
@@ -179,10 +195,11 @@ def measure(b: Batch, names: tuple[str, ...], rounds: int, device: str, budget_s
     for name in names:
         method = METHODS[name]
         gated, why_not = attempt(lambda method=method: _gated(method, b), device)
-        row = {"method": name} | (gated or {"why_not": why_not})
+        row = {"method": name, "ends_in": method.ends_in} | (gated or {"why_not": why_not})
         if "why_not" not in row:
             own = row.pop("batch")
-            row |= {"gradient_bytes": own.gradient_bytes(), "workspace": own.workspace}
+            gradient_bytes = own.logprobs.nbytes if method.is_loss_alone else own.gradient_bytes()
+            row |= {"gradient_bytes": gradient_bytes, "workspace": own.workspace}
             calls[name] = lambda step=method.step, own=own: step(own.leaves())
         rows.append(row)
     runs, failed = runs_of(calls, rounds, device, budget_s)
@@ -206,7 +223,7 @@ def _gated(method: Method, b: Batch) -> dict:
     if why_not is not None:
         return {"why_not": why_not}
     errors = errors_of(method, b)
-    found = {"logp_error": errors.logprobs, "dx_error": errors.dhidden, "dw_error": errors.dweight}
+    found = dict(zip(("logp_error", "dx_error", "dw_error", "dlogp_error"), errors, strict=True))
     wrong = is_wrong(method, errors, b)
     return found | ({"batch": method.variant(b)} if wrong is None else {"why_not": f"wrong: {wrong}"})
 

@@ -2,6 +2,10 @@
 
 Every method takes a Batch whose hidden and weight are leaves, runs forward and backward, and returns its log-probabilities (N,)
 or None where it does not tell them. Peers run at their best settings for these shapes; what cannot run is told by `why_not`.
+
+A peer's log-probabilities become a loss by the plain lines that a trainer writes: nothing of fastpg is in its time. fastpg's
+two passes end in `policy_loss`, which is what their users call. fastpg's one pass and Liger have a loss of their own. What
+`policy_loss` and the plain lines take by themselves is measured on ready log-probabilities.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from cases import Batch
+from endings import plain_cispo_loss
 
 import fastpg
+
+PLAIN, POLICY_LOSS, OWN = "plain lines", "policy_loss", "its own loss"
 
 
 class Method(NamedTuple):
@@ -23,10 +30,16 @@ class Method(NamedTuple):
     why_not: Callable[[Batch], str | None]  # None: it runs on this batch
     is_ours: bool = False
     variant: Callable[[Batch], Batch] = lambda b: b  # of the cell's batch, that it runs on
+    ends_in: str = PLAIN  # how its log-probabilities become a loss
+    is_loss_alone: bool = False  # from ready log-probabilities, which are a leaf
 
 
-def cispo(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
-    return fastpg.policy_loss(logprobs, b.old_logprobs, b.advantages, objective=fastpg.CISPO()).loss
+def plain_loss(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
+    return plain_cispo_loss(logprobs, b.old_logprobs, b.advantages, b.mask)
+
+
+def policy_loss(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
+    return fastpg.policy_loss(logprobs, b.old_logprobs, b.advantages, objective=fastpg.CISPO(), mask=b.mask).loss
 
 
 def _head(b: Batch) -> fastpg.LMHead:
@@ -34,14 +47,15 @@ def _head(b: Batch) -> fastpg.LMHead:
 
 
 def one_pass(b: Batch) -> torch.Tensor:
-    out = fastpg.linear_cispo_loss(b.hidden, _head(b), b.tokens, b.old_logprobs, b.advantages, workspace=b.workspace)
+    options = {"mask": b.mask, "workspace": b.workspace}
+    out = fastpg.linear_cispo_loss(b.hidden, _head(b), b.tokens, b.old_logprobs, b.advantages, **options)
     out.loss.backward()
     return out.logprobs
 
 
 def two_passes(b: Batch) -> torch.Tensor:
-    logprobs = fastpg.linear_logprobs(b.hidden, _head(b), b.tokens, workspace=b.workspace).logprobs
-    cispo(logprobs, b).backward()
+    logprobs = fastpg.linear_logprobs(b.hidden, _head(b), b.tokens, mask=b.mask, workspace=b.workspace).logprobs
+    policy_loss(logprobs, b).backward()
     return logprobs.detach()
 
 
@@ -54,7 +68,7 @@ def _logprobs_of_full_logits(hidden, weight, tokens, softcap):
 
 def full_logits(b: Batch) -> torch.Tensor:
     logprobs = _logprobs_of_full_logits(b.hidden, b.weight, b.tokens, b.softcap)
-    cispo(logprobs, b).backward()
+    plain_loss(logprobs, b).backward()
     return logprobs.detach()
 
 
@@ -65,7 +79,7 @@ def _compiled() -> Callable:
 
 def full_logits_compiled(b: Batch) -> torch.Tensor:
     logprobs = _compiled()(b.hidden, b.weight, b.tokens, b.softcap)
-    cispo(logprobs, b).backward()
+    plain_loss(logprobs, b).backward()
     return logprobs.detach()
 
 
@@ -76,7 +90,7 @@ def trl(b: Batch) -> torch.Tensor:
 
     arguments = b.hidden, b.weight, None, b.tokens, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, b.softcap, 1.0, ()
     logprobs = ChunkedLogProbFunction.apply(*arguments)[0]
-    cispo(logprobs, b).backward()
+    plain_loss(logprobs, b).backward()
     return logprobs.detach()
 
 
@@ -115,7 +129,7 @@ def _half_zero_weights(b: Batch) -> Batch:
 def torch_linear_cross_entropy(b: Batch) -> torch.Tensor:
     """torch's own, with its chunks where they give per-token losses, which CISPO's coefficients need."""
     logprobs = -F.linear_cross_entropy(b.hidden, b.weight, b.tokens, reduction="none", options=_torch_options())
-    cispo(logprobs.float(), b).backward()
+    plain_loss(logprobs.float(), b).backward()
     return logprobs.detach().float()
 
 
@@ -139,7 +153,7 @@ def cce(b: Batch) -> torch.Tensor:
         b.hidden, b.weight, b.tokens, softcap=b.softcap, reduction="none", filter_eps=None,
         impl="cce" if b.hidden.is_cuda else "torch_compile",
     )  # fmt: skip
-    cispo(logprobs.float(), b).backward()
+    plain_loss(logprobs.float(), b).backward()
     return logprobs.detach().float()
 
 
@@ -147,8 +161,16 @@ def verl(b: Batch) -> torch.Tensor:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     logprobs, _ = linear_cross_entropy(b.hidden, b.weight, b.tokens, 1.0, "none")
-    cispo(logprobs, b).backward()
+    plain_loss(logprobs, b).backward()
     return logprobs.detach()
+
+
+def policy_loss_alone(b: Batch) -> None:
+    policy_loss(b.logprobs, b).backward()
+
+
+def plain_lines_alone(b: Batch) -> None:
+    plain_loss(b.logprobs, b).backward()
 
 
 def bare_products(b: Batch) -> None:
@@ -185,17 +207,19 @@ def _why_not_torch(b: Batch) -> str | None:
 
 HALF = (torch.float16, torch.bfloat16)
 METHODS: dict[str, Method] = {
-    "fastpg one pass": Method(one_pass, _always, is_ours=True),
-    "fastpg two passes": Method(two_passes, _always, is_ours=True),
-    "fastpg one pass, half zero weights": Method(one_pass, _always, True, _half_zero_weights),
-    "fastpg one pass, frozen weight": Method(one_pass, _always, True, lambda b: b._replace(frozen=True)),
-    "fastpg one pass, several chunks": Method(one_pass, _always, True, lambda b: b._replace(workspace=2**27)),
-    "fastpg one pass, one chunk": Method(one_pass, _always, True, lambda b: b._replace(workspace=2**33)),
+    "fastpg one pass": Method(one_pass, _always, is_ours=True, ends_in=OWN),
+    "fastpg two passes": Method(two_passes, _always, is_ours=True, ends_in=POLICY_LOSS),
+    "fastpg one pass, half zero weights": Method(one_pass, _always, True, _half_zero_weights, OWN),
+    "fastpg one pass, frozen weight": Method(one_pass, _always, True, lambda b: b._replace(frozen=True), OWN),
+    "fastpg one pass, several chunks": Method(one_pass, _always, True, lambda b: b._replace(workspace=2**27), OWN),
+    "fastpg one pass, one chunk": Method(one_pass, _always, True, lambda b: b._replace(workspace=2**33), OWN),
     "full logits": Method(full_logits, _always),
     "full logits, compiled": Method(full_logits_compiled, _always),
     "TRL": Method(trl, _needs("trl")),
-    "Liger": Method(liger, _needs("liger_kernel", softcap=False), variant=_shared_advantages),
+    "Liger": Method(liger, _needs("liger_kernel", softcap=False), variant=_shared_advantages, ends_in=OWN),
     "torch linear_cross_entropy": Method(torch_linear_cross_entropy, _why_not_torch),
     "CCE": Method(cce, _needs("cut_cross_entropy", cuda=True, dtypes=HALF)),
     "verl": Method(verl, _needs("verl", cuda=True, softcap=False)),
+    "policy_loss alone": Method(policy_loss_alone, _always, is_ours=True, ends_in=POLICY_LOSS, is_loss_alone=True),
+    "plain lines alone": Method(plain_lines_alone, _always, is_loss_alone=True),
 }

@@ -46,11 +46,11 @@ def _over_the_floor(rows: list[dict], about: str, path: Path) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     if not names:
         return
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 3.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
         bars = sorted((r for r in rows if r["name"] == name), key=lambda r: -r["over_products"])
-        methods = [r["method"] for r in bars]
-        drawn = axis.barh(methods, [r["over_products"] for r in bars], color=[COLORS[m] for m in methods])
+        colors = [COLORS[r["method"]] for r in bars]
+        drawn = axis.barh([_label(r) for r in bars], [r["over_products"] for r in bars], color=colors)
         axis.bar_label(drawn, fmt="%.2f", padding=3)
         axis.axvline(1, color="black", linewidth=1)
         axis.set(title=name, xlabel="time over three bare products")
@@ -58,6 +58,12 @@ def _over_the_floor(rows: list[dict], about: str, path: Path) -> None:
     figure.suptitle(about, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _label(row: dict) -> str:
+    """The method, and what it ends in where that is no part of it."""
+    ends_in = row.get("ends_in", "its own loss")  # older results do not say it
+    return row["method"] if ends_in == "its own loss" else f"{row['method']} + {ends_in}"
 
 
 def _lines(rows: list[dict], x: str, value, xlabel: str, ylabel: str, about: str, path: Path) -> None:

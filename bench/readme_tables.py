@@ -30,7 +30,8 @@ _NAMES = {
 
 def step_table(results: dict) -> str:
     """One step of the loss: fastpg and its peers, per dtype."""
-    lines = ["| | memory beyond dX, dW | time, in bare products | error of logp | of dX |", "|---|---:|---:|---:|---:|"]
+    lines = ["| | ends in | memory beyond dX, dW | time, in bare products | error of logp | of dX |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         of_dtype = [r for r in results["rows"] if r["section"] == "step" and r["dtype"] == dtype and "seconds" in r]
         timed = {row["method"]: row for row in of_dtype}
@@ -40,7 +41,31 @@ def step_table(results: dict) -> str:
                 mib = (row["peak_bytes"] - row["gradient_bytes"]) / 2**20
                 logp = "" if row["logp_error"] is None else f"{row['logp_error']:.0e}"
                 time = f"{row['over_products']:.2f} x"
-                lines.append(f"| {short}: {name} | {mib:.0f} MiB | {time} | {logp} | {row['dx_error']:.0e} |")
+                lines.append(f"| {short}: {name} | {_ending(row)} | {mib:.0f} MiB | {time} | {logp} | {row['dx_error']:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ending(row: dict) -> str:
+    """How a row's log-probabilities became a loss. Files without `ends_in` are older than it: whatever had no loss of its own
+    ended in `policy_loss` then."""
+    has_own = row["logp_error"] is None or row["method"].startswith("fastpg one pass")
+    said = row.get("ends_in", "its own loss" if has_own else "policy_loss")
+    return f"`{said}`" if said == "policy_loss" else said
+
+
+def loss_table(results: dict) -> str:
+    """`policy_loss` on ready log-probabilities, beside the plain lines on the same."""
+    timed = {row["method"]: row for row in results["rows"] if row["section"] == "loss alone" and "seconds" in row}
+    plain = timed.get("plain lines alone")
+    if plain is None:
+        return "Not in these results, which are older than this cell.\n"
+    lines = ["| on ready log-probabilities | microseconds | over the plain lines | over the bare products of a step |"]
+    lines.append("|---|---:|---:|---:|")
+    for method, name in (("plain lines alone", "plain lines"), ("policy_loss alone", "**`policy_loss`**")):
+        if method in timed:
+            row = timed[method]
+            over_plain, over_products = f"{row['seconds'] / plain['seconds']:.2f} x", f"{row['over_products']:.1e} x"
+            lines.append(f"| {name} | {row['seconds'] * 1e6:.0f} | {over_plain} | {over_products} |")
     return "\n".join(lines) + "\n"
 
 
@@ -116,6 +141,7 @@ def accuracy_table(series: dict) -> str:
 def main() -> None:
     results = json.loads(RESULTS.read_text())
     print(step_table(results))
+    print(loss_table(results))
     print(goals_table(results))
     series = json.loads(H100_SERIES.read_text())
     print(h100_table(json.loads(H100_STEP.read_text()), series))

@@ -2,12 +2,15 @@
 
     python bench/run.py                          the CPU cells: minutes, on an idle machine
     python bench/run.py --device cuda            the GPU cells
-    python bench/run.py --section step           repeatable; step, H = 2048, over N, over V, samples
+    python bench/run.py --section step           repeatable; step, H = 2048, over N, over V, loss alone, samples
     python bench/run.py --head qwen3-8b          repeatable; with --method as well
 
 Every number is a median over interleaved runs, as a ratio to the three bare products `X W^T`, `Z W`, `Z^T X` of
 the same shapes and dtype. Before a method is timed its log-probabilities, dX and dW are compared with float64: what is wrong
 gets no number. Memory is everything that a step allocates, results included, inputs not. Run it on an idle machine.
+
+Peers end in the plain lines that a trainer writes, and fastpg's two passes in `policy_loss`. The table says what each row ends
+in. The section "loss alone" has both on ready log-probabilities.
 
 Writes results.json, results.csv and plots (time over the floor, memory over V, time over N) into --out.
 """
@@ -114,23 +117,32 @@ def describe(cell: Cell) -> dict:
 def table(cell: Cell, rows: list[dict]) -> Table:
     head = cell.head
     title = f"{cell.section}: {cell.name}  ({cell.rows} tokens, V = {head.vocab}, H = {head.hidden})"
-    shown = Table("forward and backward", title=title, title_justify="left")
-    for column in ("seconds", "x products", "peak", "peak without dX, dW", "max |dlogp|", "dX", "dW"):
+    shown = Table("forward and backward", "ends in", title=title, title_justify="left")
+    errors_of = {"max |dlogp|": "logp_error", "dX": "dx_error", "dW": "dw_error", "dL/dlogp": "dlogp_error"}
+    for column in ("seconds", "x products", "peak", "peak without gradients", *errors_of):
         shown.add_column(column, justify="right")
     for row in rows:
+        ends_in = row.get("ends_in", "")
         if "why_not" in row:
-            shown.add_row(row["method"], *[""] * 6, escape(row["why_not"]))  # an error's text may look like markup
+            blank = [""] * (3 + len(errors_of))
+            shown.add_row(row["method"], ends_in, *blank, escape(row["why_not"]))  # an error's text may look like markup
             continue
         memory = ("", "")
         if "gradient_bytes" in row:
-            memory = mib(row["peak_bytes"]), mib(row["peak_bytes"] - row["gradient_bytes"])
-        errors = (f"{row[name]:.0e}" if row.get(name) is not None else "" for name in ("logp_error", "dx_error", "dw_error"))
-        shown.add_row(row["method"], f"{row['seconds']:.3f}", f"{row['over_products']:.2f}", *memory, *errors)
+            memory = size(row["peak_bytes"]), size(row["peak_bytes"] - row["gradient_bytes"])
+        errors = (f"{row[name]:.0e}" if row.get(name) is not None else "" for name in errors_of.values())
+        times = digits(row["seconds"], 3), digits(row["over_products"], 2)
+        shown.add_row(row["method"], ends_in, *times, *memory, *errors)
     return shown
 
 
-def mib(x: float) -> str:
-    return f"{x / 2**20:.0f} MiB"
+def digits(x: float, places: int) -> str:
+    """As many places, and at least two digits."""
+    return f"{x:.{places}f}" if x >= 0.1 else f"{x:#.2g}"
+
+
+def size(x: float) -> str:
+    return f"{x / 2**20:.0f} MiB" if x >= 2**20 else f"{x / 2**10:.0f} KiB"
 
 
 def save(results: dict, out: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from random import Random
 
 import torch
-from cases import DTYPES, HEADS, Batch, Cell, exact_logprobs
+from cases import DTYPES, HEADS, Batch, Cell, batch_of
 
 _PROMPTS, _GROUP = 32, 8
 
@@ -33,5 +33,4 @@ def _sampled(dtype: torch.dtype) -> Batch:
     advantages = of_answers[:, None].expand(rollouts.tokens.shape)
     hidden, tokens, advantages = (x[rollouts.mask] for x in (rollouts.hidden, rollouts.tokens, advantages))
     weight = model.get_output_embeddings().weight.detach()
-    b = Batch(hidden.to(dtype), weight.to(dtype), tokens, torch.empty(0), advantages)
-    return b._replace(old_logprobs=exact_logprobs(b, torch.float32).float())
+    return batch_of(hidden.to(dtype), weight.to(dtype), tokens, advantages).with_logprobs()

@@ -394,6 +394,14 @@ MUTATIONS = [
         "raises",
     ),
     Mutation(
+        "bench: peers end in policy_loss",
+        "bench/peers.py",
+        "return plain_cispo_loss(logprobs, b.old_logprobs, b.advantages, b.mask)",
+        "return policy_loss(logprobs, b)",
+        "bench_endings",
+        "ends_in_what",
+    ),
+    Mutation(
         "check: a GPU's kernels are not compiled before",
         "fastpg/crosscheck/command.py",
         'if small and "triton gpu" in places:',

@@ -18,7 +18,7 @@ import peers
 import pytest
 import run as program
 import torch
-from cases import HEADS, Cell, Head, batch, cpu_cells, exact_logprobs, gpu_cells
+from cases import HEADS, LOSSES, Cell, Head, batch, cpu_cells, exact_logprobs, gpu_cells, tiny_cells
 from goals import goals
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -37,13 +37,16 @@ def test_the_program_writes_a_table_files_and_plots(tmp_path):
     results = run_program(tmp_path)
     assert {"machine", "date", "versions"} <= set(results["about"])
     timed = [row for row in results["rows"] if "seconds" in row]
-    assert {row["section"] for row in timed} == {"step", "over N", "over V"}
+    assert {row["section"] for row in timed} == {"step", "over N", "over V", "loss alone"}
+    assert {row["method"] for row in timed if row["section"] == "loss alone"} == {"bare products", *LOSSES}
     methods = {row["method"] for row in timed if row["section"] == "step"}
     assert {"bare products", "fastpg one pass", "fastpg one pass, frozen weight", "full logits", "TRL", "Liger"} <= methods
     for row in timed:
         assert row["seconds"] > 0
         assert row["over_products"] > 0
-        assert row["method"] == "bare products" or row["peak_bytes"] >= row["gradient_bytes"]
+        if row["method"] != "bare products":
+            assert row["peak_bytes"] >= row["gradient_bytes"]
+            assert row["ends_in"] == peers.METHODS[row["method"]].ends_in
     with open(tmp_path / "results.csv") as file:
         assert len(list(csv.DictReader(file))) == len(results["rows"])
     for plot in ("time_over_products", "memory_over_vocab", "time_over_tokens"):
@@ -312,6 +315,8 @@ def test_without_matplotlib_there_are_results(monkeypatch, tmp_path, capsys):
 def test_cells_ask_for_methods_that_exist():
     for cell in (*cpu_cells(), *gpu_cells()):
         assert set(cell.methods) <= set(peers.METHODS), cell
+    for cells in (cpu_cells(), gpu_cells(), tiny_cells()):
+        assert [cell.methods for cell in cells if cell.section == "loss alone"] == [LOSSES]
     assert {cell.head for cell in gpu_cells() if cell.section == "step"} == set(HEADS.values())
 
 
