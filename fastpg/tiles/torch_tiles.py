@@ -9,6 +9,8 @@ makes a token's log-probability the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -68,27 +70,10 @@ def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
     kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y from `target_logits`, as in the one-pass schedule: NaN for
     a token that is not among the columns. Nothing larger than a tile of logits exists. q only if `entropy`.
     """
-    rows, columns, *_ = tile_shape(head)
-    weight = head.weight
-    dtype = accumulation_dtype(weight.dtype)
-    size = len(chunk.tokens)
-    blocks = [slice(r, r + rows) for r in range(0, max(size, 1), rows)]
+    rows = tile_shape(head).rows
+    blocks = [slice(r, r + rows) for r in range(0, max(len(chunk.tokens), 1), rows)]
     target = torch.cat([target_logits(_block_of(chunk, block), head).logit for block in blocks])
-    buffer = weight_buffer(head)
-    logits = torch.empty(rows * min(columns, head.weight.shape[0]), dtype=dtype, device=weight.device)
-    maximum = torch.full((size,), -torch.inf, dtype=dtype, device=weight.device)
-    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    for start in range(0, head.weight.shape[0] if size else 0, columns):
-        stop = min(start + columns, head.weight.shape[0])
-        w = weight_tile(head, start, stop, buffer)
-        z = logits[: rows * (stop - start)].view(rows, stop - start)
-        for r in range(0, size, rows):
-            block = slice(r, r + rows)
-            _logits(chunk, block, w, head, start, z, want_slope=False)
-            column, inside = _target_column(chunk.tokens[block], start, stop)
-            z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
-            _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
-    return Partials(maximum, total, weighted if entropy else None, target)
+    return Partials(*_folded(_tiles_of_head(chunk, head), chunk.tokens, target.dtype, entropy), target)
 
 
 def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
@@ -98,6 +83,49 @@ def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
 
 def _block_of(chunk: Chunk, block: slice) -> Chunk:
     return Chunk(*(None if x is None else x[block] for x in chunk))
+
+
+# Tiles of logits, one after another: (a block of rows, its first column, z). The next tile may overwrite z, as may the caller.
+_Tiles = Iterator[tuple[slice, int, torch.Tensor]]
+
+
+def _tiles_of_head(chunk: Chunk, head: Head) -> _Tiles:
+    rows, columns, *_ = tile_shape(head)
+    weight, size, vocab = head.weight, len(chunk.tokens), head.weight.shape[0]
+    buffer = weight_buffer(head)
+    logits = torch.empty(rows * min(columns, vocab), dtype=accumulation_dtype(weight.dtype), device=weight.device)
+    for start in range(0, vocab if size else 0, columns):
+        stop = min(start + columns, vocab)
+        w = weight_tile(head, start, stop, buffer)
+        z = logits[: rows * (stop - start)].view(rows, stop - start)
+        for r in range(0, size, rows):
+            block = slice(r, r + rows)
+            _logits(chunk, block, w, head, start, z, want_slope=False)
+            yield block, start, z
+
+
+def _tiles_of_ready(ready: ReadyLogits) -> _Tiles:
+    """Logits / temperature in the accumulation dtype; zeros in rows with keep False."""
+    logits, dtype = ready.logits, accumulation_dtype(ready.logits.dtype)
+    for r in range(0, len(logits), _READY_ROWS):
+        block = slice(r, r + _READY_ROWS)
+        for start in range(0, logits.shape[1], _READY_COLUMNS):
+            z = torch.where(ready.keep[block, None], logits[block, start : start + _READY_COLUMNS], 0).to(dtype)
+            yield block, start, z if ready.temperature is None else z.div_(ready.temperature[block])
+
+
+def _folded(
+    tiles: _Tiles, tokens: torch.Tensor, dtype: torch.dtype, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """m, s and q of the columns v != y, (C,) each."""
+    maximum = torch.full(tokens.shape, -torch.inf, dtype=dtype, device=tokens.device)
+    total = torch.zeros_like(maximum)
+    weighted = torch.zeros_like(maximum) if entropy else None
+    for block, start, z in tiles:
+        column, inside = _target_column(tokens[block], start, start + z.shape[1])
+        z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
+        _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
+    return maximum, total, weighted
 
 
 def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor | None) -> None:
@@ -345,21 +373,13 @@ _READY_ROWS, _READY_COLUMNS = 256, 4096
 
 def selective_statistics(ready: ReadyLogits, entropy: bool) -> RowStatistics:
     """`row_statistics` of ready logits (N, V) / temperature (N, 1); rows with keep (N,) False count as zeros."""
-    logits, tokens = ready.logits, ready.tokens
-    dtype, (size, vocab) = accumulation_dtype(logits.dtype), logits.shape
-    maximum = logits.new_full((size,), -torch.inf, dtype=dtype)
-    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    target = torch.full_like(maximum, torch.nan)
-    for r in range(0, size, _READY_ROWS):
-        block = slice(r, r + _READY_ROWS)
-        for start in range(0, vocab, _READY_COLUMNS):
-            z = _ready_tile(ready, block, start, dtype)
-            column, inside = _target_column(tokens[block], start, start + z.shape[1])
-            z_target = z.gather(1, column)
-            target[block] = torch.where(inside, z_target, target[block, None])[:, 0]
-            z.scatter_(1, column, torch.where(inside, -torch.inf, z_target))
-            _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
-    return finish_rows(Partials(maximum, total, weighted if entropy else None, target), entropy)
+    dtype = accumulation_dtype(ready.logits.dtype)
+    column, inside = _target_column(ready.tokens, 0, ready.logits.shape[1])
+    target = torch.where(ready.keep[:, None], ready.logits.gather(1, column), 0).to(dtype)
+    if ready.temperature is not None:
+        target.div_(ready.temperature)
+    target = torch.where(inside, target, torch.nan)[:, 0]
+    return finish_rows(Partials(*_folded(_tiles_of_ready(ready), ready.tokens, dtype, entropy), target), entropy)
 
 
 def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
@@ -370,15 +390,7 @@ def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: I
     g = torch.where(keep, incoming.logprobs * scale, 0)
     h = None if incoming.entropy is None else torch.where(keep, incoming.entropy * scale, 0)
     at_target = torch.where(keep, _target_gradient(statistics, g, h), 0)
-    for r in range(0, len(logits), _READY_ROWS):
-        block = slice(r, r + _READY_ROWS)
-        for start in range(0, logits.shape[1], _READY_COLUMNS):
-            z = _ready_tile(ready, block, start, statistics.t.dtype)
-            _to_gradient_(z, ready.tokens, block, start, statistics, g, h, at_target)
-            out[block, start : start + z.shape[1]] = z
+    for block, start, z in _tiles_of_ready(ready):
+        _to_gradient_(z, ready.tokens, block, start, statistics, g, h, at_target)
+        out[block, start : start + z.shape[1]] = z
     return out
-
-
-def _ready_tile(ready: ReadyLogits, block: slice, start: int, dtype: torch.dtype) -> torch.Tensor:
-    z = torch.where(ready.keep[block, None], ready.logits[block, start : start + _READY_COLUMNS], 0).to(dtype)
-    return z if ready.temperature is None else z.div_(ready.temperature[block])
