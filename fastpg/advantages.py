@@ -5,7 +5,7 @@
 | reward_to_go        | G_t = sum_{k>=t} gamma^(k-t) r_k                            | with dense rewards, or under a baseline  |
 | value_baseline, gae | G_t - V(s_t), and its lambda-weighted form                  | with a value model                       |
 | grpo, rloo          | (R - mean) / std, or R - mean, over the samples of a prompt | with several samples per prompt          |
-| reinforce_plus_plus | (R - mean) / std over the batch                             | with one sample per prompt, similar tasks|
+| reinforce_plus_plus | (R - mean) / std over the batch                             | with one sample a prompt, similar tasks  |
 | gigpo               | grpo of episodes + w (grpo of steps from equal states)      | in environments whose states recur       |
 | vineppo             | r_i + V(s_{i+1}) - V(s_i) per step, V from fresh rollouts   | where credit is worth K rollouts a step  |
 
@@ -21,8 +21,8 @@ mask: masked values never reach the arithmetic and get 0. Masking equals deletin
 results: constants, float64 if an input is, else float32; integers and bools are converted. Empty in, empty out.
 statistics: two-pass, in float64. Equal rewards give exactly 0, whatever the rounding of their mean.
 singleton: a group of one has no baseline. It gets 0, or is an error with "raise". (Some frameworks return the raw reward.)
-nan: with "propagate" (and without this keyword) all that depends on a NaN reward is NaN. With "raise" it is an error. With
-    "ignore" it counts in no statistic and gets 0 (as in TRL). Rewards that are all NaN are always an error.
+nan: with "propagate" (and in functions without this keyword) all that depends on a NaN reward is NaN. With "raise" it is an
+    error. With "ignore" it counts in no statistic and gets 0 (as in TRL). Rewards that are all NaN are always an error.
 errors: arguments that do not fit raise a TypeError or ValueError with the argument's name, before any work.
 """
 
@@ -380,7 +380,7 @@ def _standardised(scale: bool, unbiased: bool = True, eps: float = 0.0) -> _Form
 def _in_groups(
     values: torch.Tensor, counted: torch.Tensor, ids_name: str, ids: torch.Tensor, formula: _Formula, singleton: OnSingleton
 ) -> torch.Tensor:
-    """Applies the formula to the counted values. Exactly 0 where a group's values are all equal, and for the others.
+    """Applies the formula to the counted values. Exactly 0 for a group of equal values, and for values that are not counted.
 
     Sums run over each group in ascending order: on a CPU neither the order of the samples nor other groups change a bit.
     """

@@ -113,8 +113,8 @@ class LMHead:
         HyperCLOVA X). Of PEFT's layers it knows modules_to_save (the active copy is read) and LoRA with one active adapter.
         While adapters are disabled or merged, the base weight alone is read. Read the head anew after adapters are switched.
 
-        fp32_head: as in `LMHead`. It is set by itself for a layer whose own forward casts to float32 and is linear otherwise,
-        such as `F.linear(x.float(), self.weight.float())`, in a class or on the instance. `casting_heads` tests that.
+        fp32_head: as in `LMHead`. A layer whose own forward casts to float32 and is linear otherwise sets it, such as
+        `F.linear(x.float(), self.weight.float())` in a class or on the instance. `casting_heads` runs the layer to know.
 
         Raises ValueError where the model has no output embeddings, or where they are another layer: quantised, with another
         forward of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).

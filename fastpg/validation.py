@@ -76,7 +76,7 @@ def check_given_logits(
 
 
 def _check_tokens(tokens: torch.Tensor, name: str, x: torch.Tensor) -> None:
-    """tokens (...) against what predicts them, x (..., H) or (..., V)."""
+    """Checks tokens (...) against the x that predicts them: hidden (..., H) or logits (..., V)."""
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
     if tokens.shape != x.shape[:-1]:

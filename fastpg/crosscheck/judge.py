@@ -57,10 +57,11 @@ def assert_matches_oracle(
     rollout_weights: torch.Tensor | None = None,  # (...)
     backend: str | None = None,
 ) -> None:
-    """Compares both schedules on these tensors with full logits in float64: log-probabilities, loss and every gradient.
+    """Compares the one-pass and the two-pass schedule on these tensors with full logits in float64.
 
-    Arguments are as in `linear_policy_loss`; objective None is CISPO(). The gradients of hidden, weight, bias and LoRA factors
-    are all compared, whether or not they require one. The tensors themselves, their `.grad` included, stay as they are.
+    Log-probabilities, loss and the gradients of hidden, weight, bias and LoRA factors must match, whether or not these require
+    a gradient. The tensors themselves, their `.grad` included, stay as they are.
+    Arguments are as in `linear_policy_loss`; objective None is CISPO().
     Objectives with ratios of whole sequences (GSPO) are checked in two passes alone. Keep ratios 1e-3 away from jumps of the
     objective's derivative.
 

@@ -103,12 +103,12 @@ def token_logprobs(
         completion_mask: (B, T) bool, True for the tokens that are wanted. None: all.
         position_ids: None: with an attention_mask those of transformers' `generate`, which count the tokens that are not
             padding. Where a row's positions do not go up by one, a new packed sequence begins. Its first token has no
-            prediction. The model's attention must keep the sequences apart; transformers' does only without an attention_mask.
-            Positions of another shape, such as M-RoPE's (3, B, T), are passed on and start no sequence.
+            prediction. The model's attention must keep the sequences apart. That of transformers does so only without an
+            attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are passed on and start no sequence.
         temperature, entropy, workspace, backend, check: as in `linear_logprobs`. temperature (B, T) stands at the token that
             was sampled with it. check=False also leaves out the comparison of the model's softcap and scale.
-        fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as in `LMHead`. It is set by itself
-            for a head that casts in its own forward.
+        fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as in `LMHead`. A head that
+            casts in its own forward sets it.
         model_inputs: further arguments of the model, such as pixel_values or output_router_logits.
 
     Raises TypeError or ValueError for models and arguments that do not fit, those of `LMHead.from_model` included.
@@ -364,7 +364,7 @@ def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs:
 
 
 def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) bool: tokens that have a prediction and are asked for. (B, T): they, at the states that predict them; else -100."""
+    """(B, T) bool: tokens with a prediction that are asked for. (B, T): these, at the states that predict them, else -100."""
     ids, attention_mask, completion_mask, position_ids, check, _ = batch
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
         shape = tuple(getattr(ids, "shape", ()))

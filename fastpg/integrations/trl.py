@@ -176,7 +176,7 @@ class _Placed(NamedTuple):
     model: nn.Module
     forward: types.MethodType
     below: Any  # the forward that was there before
-    switch: types.SimpleNamespace  # on: True: it answers fused calls; False: it passes all on
+    switch: types.SimpleNamespace  # on=True: fused calls are answered; False: all are passed on
 
 
 def _place(model: nn.Module, scorer: _Scorer, output: type) -> _Placed:

@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 class Metrics(Mapping):
-    """Name -> 0-d tensor, each computed when it is looked at. That needs no host read, for which the CPU would wait.
+    """Name -> 0-d tensor, each computed when it is looked at. This needs no host read, which would wait for the GPU.
 
     A Mapping: `metrics["ess"]`, `dict(metrics)`, `metrics | {...}` (which does not compute them yet). `to_dict()` gives Python
     numbers, with one host read for all of them. Metrics may be copied, pickled, returned from a compiled function and made

@@ -137,7 +137,7 @@ class ImportanceWeighted(Objective):
 class CISPO(Objective):
     """l = sg(clip(r, ratio_min, ratio_max)) A logp, dl/dlogp = clip(r) A. (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5)
 
-    sg is stop-gradient: the ratio is only a weight. Clipping it never removes a token's gradient, as PPO's clip does.
+    sg is stop-gradient: the ratio is only a weight. Clipping it never removes a token's gradient, unlike PPO's clip.
 
     ratio_max, ratio_min: bounds of the ratio r = exp(logp - old) itself; None for no bound. The paper has no lower bound and
     an undisclosed upper one, 1 + eps_high; 5.0 is ScaleRL's (arXiv 2510.13786). TRL's and Liger's `epsilon_high` is this
