@@ -1,27 +1,29 @@
-"""Returns and advantages: from rewards to the number A that multiplies a token's (or sequence's) log-probability.
+"""Returns and advantages: from rewards to the number A that multiplies the log-probability of a token (or sequence).
 
 | function            | A                                                           | use it                                   |
 |---------------------|-------------------------------------------------------------|------------------------------------------|
 | reward_to_go        | G_t = sum_{k>=t} gamma^(k-t) r_k                            | with dense rewards, or under a baseline  |
 | value_baseline, gae | G_t - V(s_t), and its lambda-weighted form                  | with a value model                       |
 | grpo, rloo          | (R - mean) / std, or R - mean, over the samples of a prompt | with several samples per prompt          |
-| reinforce_plus_plus | (R - mean) / std over the batch                             | with one sample per prompt, alike tasks  |
+| reinforce_plus_plus | (R - mean) / std over the batch                             | with one sample a prompt, similar tasks  |
 | gigpo               | grpo of episodes + w (grpo of steps from equal states)      | in environments whose states recur       |
 | vineppo             | r_i + V(s_{i+1}) - V(s_i) per step, V from fresh rollouts   | where credit is worth K rollouts a step  |
 
-Why a baseline may contain the sample's own reward: the mean over B samples holds R_i / B, and its other terms do not see sample
-i's actions. So R_i - mean has the expected gradient of (1 - 1/B) R_i: the exact one scaled by (B - 1) / B, without bias. `rloo`
-leaves R_i out and needs no factor. Dividing by the std does bias: the std sees the action and multiplies.
+Why a baseline may contain the sample's own reward: the mean over B samples contains R_i / B, and its other terms do not depend
+on sample i's actions. So R_i - mean has the expected gradient of (1 - 1/B) R_i: the exact one times (B - 1) / B, without bias.
+`rloo` leaves R_i out and needs no factor. Dividing by the std does bias: the std depends on the action, and it multiplies.
 
-For all functions: ids are integers in any order, with groups of any sizes, contiguous or not. Sequences are (B, T) with a mask,
-or packed (N,) with sequence_ids, each in order though others may stand between. Masked values never reach the arithmetic and
-get 0; masking equals deleting. Results are constants, float64 if an input is, else float32; integers and bools are converted.
-Empty in, empty out. Statistics are two-pass, in float64; equal rewards give exactly 0, whatever the rounding of their mean.
-
-singleton: a group of one has no baseline: 0, or an error with "raise". (Some frameworks return the raw reward.)
-nan: a NaN reward makes all that depends on it NaN ("propagate", and what functions without this keyword do), is an error
-("raise"), or counts in no statistic and gets 0 ("ignore", as in TRL). Rewards that are all NaN are always an error.
-Arguments that do not fit raise a TypeError or ValueError with the argument's name, before any work.
+Rules of all functions:
+ids: integers in any order. Groups may have any size and need not be contiguous.
+layout: sequences are (B, T) with a mask, or packed (N,) with sequence_ids. The tokens of a sequence are in order; tokens of
+    others may stand between them.
+mask: masked values never reach the arithmetic and get 0. Masking equals deleting.
+results: constants, float64 if an input is, else float32; integers and bools are converted. Empty in, empty out.
+statistics: two-pass, in float64. Equal rewards give exactly 0, whatever the rounding of their mean.
+singleton: a group of one has no baseline. It gets 0, or is an error with "raise". (Some frameworks return the raw reward.)
+nan: with "propagate" (and in functions without this keyword) all that depends on a NaN reward is NaN. With "raise" it is an
+    error. With "ignore" it counts in no statistic and gets 0 (as in TRL). Rewards that are all NaN are always an error.
+errors: arguments that do not fit raise a TypeError or ValueError with the argument's name, before any work.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def reward_to_go(
 
     The exponent counts kept steps: k - t is the number of kept positions from t to k, as if the others were deleted.
 
-    With reduction "seq-mean-token-sum", `logp G` is REINFORCE. For gamma < 1 that is common practice but not the gradient of
-    E[sum_t gamma^t r_t], which weights step t by gamma^t as well: `discount_weights(...) * G`.
+    With reduction "seq-mean-token-sum", `logp G` is REINFORCE. For gamma < 1 this is common practice, but it is not the
+    gradient of E[sum_t gamma^t r_t]. That one weights step t by gamma^t as well: `discount_weights(...) * G`.
     """
     rewards = _real("rewards", rewards)
     _check_layout("rewards", rewards, mask, sequence_ids)
@@ -67,9 +69,10 @@ def reward_to_go(
 def discount_weights(
     mask: torch.Tensor, *, gamma: float, sequence_ids: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """gamma^t, t the number of kept positions before this one in its sequence; 0 where masked; for the layouts of reward_to_go.
+    """gamma^t, t the number of kept positions before this one in its sequence; 0 where masked. Layouts as in reward_to_go.
 
-    discount_weights * (G - b), b any baseline that does not see the action, is the exact gradient of the discounted return.
+    The advantages discount_weights * (G - b) give the exact gradient of the discounted return, for any baseline b that does
+    not depend on the action.
     """
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True where a token counts; got {kind(mask)}")
@@ -84,7 +87,7 @@ def discount_weights(
 def value_baseline(returns: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """A = G - V, all of one shape. (Williams 1992; Sutton and Barto, section 13.4)
 
-    Any baseline that does not see the action leaves the gradient unbiased; the value of the state removes most variance.
+    Any baseline that does not depend on the action leaves the gradient unbiased. The value of the state removes most variance.
     """
     returns = _real("returns", returns)
     values = _real("values", values, "returns", returns)
@@ -106,9 +109,9 @@ def gae(
 ) -> torch.Tensor:
     """A_t = sum_{k>=t} (gamma lam)^(k-t) delta_k, delta_t = r_t + gamma V(s_{t+1}) - V(s_t). (GAE, arXiv 1506.02438, eq. 16)
 
-    s_{t+1} belongs to the next kept position: masked ones are skipped (OpenRLHF and SkyRL read V there). After the last one V
-    is 0, or `bootstrap`: the value of the state in which a sequence was cut off, 0 for sequences that ended. One per row, or in
-    packed form per token, read at the last kept token of each sequence.
+    s_{t+1} is the state of the next kept position: masked ones are skipped (OpenRLHF and SkyRL read V there). After the last
+    position V is 0, or `bootstrap`: the value of the state in which a sequence was cut off, 0 for sequences that ended. It
+    has one value per row; in packed form one per token, read at the last kept token of each sequence.
     lam = 1 is reward-to-go minus V, lam = 0 a single step; between them bias is traded for variance. Nothing is whitened.
     """
     rewards = _real("rewards", rewards)
@@ -135,10 +138,10 @@ def vineppo(
     gamma: float = 1.0,
     sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A_i = r_i + gamma V(s_{i+1}) - V(s_i), 0 for the value after the last step. (VinePPO, arXiv 2410.01679, section 4)
+    """A_i = r_i + gamma V(s_{i+1}) - V(s_i); the value after the last step is 0. (VinePPO, arXiv 2410.01679, section 4)
 
-    V is from `monte_carlo_values`, gamma is 1 in the paper, and `spread` gives a step's advantage to its tokens. The authors'
-    code then whitens over tokens, as reinforce_plus_plus(unbiased=False). After a cut-off take gae with lam=0 and bootstrap.
+    V is from `monte_carlo_values`, and `spread` gives a step's advantage to its tokens. gamma is 1 in the paper. The authors'
+    code then whitens over tokens, as reinforce_plus_plus(unbiased=False). For a cut-off episode use gae, lam=0 and bootstrap.
     """
     step_rewards = _real("step_rewards", step_rewards)
     step_values = _real("step_values", step_values, "step_rewards", step_rewards)
@@ -150,10 +153,10 @@ def vineppo(
 def monte_carlo_values(
     rollout: Callable[[Any], Any], states: Sequence[Any], k: int, *, batched: bool = False, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """V(s) = mean return of k fresh rollouts from s, for each state, such as prompt plus the steps so far: (len(states),).
+    """V(s) = mean return of k fresh rollouts from s, for each state: (len(states),). A state may be a prompt plus steps so far.
 
-    rollout: from a state to the rewards earned from there on (not those before), one number; called k times per state.
-        batched: called once, with the list of all k * len(states) states, k in a row, and returns as many numbers.
+    rollout: maps a state to one number, the sum of the rewards from there on (not those before). Called k times per state.
+    batched: rollout is called once, with a list of k * len(states) states, k copies in a row, and returns as many numbers.
     """
     if not callable(rollout):
         raise TypeError(f"rollout must be a function from a state to its return; got {kind(rollout)}")
@@ -171,11 +174,11 @@ def monte_carlo_values(
 
 
 def spread(step_advantages: torch.Tensor, step_ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The advantage of its step for every token: step_advantages[step_ids], 0 where masked; the shape of step_ids.
+    """Gives every token the advantage of its step: step_advantages[step_ids], 0 where masked; the shape of step_ids.
 
     step_advantages: (S,) with step_ids of any shape, or (B, I) with step_ids (B, T).
-    step_ids: which step a token belongs to, counted from 0 (within its row, if those are (B, I)), not read where masked. From a
-        bool tensor that marks the first token of every step: first.cumsum(-1) - 1.
+    step_ids: the step of each token, counted from 0 (within its row for (B, I)); not read where masked. If the bool tensor
+        `first` marks the first token of every step, they are first.cumsum(-1) - 1.
     """
     step_advantages = _real("step_advantages", step_advantages)
     _check_ids("step_ids", step_ids)
@@ -213,8 +216,8 @@ def grpo(
 
     scale=False: A = R - mean (Dr.GRPO, arXiv 2503.20783; its loss is "sum" with a constant denominator).
     unbiased: the std divides by n - 1 (TRL, verl, slime), or else by n (numpy's default; open-instruct).
-    eps: 1e-6 in verl and slime, 1e-4 in TRL, 1e-8 in open-instruct. Some take max(std, eps) or sqrt(var + eps): nearly equal
-        rewards then differ by orders of magnitude.
+    eps: 1e-6 in verl and slime, 1e-4 in TRL, 1e-8 in open-instruct. Some use max(std, eps) or sqrt(var + eps): for nearly equal
+        rewards the advantages then differ by orders of magnitude.
     """
     rewards = _real("rewards", rewards)
     _check_ids("group_ids", group_ids, "rewards", rewards)
@@ -250,18 +253,19 @@ def reinforce_plus_plus(
     singleton: OnSingleton = "zero",
     nan: OnNaN = "propagate",
 ) -> torch.Tensor:
-    """The statistics of the whole batch in the place of a prompt's. (REINFORCE++, arXiv 2501.03262)
+    """Advantages from the statistics of the whole batch instead of one prompt's group. (REINFORCE++, arXiv 2501.03262)
 
         whiten=False             A = R - mean, over the batch
         default                  A = (R - mean) / (std + eps), over the batch
         group_ids                A' = R - mean of its group, then A = (A' - mean) / (std + eps) of A' over the batch
         group_ids, whiten=False  A = A' (Dr.GRPO)
 
-    The batch is all kept entries: of (B,) each sequence counts once. The paper whitens over tokens, where long sequences count
-    more: pass the reward-to-go of each token (with its KL penalty), or (B,) rewards with the tokens' (B, T) mask, which are
-    copied to the kept tokens before the batch's statistics (but after the groups'); the result is then (B, T). For packed
-    tokens `spread` the result of whiten=False and whiten that. Under data parallelism gather the rewards first.
-    verl has n - 1 and sqrt(var + eps), OpenRLHF n and sqrt(max(var, eps)), ms-swift eps 1e-4. A NaN spoils the whole batch.
+    The batch is all kept entries: with (B,) rewards each sequence counts once. The paper whitens over tokens, so that long
+    sequences count more. For that, pass the reward-to-go of each token (with its KL penalty), or (B,) rewards with the (B, T)
+    mask of the tokens. The latter are copied to the kept tokens after the groups' and before the batch's statistics; the result
+    is then (B, T). For packed tokens `spread` the result of whiten=False and whiten that. A NaN spoils the whole batch.
+    Under data parallelism gather the rewards first.
+    verl has n - 1 and sqrt(var + eps), OpenRLHF n and sqrt(max(var, eps)), ms-swift eps 1e-4.
     """
     rewards = _real("rewards", rewards)
     per_token = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[:1] == rewards.shape
@@ -303,9 +307,10 @@ def gigpo(
 
     F = std + eps with scale=True, else 1 (the default of the authors' code). The steps of an episode are in order. `spread`
     gives the result to tokens.
-    anchor_keys: compared by ==, within a group only: strings, numbers, tuples; arrays as .tobytes(). An episode may visit a
-        state twice, and both count. A step alone in its state has A_step = 0; `singleton` is about episodes alone in a group.
-    The authors' code gives the latter their raw reward, and by default counts an episode once per step in A_episode.
+    anchor_keys: strings, numbers, tuples; arrays as .tobytes(). They are compared by ==, within a group only. If an episode
+        visits a state twice, both visits count. A step alone in its state has A_step = 0.
+    singleton: for episodes alone in a group. The authors' code gives these their raw reward.
+    By default the authors' code counts an episode once per step in A_episode.
     """
     episode_rewards, step_rewards = _real("episode_rewards", episode_rewards), _real("step_rewards", step_rewards)
     _check_like("step_rewards", step_rewards, "episode_rewards", episode_rewards, same_shape=False)
@@ -334,7 +339,7 @@ def gigpo(
 
 
 def _kept(like: torch.Tensor, mask: torch.Tensor | None, ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the kept tokens, sequence after sequence and each in order: their positions in like.flatten(), and sequence ids."""
+    """The kept tokens' positions in like.flatten() and their sequence ids, sequence after sequence, each in order."""
     if ids is None:
         ids = torch.arange(len(like), device=like.device)[:, None].expand(like.shape)
     keep = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
@@ -350,7 +355,7 @@ def _placed(values: torch.Tensor, positions: torch.Tensor, shape: torch.Size) ->
 
 
 def _discounted_sums(x: torch.Tensor, sequence: torch.Tensor, factor: float) -> torch.Tensor:
-    """y_t = sum_{k>=t} factor^(k-t) x_k over a run of equal ids, in log2(longest run) passes. No factor^-t, which overflows."""
+    """y_t = sum_{k>=t} factor^(k-t) x_k over each run of equal ids, in log2(longest run) passes. (factor^-t would overflow.)"""
     reach = 1
     while factor and reach < len(x) and bool((same := sequence[reach:] == sequence[:-reach]).any()):
         x = torch.cat([x[:-reach] + torch.where(same, x[reach:], 0) * float(factor) ** reach, x[-reach:]])
@@ -360,7 +365,7 @@ def _discounted_sums(x: torch.Tensor, sequence: torch.Tensor, factor: float) -> 
 
 # ---- statistics of groups
 
-# from the samples minus the mean of their group, the sum of those squared in the group, and its size; float64
+# (samples minus the mean of their group, the sum of their squares in the group, the group's size) -> advantages; all float64
 _Formula: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -375,9 +380,9 @@ def _standardised(scale: bool, unbiased: bool = True, eps: float = 0.0) -> _Form
 def _in_groups(
     values: torch.Tensor, counted: torch.Tensor, ids_name: str, ids: torch.Tensor, formula: _Formula, singleton: OnSingleton
 ) -> torch.Tensor:
-    """formula of the counted values; exactly 0 where a group's values are all equal, and for those that do not count.
+    """Applies the formula to the counted values. Exactly 0 for a group of equal values, and for values that are not counted.
 
-    Sums run over each group in ascending order: neither the order of the samples nor other groups change a bit (on a CPU).
+    Sums run over each group in ascending order: on a CPU neither the order of the samples nor other groups change a bit.
     """
     positions = counted.flatten().nonzero()[:, 0]
     x = values.flatten()[positions].double()
@@ -403,7 +408,7 @@ def _in_groups(
 
 
 def _real(name: str, value: torch.Tensor, like_name: str = "", like: torch.Tensor | None = None) -> torch.Tensor:
-    """The value as a constant, in float64 if it is that, else float32; checked to have the shape of `like`, if given."""
+    """The value as a constant: float64 stays, all else becomes float32. Checks that it has the shape of `like`, if given."""
     if not isinstance(value, torch.Tensor) or value.is_complex():
         raise TypeError(f"{name} must be a tensor of real numbers; got {kind(value)}")
     if like is not None:
@@ -454,7 +459,7 @@ def _check_scored(name: str, kept: torch.Tensor) -> None:
 
 
 def _counted(name: str, rewards: torch.Tensor, mask: torch.Tensor | None, nan: OnNaN) -> torch.Tensor:
-    """Which rewards enter the statistics: a bool tensor like rewards."""
+    """A bool tensor like rewards: which of them enter the statistics."""
     keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     _check_scored(name, rewards[keep])
     scored = ~rewards.isnan()
@@ -472,7 +477,7 @@ def _check_keys(keys: Sequence[Hashable], count: int) -> None:
         raise ValueError(f"anchor_keys must have one key per step, {count} as in step_rewards; got {len(keys)}")
     for i, key in enumerate(keys):
         try:
-            usable = hash(key) is not None and not isinstance(key, torch.Tensor)  # which hashes by identity: never equal
+            usable = hash(key) is not None and not isinstance(key, torch.Tensor)  # tensors hash by identity: never equal
         except TypeError:
             usable = False
         if not usable:
@@ -480,7 +485,7 @@ def _check_keys(keys: Sequence[Hashable], count: int) -> None:
 
 
 def _places(episode_ids: torch.Tensor, episodes: torch.Tensor | None, episode_rewards: torch.Tensor) -> torch.Tensor:
-    """The place in episode_rewards of each step's episode."""
+    """The index in episode_rewards of each step's episode."""
     places = torch.arange(len(episode_rewards), device=episode_rewards.device)
     episodes = places if episodes is None else episodes
     _check_ids("episodes", episodes, "episode_rewards", episode_rewards)

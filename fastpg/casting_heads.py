@@ -1,6 +1,6 @@
-"""Whether an lm_head's own forward casts to float32 and is a linear layer otherwise: the layer itself is asked, not its name.
+"""Tells whether an lm_head's own forward casts to float32 and is linear otherwise. The layer is run; its name says nothing.
 
-Layers such as these, subclasses or instances with a forward of their own, ask for a float32 head:
+Such a layer is a subclass, or an instance with a forward of its own, and asks for a float32 head:
 
     F.linear(x.float(), self.weight.float())          with torch.autocast(device, enabled=False) around it, or without
 """
@@ -16,19 +16,22 @@ from torch.nn import functional as F
 
 _PROBES, _STAND_IN_ROWS = 3, 16
 
-# By layer, then by its forward and state. `LMHead.from_model` runs at every forward of a model.
+# Answers by layer, then by its forward and state. They are kept because `LMHead.from_model` runs at every forward of a model.
 _answers: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
 def casts_to_fp32(layer: nn.Module) -> bool:
-    """Whether layer(x) is x.float() @ weight.float().T + bias in float32 whatever the dtype of x, to float32's rounding.
+    """Whether layer(x) is x.float() @ weight.float().T + bias in float32 for 16-bit x, up to float32's rounding.
 
-    The layer's forward is run twice on three rows in 16 bits: on random weights in the place of its own, which shows that it
-    multiplies by `weight` and not by something it holds besides, and on its own, which shows all of the vocabulary. A weight
-    that is not here as a whole (FSDP's shards, ZeRO-3, meta tensors) is left out of that: no collective is run. A layer that
-    holds other tensors or layers is refused, whatever they do at the moment: training may change it. The answer is remembered
-    for as long as the numbers and strings among its attributes stay the same; what its forward reads elsewhere is not seen.
-    Hooks, random numbers, gradients and attributes of the layer are as before.
+    The layer's forward is run twice on three rows in 16 bits:
+
+        with random weights   shows that it multiplies by `weight`, not by another tensor it holds
+        with its own weight   shows the whole vocabulary; left out if the weight is not whole here (FSDP's shards, ZeRO-3,
+                              meta tensors), so that no collective is run
+
+    A layer that holds other tensors or layers is refused, whatever they do at the moment: training may change them.
+    The answer is remembered while the layer's forward, and the numbers and strings among its attributes, stay the same; a
+    change elsewhere that its forward reads goes unnoticed. Hooks, random numbers, gradients and attributes are left alone.
     """
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if not _is_torchs(weight) or not (bias is None or _is_torchs(bias)) or not weight.is_floating_point():
@@ -42,7 +45,7 @@ def casts_to_fp32(layer: nn.Module) -> bool:
 
 
 def _is_torchs(x: object) -> bool:
-    """A plain tensor or a DTensor, not one of a quantisation library's."""
+    """Whether x is a plain tensor or a DTensor, not a quantisation library's."""
     return isinstance(x, torch.Tensor) and type(x).__module__.partition(".")[0] == "torch"
 
 
@@ -53,13 +56,13 @@ def _holds_more(layer: nn.Module) -> bool:
 
 
 def _state(layer: nn.Module, weight: torch.Tensor) -> tuple:
-    """What another answer may depend on. References are weak, as a forward may hold its layer."""
+    """The key of an answer: when it changes, the layer is run again. References are weak, as a forward may hold its layer."""
     forward = layer.forward
     function, owner = getattr(forward, "__func__", forward), getattr(forward, "__self__", None)
     try:
         references = weakref.ref(function), None if owner is None else weakref.ref(owner)
         hash(references)
-    except TypeError:  # of what has no weak references, or no hash: equal to nothing, so asked again
+    except TypeError:  # without weak references or a hash the key equals no other, and the layer is run again
         references = (object(),)
     plain = tuple((name, x) for name, x in vars(layer).items() if isinstance(x, (int, float, str)))
     return *references, plain, weight.dtype, _is_whole(weight)
@@ -81,7 +84,7 @@ def _ask(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> b
         return torch.randn(shape, generator=generator).to(device, weight.dtype)
 
     dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    # of unlike sizes, so that a softcap would show
+    # rows of different sizes, so that a softcap would show
     rows = (random(1, _PROBES, size) * torch.tensor([1.0, 16.0, 256.0], device=device)[:, None]).to(dtype)
     parts = [(random(_STAND_IN_ROWS, size), None if bias is None else random(_STAND_IN_ROWS))]
     if whole:
@@ -91,9 +94,9 @@ def _ask(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> b
 
 
 def _forward(layer: nn.Module, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """The layer's forward with this weight and bias, its state restored; None where it fails."""
+    """Runs the layer's forward with this weight and bias, and restores its state. None if it fails."""
     before = dict(vars(layer))
-    # the attribute that torch.nn.Module reads parameters from
+    # torch.nn.Module looks its parameters up here
     vars(layer)["_parameters"] = {**layer._parameters, "weight": weight, "bias": bias}
     try:
         with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
@@ -108,14 +111,14 @@ def _forward(layer: nn.Module, rows: torch.Tensor, weight: torch.Tensor, bias: t
 
 
 def _is_fp32_product(out: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """out against rows (1, P, H) @ weight (V, H) in float32."""
+    """Whether out is rows (1, P, H) @ weight (V, H).T + bias in float32, up to rounding."""
     if not isinstance(out, torch.Tensor) or out.dtype != torch.float32 or out.shape != (*rows.shape[:2], len(weight)):
         return False
-    # in one product, as the layer's own: slices could take another kernel, and TF32 where that is allowed
+    # one product, like the layer's own: slices might use another kernel, or TF32 where that is allowed
     x, w = rows.float(), weight.float()
     b = None if bias is None else bias.float()
     want = F.linear(x, w, b)
-    # sums of H products in another order differ by less than this, and those rounded to 16 bits by many times as much
+    # Sums of H products in another order differ by less than this. Rounding to 16 bits differs by many times as much.
     scale = x.norm(dim=-1, keepdim=True) * w.norm(dim=1) + (0 if b is None else b.abs())
     close = (out - want).abs() <= 8 * torch.finfo(torch.float32).eps * scale
-    return bool((close | (out == want)).all())  # equal infinities: a bias of -inf bans a token
+    return bool((close | (out == want)).all())  # == is for infinities: a bias of -inf bans a token

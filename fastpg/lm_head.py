@@ -1,4 +1,4 @@
-"""What turns hidden states into logits: the weight, and the few numbers some models put around it."""
+"""`LMHead`, the last layer of a language model: a weight, and the few numbers that some models put around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
 
-# What model configurations call the pieces of `softcap(logit_scale * (x . w + b))`.
+# The names that model configurations give to the parts of `softcap(logit_scale * (x . w + b))`.
 _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLIER_NAMES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
@@ -33,24 +33,24 @@ class LoRA(NamedTuple):
 class LMHead:
     """An lm_head: `logits = softcap(logit_scale * (hidden @ weight.T + bias))`, `softcap(u) = c tanh(u / c)`.
 
-    weight: (V, H) 16-, 32- or 64-bit floating; the Parameter itself, so that gradients reach it (tied embeddings too).
+    weight: (V, H) 16-, 32- or 64-bit floating. Pass the Parameter itself, so that gradients reach it (tied embeddings too).
     bias: (V,) in the weight's dtype, or None. An entry of -inf bans a token (under a softcap its logit is only -c).
     softcap: c > 0, or None for no cap (Gemma 2: 30).
-    logit_scale: > 0, multiplies after the bias, before the cap (Cohere: logit_scale, Granite: 1 / logits_scaling).
-    lora: (A (r, H), B (V, r), scale), each in the weight's dtype or float32: hidden @ weight.T gains
-        scale * (hidden @ A.T) @ B.T, of which only hidden @ A.T exists. A frozen weight costs no (V, H) buffer.
-    group: a torch.distributed process group whose ranks each hold some rows of the weight (vocab-parallel); token ids stay
-        those of the whole vocabulary, bias and B have the rows of the weight. None: the weight is whole.
-    vocab_start: with a group, which entry of the vocabulary row 0 of the weight is.
-    weight_grad: (V, H) buffer in float32 (float64 for float64 weights). The weight's gradient is added to it in backward,
-        and `weight.grad` stays as it is: micro-batches summed in 16 bits are biased.
-    fp32_head: True: hidden, weight, bias and LoRA's factors are used in float32, under autocast too. Each may then be in any
-        of float16, bfloat16 and float32; float64 stays and is not mixed with others. Gradients come back in the inputs' dtypes.
-        A 16-bit weight is copied to float32 for the call, (V, H), in two passes until backward. False: under autocast its
-        dtype is used. A float32 weight alone is no request, as master weights are float32 too.
+    logit_scale: > 0. It multiplies after the bias and before the cap (Cohere: logit_scale, Granite: 1 / logits_scaling).
+    lora: (A (r, H), B (V, r), scale), each factor in the weight's dtype or float32. It adds scale * (hidden @ A.T) @ B.T to
+        hidden @ weight.T; only hidden @ A.T is stored. A frozen weight costs no (V, H) buffer.
+    group: a torch.distributed process group whose ranks each hold some rows of the weight (vocab-parallel). Token ids remain
+        those of the whole vocabulary; bias and B have the rows of this rank's weight. None: the weight is whole.
+    vocab_start: with a group, the token id of row 0 of this rank's weight.
+    weight_grad: (V, H) buffer in float32 (float64 for float64 weights). Backward adds the weight's gradient to it and leaves
+        `weight.grad` as it is. Use it for micro-batches: a sum of their gradients in 16 bits is biased.
+    fp32_head: True multiplies in float32, under autocast too. Hidden, weight, bias and LoRA's factors may then each be
+        float16, bfloat16 or float32; their gradients come back in their own dtypes. A 16-bit weight is copied to a float32
+        (V, H), which lives for the call in one pass, until backward in two. False: under autocast its dtype is used, even
+        for a float32 weight, since master weights are float32 too. float64 stays float64 and is not mixed with others.
 
-    A weight that is a DTensor is used in place where its rows are sharded on `group` (then vocab_start is known), and
-    gathered for the call otherwise; see `fastpg.distributed`.
+    A weight that is a DTensor is used in place if its rows are sharded on `group`; its placement then gives vocab_start.
+    Any other DTensor is gathered for the call. See `fastpg.distributed`.
 
     Raises TypeError or ValueError naming the field that does not fit.
     """
@@ -109,15 +109,15 @@ class LMHead:
     def from_model(cls, model: PreTrainedModel, *, fp32_head: bool = False) -> LMHead:
         """The head of a transformers causal language model, read from its output embeddings and its configuration.
 
-        Understands final logit soft-capping (Gemma 2 and 3, RecurrentGemma, xLSTM) and logit scales (Cohere, Granite,
-        Falcon-H1, HyperCLOVA X). Of PEFT's layers: LoRA with one active adapter (none where adapters are disabled or merged:
-        then the base weight), and modules_to_save (the active copy). Read it anew after adapters are switched.
+        It knows final logit soft-capping (Gemma 2 and 3, RecurrentGemma, xLSTM) and logit scales (Cohere, Granite, Falcon-H1,
+        HyperCLOVA X). Of PEFT's layers it knows modules_to_save (the active copy is read) and LoRA with one active adapter.
+        While adapters are disabled or merged, the base weight alone is read. Read the head anew after adapters are switched.
 
-        fp32_head: as in `LMHead`. A layer whose own forward casts to float32, and is linear otherwise, asks for it itself:
-        `F.linear(x.float(), self.weight.float())`, in a class or on the instance. It is run once to know (`casting_heads`).
+        fp32_head: as in `LMHead`. A layer whose own forward casts to float32 and is linear otherwise sets it, such as
+        `F.linear(x.float(), self.weight.float())` in a class or on the instance. `casting_heads` runs the layer to know.
 
-        Raises ValueError where the model has no output embeddings, and where these are no such layer: quantised, with other
-        code of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
+        Raises ValueError where the model has no output embeddings, or where they are another layer: quantised, with another
+        forward of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
         """
         output = model.get_output_embeddings()
         if output is None:
@@ -125,7 +125,7 @@ class LMHead:
                 f"{type(model).__name__} has no output embeddings; pass LMHead(weight, ...) instead of LMHead.from_model(model)"
             )
         layer, lora = _layer_and_lora(output)
-        fp32_head = fp32_head or not _has_forward_of(layer, torch.nn.Linear)  # then it is one that casts
+        fp32_head = fp32_head or not _has_forward_of(layer, torch.nn.Linear)  # _linear refuses all but layers that cast
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         softcap = next((cap for name in _SOFTCAP_NAMES if (cap := getattr(config, name, None))), None)
         bias = getattr(layer, "bias", None)
@@ -138,7 +138,7 @@ def as_head(head: torch.Tensor | LMHead) -> LMHead:
 
 
 def _mixed_dtypes(weight: torch.Tensor, fp32_head: bool) -> set[torch.dtype]:
-    """What may stand beside the weight."""
+    """The dtypes that a bias or a LoRA factor may have beside this weight."""
     return set(FLOATING_DTYPES) - {torch.float64} if fp32_head and weight.dtype != torch.float64 else {weight.dtype}
 
 
@@ -192,8 +192,8 @@ def _config_scale(config) -> float:
 
 
 def _layer_and_lora(layer: torch.nn.Module) -> tuple[torch.nn.Module, LoRA | None]:
-    """The linear layer inside output embeddings, plain or casting to float32, and what PEFT adds to it."""
-    if "peft" in sys.modules:  # imported by whoever wrapped the layer
+    """The linear layer inside output embeddings (plain, or casting to float32), and the LoRA that PEFT adds to it."""
+    if "peft" in sys.modules:  # whoever wrapped the layer has imported it
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -218,7 +218,7 @@ def _linear(layer: torch.nn.Module) -> torch.nn.Module:
 
 
 def _active_lora(layer: torch.nn.Module) -> LoRA | None:
-    """The update that a PEFT layer's forward adds to its base layer; None for none."""
+    """The update that a PEFT layer's forward adds to its base layer, or None."""
     from peft.tuners.lora.layer import Linear
 
     if not _has_forward_of(layer, Linear):

@@ -1,7 +1,7 @@
-"""The oracle: every formula of the library on full logits, written to be read against its source.
+"""The oracle: every formula of the library on full logits, written to be compared with its paper.
 
-Slow and large on purpose: all [N, V] logits exist, masked tokens are deleted rather than weighted, gradients are left to
-autograd. Computes in the dtype of its inputs (bf16 and fp16 are widened to fp32 first); the tests feed it float64.
+It is slow and large on purpose: all [N, V] logits exist, masked tokens are deleted rather than weighted, gradients are left to
+autograd. It computes in the dtype of its inputs (bf16 and fp16 are widened to fp32 first). The tests feed it float64.
 
 Notation
     z_nv  = softcap(logit_scale * (x_n . (w_v + lora_scale B_v A) + b_v)) / T_n,   softcap(u) = c tanh(u / c)
@@ -10,23 +10,23 @@ Notation
     logp_n = log p_n,y = -log(1 + exp(t_n)) = logsigmoid(-t_n)
     H_n   = -sum_v p_nv log p_nv
 
-Leaving the target out of the sum is what keeps confident tokens exact: 1 - p_y = sigmoid(t) has full relative accuracy
-down to the smallest float, while `1 - exp(logp)` and `z_y - logsumexp(z)` are rounding noise beyond p_y = 0.9999 in fp32.
+Confident tokens stay exact because the sum leaves the target out: 1 - p_y = sigmoid(t) has full relative accuracy down to the
+smallest float. `1 - exp(logp)` and `z_y - logsumexp(z)` are rounding noise beyond p_y = 0.9999 in fp32.
 
-The gradient, once for all losses. For a loss that is any function of the log-probabilities and entropies, with
-g_n = dL/dlogp_n and h_n = dL/dH_n:
+The gradient is the same for all losses. Let L be any function of the log-probabilities and entropies, with g_n = dL/dlogp_n and
+h_n = dL/dH_n:
 
     dlogp_n / dz_nv = [v = y_n] - p_nv                        since d logsumexp / dz_v = p_v
     dH_n / dz_nv    = -p_nv (log p_nv + H_n)                  since dp_w / dz_v = p_w ([v = w] - p_v)
     dL / dz_nv      = g_n ([v = y_n] - p_nv) - h_n p_nv (log p_nv + H_n)
 
-For the target column 1 - p_y is sigmoid(t), and log p_y + H collects to -(1 - p_y)(t - Ho), with Ho the entropy of the
+In the target column 1 - p_y is sigmoid(t). There log p_y + H equals -(1 - p_y)(t - Ho), where Ho is the entropy of the
 distribution over the other tokens alone: H = p_y softplus(t) + (1 - p_y)(Ho + softplus(-t)). Then, by the chain rule,
 
     dL / du_nv = dL/dz_nv * (1 - tanh^2(u_nv / c)) / T_n,     u = logit_scale * (x . w + b)
     dX = logit_scale * dL/du @ W,   dW = logit_scale * dL/du^T @ X,   db = logit_scale * sum_n dL/du_n
 
-One number per row times a softmax: the whole library is about not storing that softmax.
+A row of the gradient is, in essence, one number times a softmax. The whole library is about not storing that softmax.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ import torch.nn.functional as F
 from .lm_head import LMHead, as_head
 
 # (logprobs, old_logprobs, advantages), all (n,) over kept tokens -> the per-token objective to be maximised, (n,). Objectives
-# of whole sequences, marked by `of_sequences`, take the number of each token's sequence (n,) as well.
+# of whole sequences are marked by `of_sequences`. They take a fourth argument (n,): the number of each token's sequence.
 Objective = Callable[..., torch.Tensor]
 
 
 def softcap(u: torch.Tensor, cap: float | None) -> torch.Tensor:
     """`cap * tanh(u / cap)`; identity for None.
 
-    With q = exp(-2 |u / cap|), tanh = sign(u) (1 - q) / (1 + q), whose derivative 4 q / (1 + q)^2 autograd forms as a
-    sum of terms of one sign. `1 - tanh^2` would be a cancellation, wrong by 100 % beyond |u / cap| = 10 in fp32. Only the
-    value of 1 - q cancels, at small u: there it is -expm1, whose own derivative (formed as 1 + expm1) is exact there.
+    With q = exp(-2 |u / cap|), tanh = sign(u) (1 - q) / (1 + q). Its derivative is 4 q / (1 + q)^2, which autograd forms as a
+    sum of terms of one sign. `1 - tanh^2` would cancel: it is wrong by 100 % beyond |u / cap| = 10 in fp32. Only the value
+    1 - q cancels, at small u. There it is computed as -expm1, whose derivative (formed as 1 + expm1) is exact at small u.
     """
     if cap is None:
         return u
@@ -76,7 +76,7 @@ def logits(hidden: torch.Tensor, head: torch.Tensor | LMHead, temperature: float
 
 
 def token_distribution(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (N, V), tokens (N,) -> (logprobs (N,), entropies (N,)), both exact for confident tokens."""
+    """logits (N, V), tokens (N,) -> (logprobs (N,), entropies (N,)), accurate for confident tokens too."""
     rows, vocab = logits.shape
     is_target = F.one_hot(tokens, vocab).bool()
     target = logits[is_target]
@@ -94,7 +94,7 @@ def token_distribution(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torc
     finite_t = torch.where(t.isinf(), 0, t)  # at infinite t the entropy of "the target or not" is 0
     surprise, other_surprise = -F.logsigmoid(-finite_t), -F.logsigmoid(finite_t)  # -log p_y and -log(1 - p_y)
     binary_entropy = torch.exp(-surprise) * surprise + torch.exp(-other_surprise) * other_surprise
-    # exp(logsigmoid) and not sigmoid, whose derivative y (1 - y) is rounding noise where y is close to 1
+    # exp(logsigmoid), not sigmoid: the derivative of the latter, y (1 - y), is rounding noise where y is close to 1
     return logprobs, torch.where(t.isinf(), 0, binary_entropy) + F.logsigmoid(t).exp() * others_entropy
 
 
@@ -128,7 +128,7 @@ def importance_weighted(logprobs: torch.Tensor, old_logprobs: torch.Tensor, adva
 def cispo(ratio_max: float | None = 5.0, ratio_min: float | None = None) -> Objective:
     """l = sg(clip(r, ratio_min, ratio_max)) A logp (MiniMax-M1, arXiv 2506.13585, equations 4 and 5).
 
-    The bounds are on the ratio itself: ratio_max = 1 + eps_high of the paper, which sets no lower bound. None: unbounded.
+    The bounds are on the ratio itself: ratio_max is the paper's 1 + eps_high. The paper sets no lower bound. None: unbounded.
     """
 
     def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -143,9 +143,9 @@ def cispo(ratio_max: float | None = 5.0, ratio_min: float | None = None) -> Obje
 
 
 def ppo_clip(eps_low: float, eps_high: float, dual_clip: float | None = None) -> Objective:
-    """l = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) (PPO, arXiv 1707.06347, eq. 7; asymmetric: DAPO, 2503.14476);
+    """l = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) (PPO, arXiv 1707.06347, eq. 7; asymmetric: DAPO, 2503.14476).
 
-    with dual_clip c, where A < 0: max(that, c A) (arXiv 1912.09729).
+    With dual_clip c, where A < 0: max(that minimum, c A) (arXiv 1912.09729).
     """
 
     def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ def ppo_clip(eps_low: float, eps_high: float, dual_clip: float | None = None) ->
 
 
 def _ppo(ratio: torch.Tensor, advantages: torch.Tensor, eps_low: float, eps_high: float, dual_clip: float | None):
-    # case by case: which of the three terms the minimum and the maximum choose, by the sign of A
+    # The sign of A decides which of the three terms the minimum and the maximum choose; here it is written case by case.
     inside = ratio * advantages
     positive = torch.where(ratio > 1 + eps_high, (1 + eps_high) * advantages, inside)
     negative = torch.where(ratio < 1 - eps_low, (1 - eps_low) * advantages, inside)
@@ -233,14 +233,15 @@ def reduce(
     denominator: float | None = None,
     sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss of per-token objectives `values` (...) over tokens with mask (...): minus one of
+    """The loss of per-token objectives `values` (...) over tokens with mask (...). It is minus
 
     token-mean           the mean over all tokens of the batch
-    seq-mean-token-sum   the mean over sequences (rows, or equal ids, with a token) of the sum over their tokens
+    seq-mean-token-sum   the mean over sequences of the sum over their tokens
     seq-mean-token-mean  the mean over sequences of the mean over their tokens
     sum                  the sum over all tokens
 
-    with the number of tokens or sequences replaced by `denominator` where given. No tokens: 0.
+    Sequences are rows, or tokens of equal ids; those without a token do not count. `denominator` replaces the number of tokens
+    or sequences. Without tokens the loss is 0.
     """
     if reduction in ("token-mean", "sum"):
         total, count = values[mask].sum(), (mask.sum() if reduction == "token-mean" else 1)
@@ -270,7 +271,7 @@ def policy_loss(
 ) -> torch.Tensor:
     """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask.
 
-    logprobs, old_logprobs, ref_logprobs, rollout_weights (...); advantages (...) or (B,); kl (coef, estimator,
+    logprobs, old_logprobs, ref_logprobs, rollout_weights: (...). advantages: (...) or (B,). kl: (coef, estimator,
     importance_weighted). `old_logprobs=None` is on-policy: old = logp, detached, so that every ratio is 1.
     """
     if mask is None:
@@ -291,7 +292,7 @@ def policy_loss(
 
 
 def _sequence_numbers(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:
-    """Of every token: its id, or the row of (B, T) it is in."""
+    """The sequence of every token, (...): its id, or its row in (B, T)."""
     return torch.arange(len(mask), device=mask.device)[:, None].expand(mask.shape) if sequence_ids is None else sequence_ids
 
 

@@ -1,5 +1,8 @@
-"""Errors that name the argument, what was given and what is wanted. Shape and dtype checks cost nothing; value checks read
-the host on a CPU and are asynchronous assertions on a GPU."""
+"""Checks of arguments. Their errors name the argument, the wanted form and the given one.
+
+Checks of shapes and dtypes cost nothing. Checks of values raise at once on a CPU. On a GPU they are asynchronous assertions,
+since a host read (a copy of a number to the CPU) would wait for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def is_positive_number(value: object) -> bool:
 
 
 def is_nonnegative_number(value: object) -> bool:
-    """The same, or 0."""
+    """The same, with 0 allowed."""
     return is_positive_number(value) or (isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0)
 
 
@@ -73,7 +76,7 @@ def check_given_logits(
 
 
 def _check_tokens(tokens: torch.Tensor, name: str, x: torch.Tensor) -> None:
-    """tokens (...) against what predicts them, x (..., H) or (..., V)."""
+    """Checks tokens (...) against the x that predicts them: hidden (..., H) or logits (..., V)."""
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
     if tokens.shape != x.shape[:-1]:
@@ -86,7 +89,7 @@ def _check_tokens(tokens: torch.Tensor, name: str, x: torch.Tensor) -> None:
 def _check_beside_tokens(
     name: str, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
 ) -> None:
-    """Devices against x, mask and temperature against tokens."""
+    """All devices against that of x; the shapes of mask and temperature against that of tokens."""
     for other, value in (("tokens", tokens), ("mask", mask), ("temperature", temperature)):
         if isinstance(value, torch.Tensor) and value.device != x.device:
             raise ValueError(f"{other} is on {value.device} but {name} is on {x.device}")
@@ -120,8 +123,8 @@ def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> N
 
 
 def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int | None, temperature: float | torch.Tensor) -> None:
-    """Token ids in [0, V) and temperatures > 0 at kept positions; masked positions are never looked at. vocab_size None: ids
-    are not looked at either."""
+    """At kept positions, token ids must be in [0, V) and temperatures > 0. Nothing is asked of masked positions, and nothing of
+    token ids if vocab_size is None."""
     in_range = keep if vocab_size is None else tokens == tokens.clamp(0, vocab_size - 1)
     in_range = in_range | ~keep
     require(
@@ -143,7 +146,7 @@ def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int | Non
 
 
 def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
-    """All of `holds`: an error with the message on a CPU, an asynchronous assertion on a GPU, where a read would wait."""
+    """Asserts that all of `holds` is True: a ValueError with the message on a CPU, an asynchronous assertion on a GPU."""
     if holds.device.type == "cpu":
         if not bool(holds.all()):
             raise ValueError(message())
@@ -153,7 +156,7 @@ def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
 
 def check_policy_inputs(
     like_name: str,
-    like: torch.Tensor,  # (...): what the others must match
+    like: torch.Tensor,  # (...): the others must match it
     old_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
     objective: object,
@@ -163,7 +166,7 @@ def check_policy_inputs(
     *,
     packed_sequences: bool,  # whether sequence_ids were given
 ) -> None:
-    """Shapes, dtypes and devices of old_logprobs, ref_logprobs and rollout_weights (...), advantages (...) or per sequence."""
+    """Shapes, dtypes and devices: old_logprobs, ref_logprobs, rollout_weights (...); advantages (...) or one per sequence."""
     shape = tuple(like.shape)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
     for name, value in per_token.items():

@@ -1,4 +1,4 @@
-"""fastpg against the float64 oracle: `assert_matches_oracle` on tensors of yours, and the command `fastpg check`."""
+"""Compares fastpg with the float64 oracle: `assert_matches_oracle` on your tensors, and the command `fastpg check`."""
 
 from .judge import assert_matches_oracle
 

@@ -1,7 +1,7 @@
-"""What `fastpg check` runs: inputs, the operations under test, the float64 oracle and plain full-logits code beside them.
+"""The cases of `fastpg check`: inputs, the operations under test, the float64 oracle, and plain code with full logits.
 
-Everything here yields an Outcome: named tensors, {"logp": ..., "loss": ..., "dX": ..., "dW": ...}. What they may differ by is
-in `crosscheck`.
+The last three return an Outcome: named tensors, {"logp": ..., "loss": ..., "dX": ..., "dW": ...}. `judge` compares them, with
+the tolerances in `accuracy`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPERATIONS = ("linear_logprobs", "linear_policy_loss", "linear_cispo_loss", "sel
 
 
 def towards_the_advantage(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """A user's objective: the squared distance of the log ratio from the advantage."""
+    """A user's objective: minus the squared distance of the log ratio from the advantage."""
     return -((logprobs - old_logprobs - advantages) ** 2)
 
 
@@ -39,7 +39,8 @@ OBJECTIVES: dict[str, Objective | ObjectiveFunction] = {
     "a function": towards_the_advantage,
     "GSPO": GSPO(0.2, 0.28),
 }
-# Coefficients that do not depend on the ratio's last bits: their ratios go from e^-40 to e^40. The others' are of order 1.
+# Objectives whose gradient does not depend on the ratio's last bits. Their ratios go from e^-40 to e^40; those of the others
+# are of order 1.
 _ANY_RATIO = ("Reinforce", "ImportanceWeighted", "CISPO", "CISPO, both bounds")
 _BOUNDS = (0.5, 0.8, 1.28, 2.0, 3.0, 5.0)
 
@@ -55,14 +56,14 @@ class Inputs:
     temperature: float | torch.Tensor = 1.0
     ref_logprobs: torch.Tensor | None = None  # (...)
     rollout_weights: torch.Tensor | None = None  # (...)
-    frozen: bool = False  # the weight takes no gradient
+    frozen: bool = False  # whether the weight requires no gradient
 
     def keep(self) -> torch.Tensor:
         keep = self.tokens != -100
         return keep if self.mask is None else keep & self.mask
 
     def leaves(self, dtype: torch.dtype | None = None) -> Inputs:
-        """The same memory (where dtype is None) as leaves that require gradients; in float64, numbers beside them as well."""
+        """These inputs as leaves that require gradients. They share memory; with a dtype, all are converted to it."""
 
         def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
@@ -87,7 +88,7 @@ class Inputs:
         return Inputs(**{f.name: moved(getattr(self, f.name)) for f in fields(self)} | {"head": head})
 
     def gradients(self, loss: torch.Tensor) -> Outcome:
-        """Runs the backward, from these leaves."""
+        """Runs the backward of a loss of these leaves, and returns their gradients."""
         loss.backward()
         a, b = (None, None) if self.head.lora is None else self.head.lora[:2]
         named = {"dX": self.hidden, "dW": self.head.weight, "db": self.head.bias, "dA": a, "dB": b}
@@ -96,7 +97,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is made of the log-probabilities."""
+    """The loss of the log-probabilities. objective None: there is no loss, only log-probabilities."""
 
     objective: Objective | ObjectiveFunction | None = None
     reduction: Reduction = "sum"
@@ -136,9 +137,9 @@ ALL_FEATURES = ("bias", "per-token temperature", "mask", "LoRA")
 
 
 def cases(dtypes: list[torch.dtype], quick: bool, interpret: bool) -> Iterator[Case]:
-    """Each feature alone in fp32 (quick: only all of them together), all together in every dtype; ragged sizes throughout.
+    """In every dtype: no feature, and all together. In fp32, unless quick, also each feature alone. Sizes are ragged.
 
-    The interpreter is slow: it gets fewer columns, and of the objectives that no kernel knows only one.
+    The interpreter is slow. It gets smaller sizes, and of the objectives with KL and rollout weights PPOClip alone.
     """
     sizes = (33, 301, 40) if quick or interpret else (65, 1037, 72)
     everything = {"features": ALL_FEATURES, "softcap": 9.0, "logit_scale": 0.7}
@@ -173,7 +174,7 @@ def cases(dtypes: list[torch.dtype], quick: bool, interpret: bool) -> Iterator[C
 def head_cases(
     dtypes: list[torch.dtype], rows: int, hidden: int, vocab: int, softcap: float | None, scale: float
 ) -> Iterator[Case]:
-    """Every linear operation on a head of the sizes that a user asked for."""
+    """Every linear operation, and selective_logprobs, on a head of the sizes that a user asked for."""
     for dtype in dtypes:
         options = {
             "dtype": dtype,
@@ -190,10 +191,11 @@ def head_cases(
 
 
 def inputs_of(case: Case, device: str = "cpu") -> Inputs:
-    """Rows from uncertain to 1 - p_y = 1e-12, planted by moving hidden states along the weight row of their token.
+    """Inputs on the CPU, with rows from uncertain to 1 - p_y = 1e-12.
 
-    They are on the CPU. `device` is where the oracle computes the log-probabilities that the old ones are made from.
-    fp16 ends at 6e-8, so that its confident rows are masked and its ratios are of order 1.
+    Confident rows are made by moving hidden states along the weight row of their token.
+    The old log-probabilities are made from those of the oracle, which it computes on `device`.
+    The smallest fp16 number is 6e-8. So confident rows are masked in fp16, and ratios are of order 1.
     """
     rows, dtype = case.rows, case.dtype
     with torch.random.fork_rng(devices=[]):
@@ -202,7 +204,7 @@ def inputs_of(case: Case, device: str = "cpu") -> Inputs:
         alike = 20 * weight.std() * torch.randn(case.hidden_size) if "rows of W alike" in case.features else None
         bias = torch.randn(case.vocab).to(dtype) if "bias" in case.features else None
         lora = None
-        if "LoRA" in case.features:  # in fp32 beside a 16-bit weight, as PEFT makes them
+        if "LoRA" in case.features:  # fp32 beside a 16-bit weight, as in PEFT
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             lora = (torch.randn(5, case.hidden_size) * 0.1).to(wide), (torch.randn(case.vocab, 5) * 0.5).to(wide), 0.9
         temperature = torch.rand(rows) + 0.5 if "per-token temperature" in case.features else 1.0
@@ -212,7 +214,7 @@ def inputs_of(case: Case, device: str = "cpu") -> Inputs:
         log_odds = torch.where(torch.arange(rows) % 2 == 0, log_odds * temperature / case.logit_scale, 0)
         w_y = weight[tokens]
         hidden += log_odds[:, None] * w_y / w_y.square().sum(1, keepdim=True).clamp(min=0.1)
-        if alike is not None:  # the logits do not see what the rows have in common; gradients would
+        if alike is not None:  # the logits do not see the component that all rows share; in dX it must cancel
             hidden -= (hidden @ alike)[:, None] * alike / alike.square().sum()
             weight += alike
         advantages = torch.randn(rows).sign() * (0.5 + torch.rand(rows))
@@ -233,17 +235,18 @@ def inputs_of(case: Case, device: str = "cpu") -> Inputs:
     if dtype == torch.float16:
         mask = (logprobs < -0.01) if mask is None else mask & (logprobs < -0.01)
     if "mask" in case.features:
-        hidden = torch.where(mask[:, None], hidden, torch.nan)  # which nothing may read
+        hidden = torch.where(mask[:, None], hidden, torch.nan)  # nothing may read these
     ref = (logprobs - ref_noise).float() if "KL" in case.features else None
     old, frozen = (logprobs - log_ratio).float(), "frozen weight" in case.features
     return Inputs(hidden, head, tokens, old, advantages, mask, temperature, ref, rollout, frozen)
 
 
-# The operations under test. A weight for the entropies makes of log-probabilities and entropies one number to differentiate.
+# The operations under test. Without an objective, `_scalar` makes one number of log-probabilities and entropies, to be
+# differentiated.
 
 
 def outcome(case: Case, x: Inputs, backend: str, logits: torch.Tensor | None) -> Outcome:
-    """The case's operation on its inputs, where they are; logits are selective_logprobs'. policy_loss has no backend."""
+    """Runs the case's operation on the device of x. logits: for selective_logprobs. policy_loss is not run here (`judge`)."""
     settings, entropy = case.settings(), "entropy" in case.features
     if case.operation == "linear_cispo_loss":
         return cispo(x, settings, backend)
@@ -282,7 +285,7 @@ def cispo(x: Inputs, settings: Settings, backend: str | None) -> Outcome:
 
 
 def ready_logits(x: Inputs) -> torch.Tensor:
-    """What selective_logprobs is given: the oracle's logits, in the dtype of the model."""
+    """The input of selective_logprobs: the oracle's logits, in the dtype of the model."""
     with torch.no_grad():
         wide = x.leaves(torch.float64)
         hidden = torch.where(x.keep()[:, None], wide.hidden, 0)
@@ -297,18 +300,18 @@ def selective(logits: torch.Tensor, x: Inputs, backend: str | None, entropy: boo
 
 
 def loss_only(logprobs: torch.Tensor, x: Inputs, settings: Settings, function: Callable) -> Outcome:
-    """policy_loss, ours or the reference's, on ready log-probabilities."""
+    """A policy_loss (the library's or the oracle's `function`) on ready log-probabilities."""
     leaf = logprobs.detach().requires_grad_()
     loss = _loss(leaf, x, settings, function)
     loss.backward()
     return {"loss": loss.detach(), "dlogp": leaf.grad}
 
 
-# What they are compared with.
+# The oracle, and plain code with full logits.
 
 
 def oracle(x: Inputs, settings: Settings, entropy: bool = False) -> Outcome:
-    """The reference in float64, and "scale": the gradient's row norms without the entropy, against which a sum may cancel."""
+    """The reference in float64. "scale" has dX's row norms without the entropy, as the terms of their sum may cancel."""
     wide = x.leaves(torch.float64)
     values = reference.linear_logprobs(wide.hidden, wide.head, wide.tokens, mask=wide.mask, temperature=wide.temperature)
     scale = {}
@@ -319,7 +322,7 @@ def oracle(x: Inputs, settings: Settings, entropy: bool = False) -> Outcome:
 
 
 def full_logits(x: Inputs, settings: Settings, entropy: bool = False) -> Outcome:
-    """What most training code does: logits and their log_softmax in the dtype of the model."""
+    """Full logits and their log_softmax in the dtype of the model, as in most training code."""
     x = x.leaves()
     keep = x.keep()
     hidden = torch.where(keep[..., None], x.hidden, 0)
@@ -336,7 +339,7 @@ def full_logits(x: Inputs, settings: Settings, entropy: bool = False) -> Outcome
 
 
 def oracle_of_logits(logits: torch.Tensor, x: Inputs, entropy: bool) -> Outcome:
-    """With "scale": the gradient's row norms without the entropy."""
+    """The reference on ready logits. "scale" has dlogits' row norms without the entropy."""
     leaf = logits.detach().double().requires_grad_()
     keep = x.keep()
     T = x.temperature.double()[:, None] if isinstance(x.temperature, torch.Tensor) else x.temperature
@@ -354,7 +357,7 @@ def log_softmax_of_logits(logits: torch.Tensor, x: Inputs, entropy: bool) -> Out
 
 
 def reference_objective(objective: Objective | ObjectiveFunction) -> reference.Objective:
-    """The oracle's own formula for one of the library's objectives; a user's function is its own definition."""
+    """The oracle's own formula for one of the library's objectives. A user's function is its own definition."""
     match objective:
         case Reinforce():
             return reference.reinforce

@@ -1,4 +1,4 @@
-"""`fastpg check`: every operation on every backend that is here against the float64 oracle, for a user's CI."""
+"""`fastpg check`: compares every operation on every available backend with the float64 oracle, for a user's CI."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 def add_command(commands) -> None:
-    """`fastpg check`, for the parser in __main__."""
+    """Adds `fastpg check` to the parser in __main__."""
     from ..tools.compile_report import TARGETS
 
     parser = commands.add_parser("check", help="every operation on every backend here against the float64 oracle, for CI")
@@ -106,7 +106,7 @@ def _cases(args: argparse.Namespace, places: dict[str, str]) -> list[Case]:
 
 
 def _read_model(args: argparse.Namespace) -> tuple[int, int, float | None, float, str]:
-    """(hidden size, vocabulary, softcap, logit scale, dtype) of a configuration; no weights are read."""
+    """(hidden size, vocabulary, softcap, logit scale, dtype) of a configuration. No weights are read."""
     error = args.parser.error
     if not (args.model / "config.json").is_file():
         error(f"--model must be a directory with a config.json; got {args.model}")
@@ -153,7 +153,7 @@ def _places(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _compile_report(targets: list[str]) -> tuple[list[dict], list[str]]:
-    """`fastpg compile-report` in a process without the interpreter: (what it says of each kernel, one line per problem)."""
+    """Runs `fastpg compile-report` in a process without the interpreter: (its JSON, one line per problem)."""
     if not targets:
         return [], []
     command = [sys.executable, "-m", "fastpg", "compile-report", "--json"]

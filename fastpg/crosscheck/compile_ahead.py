@@ -1,12 +1,12 @@
-"""Before `fastpg check` runs on a GPU: its kernels are compiled by several processes at once.
+"""Compiles the kernels of `fastpg check` in several processes, before it runs on a GPU.
 
-The default cases need about 235 kernels, each half a second of one core. Workers run the cases once on the kernels and drop
-what comes out. Triton keeps what it compiles on disk, where the check itself then finds it. The check runs case after case in
-one process as ever, and a case that failed in a worker fails again there, where it is reported.
+The default cases need about 235 kernels, each half a second of one core. Workers run the cases once on the kernels and drop the
+results. Triton keeps compiled kernels on disk, where the check itself then finds them. The check still runs case after case in
+one process. A case that failed in a worker fails there again, and is reported there.
 
-Processes and not threads: 55 kernels for sm_90 on two shared cores took 33 to 35 s one after the other, 33 to 34 s in two
-threads and 18 to 30 s in two processes, their start included. A compiler that crashes takes a worker with it, not the check.
-What this brings on a machine with a GPU is not measured.
+Workers are processes, not threads: 55 kernels for sm_90 on two shared cores took 33 to 35 s one after the other, 33 to 34 s in
+two threads and 18 to 30 s in two processes, their start included. A compiler that crashes ends a worker, not the check. The
+gain on a machine with a GPU is not measured.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from . import cases
 from .cases import Case
 
-_FEW = 24  # cases that are not worth the start of a process
+_FEW = 24  # fewer cases are not worth the start of a process
 _LARGEST_POOL = 16
-_BYTES_OF_A_WORKER = 2 * 2**30  # of the GPU, most of it the driver's and the libraries'
+_BYTES_OF_A_WORKER = 2 * 2**30  # of GPU memory, most of it for the driver and the libraries
 
 
 def fill_cache(chosen: list[Case]) -> None:
-    """Compiles what the cases need of the kernels, where several workers have room. Raises nothing: the check itself will."""
+    """Compiles the kernels of the cases, if there is room for several workers. Raises nothing: the check itself will."""
     wanted = [case for case in chosen if case.runs_on("triton")]
     count = workers(len(wanted))
     if count < 2:
@@ -45,14 +45,14 @@ def fill_cache(chosen: list[Case]) -> None:
 
 
 def run_case(case: Case, device: str) -> None:
-    """What the check does with the case on the kernels, and nothing else of it."""
+    """The part of the check that runs the case on the kernels, and no other."""
     x = cases.inputs_of(case)
     logits = cases.ready_logits(x).to(device) if case.operation == "selective_logprobs" else None
     cases.outcome(case, x.to(device), "triton", logits)
 
 
 def workers(tasks: int) -> int:
-    """How many processes: what the cores and the free memory of the GPU allow; 0 for few cases."""
+    """The number of processes that the cores and the free GPU memory allow; 0 for few cases."""
     if tasks < _FEW:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,6 @@
-"""Results against the float64 oracle, in units of what is promised: on a user's own tensors, `assert_matches_oracle`, and on
-the cases of `fastpg check`.
+"""Compares results with the float64 oracle, in multiples of the promised tolerance.
+
+`assert_matches_oracle` does so on a user's own tensors, `check` on the cases of `fastpg check`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from . import cases
 from .accuracy import LOSS_TOLERANCE, ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
 from .cases import Case, Inputs, Outcome, Settings
 
-# Rows below are compared absolutely, on this scale; and fp16 rounds to multiples of 2^-24, half of which is an error.
+# Rows of a smaller norm are compared absolutely, on this scale. fp16 rounds to multiples of 2^-24, an error of up to half that.
 SMALLEST_ROW, FP16_ROUNDING = 2.0**-100, 2.0**-25
 
 
 class Deviation(NamedTuple):
-    """The worst of a quantity: its error there, and what is promised there."""
+    """A quantity at its worst place: the error there, and the tolerance there."""
 
     quantity: str
     error: float
@@ -56,11 +57,13 @@ def assert_matches_oracle(
     rollout_weights: torch.Tensor | None = None,  # (...)
     backend: str | None = None,
 ) -> None:
-    """Both schedules on these tensors against full logits in float64: log-probabilities, loss and every gradient.
+    """Compares the one-pass and the two-pass schedule on these tensors with full logits in float64.
 
-    Arguments as of `linear_policy_loss`; objective None is CISPO(). All of hidden, weight, bias and LoRA factors get a
-    gradient, whether or not they require one; the tensors themselves, their `.grad` included, stay as they are. Ratios of
-    whole sequences (GSPO) are checked in two passes. Keep ratios 1e-3 away from jumps of the objective's derivative.
+    Log-probabilities, loss and the gradients of hidden, weight, bias and LoRA factors must match, whether or not these require
+    a gradient. The tensors themselves, their `.grad` included, stay as they are.
+    Arguments are as in `linear_policy_loss`; objective None is CISPO().
+    Objectives with ratios of whole sequences (GSPO) are checked in two passes alone. Keep ratios 1e-3 away from jumps of the
+    objective's derivative.
 
     The oracle holds the logits (N, V) and the weight and its gradient (V, H) in float64: give it a few hundred tokens.
 
@@ -85,26 +88,26 @@ def assert_matches_oracle(
 def deviations(
     x: Inputs, settings: Settings, got: Outcome, want: Outcome, device: torch.device | str = "cpu"
 ) -> list[Deviation]:
-    """Of each quantity of `got` from the oracle's, where it is worst in units of its tolerance. device: where `got` is from."""
+    """How far each quantity of `got` is from the oracle's `want`, at its worst place. device: the one that computed `got`."""
     if got.keys() != want.keys() - {"scale"}:
         raise AssertionError(f"expected {sorted(want.keys() - {'scale'})}; got {sorted(got)}")
     dtype, keep = x.hidden.dtype, x.keep().flatten()
     logprobs = want["logp"].flatten()
     tolerance = _logprob_tolerance(x, keep, device)
-    # relative to a small |logp|, down to where it is no number of the dtype that it is reported in
+    # relative to a small |logp|, down to the smallest normal number of the dtype that it is reported in
     smallest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).tiny
     of_logprobs = tolerance * logprobs.abs().clamp(max=1) + smallest
-    row_limit = 2 * tolerance if "entropy" in want else tolerance  # of two terms
+    row_limit = 2 * tolerance if "entropy" in want else tolerance  # dX then has two terms
     row_limit = torch.full_like(tolerance, ROW_TOLERANCE[dtype]) if dtype in ROW_TOLERANCE else row_limit
     if settings.objective is not None:
         coefficient, slope = _coefficient(want["logp"], x, settings, of_logprobs)
-        # an error of the log-probability is amplified where the coefficient is steep
+        # a steep coefficient amplifies an error of the log-probability
         row_limit = row_limit + slope / coefficient.clamp(min=SMALLEST_ROW)
     found = []
     for name, value in got.items():
         value, exact = value.to(logprobs), want[name].to(logprobs)
         if name == "logp":
-            value = torch.where(_skipped(x, settings), exact, value)  # reported as NaN: not computed
+            value = torch.where(_skipped(x, settings), exact, value)  # not computed, and reported as NaN
             found.append(_worst(name, (value - exact).abs().flatten(), of_logprobs))
         elif name == "entropy":
             found.append(_worst(name, (value - exact).abs().flatten(), tolerance))
@@ -136,7 +139,7 @@ def _worst(name: str, errors: torch.Tensor, tolerances: torch.Tensor) -> Deviati
 
 
 def _logprob_tolerance(x: Inputs, keep: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """(N,) float64, for log-probabilities that were computed on `device`."""
+    """The tolerance of log-probabilities that were computed on `device`, (N,) float64."""
     largest, dtype = _largest_logits(x, keep), x.hidden.dtype
     if x.head is None:  # ready logits: no product
         return logprob_tolerance(largest, dtype, 1, device)
@@ -145,12 +148,12 @@ def _logprob_tolerance(x: Inputs, keep: torch.Tensor, device: torch.device | str
 
 
 def _largest_logits(x: Inputs, keep: torch.Tensor) -> torch.Tensor:
-    """The largest finite |logit| of each row, (N,) float64: what errors of logits are proportional to."""
+    """The largest finite |logit| of each row, (N,) float64. Errors of logits are proportional to it."""
     with torch.no_grad():
         hidden = torch.where(keep[:, None], x.hidden.flatten(0, -2).double(), 0)
         T = x.temperature
         T = T.double().expand(x.tokens.shape).flatten() if isinstance(T, torch.Tensor) else torch.full_like(hidden[:, 0], T)
-        # ready logits have no head: a matrix that leaves them as they are would be (V, V)
+        # ready logits have no head, since one that leaves them as they are would be (V, V)
         z = hidden / T[:, None] if x.head is None else reference.logits(hidden, x.leaves(torch.float64).head, T)
         z = z.abs()
         return torch.where(z.isfinite(), z, 0).amax(1)
@@ -167,7 +170,7 @@ def _skipped(x: Inputs, settings: Settings) -> torch.Tensor:
 def _coefficient(
     logprobs: torch.Tensor, x: Inputs, settings: Settings, tolerance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """|c|, c = dloss/dlogp (N,), and how far c moves where log-probabilities move by their tolerance."""
+    """|c| with c = dloss/dlogp, (N,), and the change of c when log-probabilities change by their tolerance, (N,)."""
     wide = x.leaves(torch.float64)
 
     def at(logprobs: torch.Tensor) -> torch.Tensor:
@@ -179,7 +182,7 @@ def _coefficient(
 
 
 def _absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> torch.Tensor:
-    """The loss with the absolute value of every term of its sum."""
+    """The loss with every term of its sum replaced by its absolute value."""
     wide, keep = x.leaves(torch.float64), x.keep()
     objective, kl = cases.reference_objective(settings.objective), settings.kl
 
@@ -200,7 +203,7 @@ def _absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> tor
 
 @dataclass(frozen=True)
 class Checked:
-    """One line of the table."""
+    """One line of the table: a case on a backend. full_logits: deviations of plain code with full logits."""
 
     case: Case
     backend: str
@@ -233,9 +236,9 @@ def _finite(x: float) -> float | None:
 
 
 def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
-    """The case on each backend and device of `places`; the oracle's part of the work is done once.
+    """Checks the case on each backend of `places` (backend -> device). The oracle works once for all of them.
 
-    The oracle works on the CPU, and on a GPU where nothing else is checked: a large head would take it minutes on a CPU.
+    It works on the CPU, or on the GPU if all backends are there, since a large head would take it minutes on a CPU.
     """
     home = "cuda" if set(places.values()) == {"cuda"} else "cpu"
     x, settings, entropy = cases.inputs_of(case, home), case.settings(), "entropy" in case.features
@@ -261,7 +264,7 @@ def check(case: Case, places: dict[str, str]) -> Iterator[Checked]:
 
 
 def _check_policy_loss(case: Case, x: Inputs, settings: Settings) -> Checked:
-    """On ready log-probabilities, six sequences of ten tokens: loss and its gradient, which is elementwise."""
+    """Checks the loss of ready log-probabilities, six sequences of ten tokens, and its elementwise gradient."""
     wide = x.leaves(torch.float64)
     with torch.no_grad():
         ready = reference.linear_logprobs(wide.hidden, wide.head, x.tokens, mask=x.mask)[0].to(case.dtype).view(6, -1)

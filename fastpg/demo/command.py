@@ -1,4 +1,4 @@
-"""`fastpg demo`: its options, its report and its curves."""
+"""`fastpg demo`: the command's options, its report and its curves."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def save(training: Training, folder: Path, title: str) -> list[Path]:
 
 
 def add_command(commands) -> None:
-    """`fastpg demo`, for the parser in __main__."""
+    """Adds `fastpg demo` to the parser in __main__."""
     parser = commands.add_parser("demo", help="train a small language model to answer, with a loss without logits")
     parser.add_argument(
         "--model",
@@ -96,7 +96,7 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the demo must not download anything
     if args.advantage in NEED_STEPS and args.model != "walk":
         raise SystemExit(f"fastpg demo: --advantage {args.advantage} needs episodes of several steps; add --model walk")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

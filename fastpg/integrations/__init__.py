@@ -1,1 +1,1 @@
-"""fastpg in other libraries: each module here is named after the library it imports, and nothing else in fastpg imports it."""
+"""fastpg in other libraries. Each module is named after the library it imports; nothing else in fastpg imports that library."""

@@ -1,13 +1,15 @@
 """Log-probabilities and policy losses of transformers causal language models, straight from token ids.
 
-The model runs its own forward, so that position ids, images, routers, autocast and the hooks of FSDP, DDP and PEFT are as
-always. Only its lm_head is answered for: a hook takes the hidden states there, hands the layer one row of them in place of
-all, and returns a row of known numbers as its logits. What the model makes of these must be what `LMHead.from_model` read
-from the configuration, a softcap and a scale; a model that does anything else is refused rather than trained on other logits.
+The model runs its own forward, so that position ids, images, routers, autocast and the hooks of FSDP, DDP and PEFT work as
+always. Only its lm_head is replaced, by two hooks. One takes all hidden states and gives the layer a single row of them. The
+other returns a row of known numbers, the probe, in place of the logits. The model then applies its own softcap and scale to the
+probe. The result must agree with the softcap and scale that `LMHead.from_model` read from the configuration. A model that does
+anything else is refused rather than trained on other logits.
 
-Everything has the shape of input_ids, (B, T), and stands at the token it belongs to: logprobs[b, t] is the log-probability of
-input_ids[b, t] given what is before it, and masks, advantages and old log-probabilities are read in the same way. There is
-nothing to shift. Drop the first column for the (B, T - 1) of other code; [:, -C:] are the last C tokens, as in TRL and verl.
+All tensors have the shape of input_ids, (B, T). Each value stands at the token it belongs to: logprobs[b, t] is the
+log-probability of input_ids[b, t] given the tokens before it. Masks, advantages and old log-probabilities are read in the same
+way, so there is nothing to shift. For the (B, T - 1) of other code drop the first column. [:, -C:] are the last C tokens, as in
+TRL and verl. A token is kept if it has a prediction and is asked for:
 
     keep[b, t] = t > 0, attention_mask and completion_mask at t, attention_mask at t - 1, position[t] = position[t - 1] + 1
 """
@@ -33,19 +35,21 @@ from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput
 from ..loss.reductions import Reduction, mean_of_kept
 
-# What is made of the hidden states (B, T, H), the head and `labels`: fields of a HeadlessOutput.
+# (hidden states (B, T, H), the head, arguments of the loss such as `labels`) -> fields of a HeadlessOutput
 _Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]
 
-_OURS = "_fastpg_patched"  # attribute of the forward that stands in for a model's own
+_OURS = "_fastpg_patched"  # attribute that marks a forward which replaces a model's own
 _REFUSED = {"labels", "num_items_in_batch", "logits_to_keep", "past_key_values", "inputs_embeds", "return_dict"}
 
 
 class CausalLMLogprobs(NamedTuple):
-    """logprobs (B, T), and entropy (B, T) or None, of the distribution that predicts each token; 0 where mask is False.
+    """The results of `token_logprobs`.
 
-    mask (B, T) bool: which tokens have a prediction and were asked for. aux_loss: the router's load-balancing loss () as the
-    model computes it, not yet multiplied by its coefficient; None unless asked for by output_router_logits=True, as an
-    argument or in the configuration.
+    logprobs: (B, T) log-probability of each token, 0 where mask is False.
+    entropy: (B, T) entropy of the distribution that predicts each token, 0 where mask is False; or None.
+    mask: (B, T) bool, True for tokens that have a prediction and were asked for.
+    aux_loss: () the router's load-balancing loss as the model computes it, not yet multiplied by its coefficient. None unless
+        asked for by output_router_logits=True, as an argument or in the configuration.
     """
 
     logprobs: torch.Tensor
@@ -56,10 +60,10 @@ class CausalLMLogprobs(NamedTuple):
 
 @dataclass
 class HeadlessOutput(ModelOutput):
-    """What a model returns under `patched`; logits are always None.
+    """The output of a model under `patched`. logits are always None.
 
-    loss (): with labels. log_probs, entropy (B, T): of each label, 0 where it is -100. policy: of `causal_lm_policy_loss`.
-    last_hidden_state (B, T, H): what the lm_head would have been given. The others are the model's own.
+    loss: () if there are labels. log_probs, entropy: (B, T) for each label, 0 where it is -100.
+    policy: for `causal_lm_policy_loss`. last_hidden_state: (B, T, H), the input of the lm_head. The others are the model's own.
     """
 
     loss: torch.Tensor | None = None
@@ -92,19 +96,19 @@ def token_logprobs(
     """log p(input_ids[b, t] | input_ids[b, :t]) for each token, differentiable in all parameters, without the logits.
 
     Args:
-        model: a transformers causal language model, also inside PEFT's, DDP's or FSDP's wrapper. It is called once, as it is:
+        model: a transformers causal language model, which PEFT, DDP or FSDP may wrap. It is called once, in its current mode:
             in training mode its dropout is on.
         input_ids: (B, T) int64.
         attention_mask: (B, T), 0 for padding on either side. None: nothing is padded.
         completion_mask: (B, T) bool, True for the tokens that are wanted. None: all.
         position_ids: None: with an attention_mask those of transformers' `generate`, which count the tokens that are not
-            padding. Where a row's positions do not go up by one, a new packed sequence begins, whose first token has no
-            prediction; the sequences are then kept apart by the model's attention, which transformers does only without an
-            attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are handed on and end no sequence.
+            padding. Where a row's positions do not go up by one, a new packed sequence begins. Its first token has no
+            prediction. The model's attention must keep the sequences apart. That of transformers does so only without an
+            attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are passed on and start no sequence.
         temperature, entropy, workspace, backend, check: as in `linear_logprobs`. temperature (B, T) stands at the token that
             was sampled with it. check=False also leaves out the comparison of the model's softcap and scale.
-        fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as `LMHead` says. A head that casts
-            in its own forward asks for it itself.
+        fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as in `LMHead`. A head that
+            casts in its own forward sets it.
         model_inputs: further arguments of the model, such as pixel_values or output_router_logits.
 
     Raises TypeError or ValueError for models and arguments that do not fit, those of `LMHead.from_model` included.
@@ -149,20 +153,20 @@ def causal_lm_policy_loss(
     check: bool = True,
     **model_inputs: Any,
 ) -> PolicyLossOutput:
-    """`linear_policy_loss` of a model and token ids: one forward of the model, one sweep over the vocabulary.
+    """`linear_policy_loss` for a model and token ids: one forward of the model, one pass over the vocabulary.
 
     Args:
         model, input_ids, attention_mask, completion_mask, position_ids, temperature, fp32_head, model_inputs: as in
             `token_logprobs`.
-        old_logprobs, ref_logprobs, rollout_weights: (B, T), as `token_logprobs` returns them; read where tokens are kept.
+        old_logprobs, ref_logprobs, rollout_weights: (B, T), in the layout of `token_logprobs`; read where tokens are kept.
         advantages: (B, T), or one per sequence: (B,), or (S,) with sequence_ids.
-        sequence_ids: (B, T) int, for packed rows: which sequence, numbered from 0, each token belongs to. None: the rows are
-            the sequences, of per-sequence advantages and the "seq-" reductions.
-        add_aux_loss: add router_aux_loss_coef * aux_loss to the loss, as transformers does when it is given labels; not
-            divided by `denominator`: under gradient accumulation each micro-batch adds its own. metrics["aux_loss"] has the
-            aux_loss. It is the model's own, 0 / 0 for an attention_mask without a single 1: where no token is to count, leave
-            the attention_mask and pass a completion_mask of False.
-        The others: as in `linear_policy_loss`. Ratios of whole sequences take `token_logprobs` and `policy_loss`.
+        sequence_ids: (B, T) int, for packed rows: the sequence of each token, numbered from 0. None: the rows are the sequences
+            of per-sequence advantages and of the "seq-" reductions.
+        add_aux_loss: add router_aux_loss_coef * aux_loss to the loss, as transformers does when it is given labels. It is not
+            divided by `denominator`: under gradient accumulation each micro-batch adds its own. metrics["aux_loss"] is the
+            model's own aux_loss, 0 / 0 for an attention_mask without a single 1. So where no token is to count, keep the
+            attention_mask and pass a completion_mask of False.
+        The others: as in `linear_policy_loss`. Ratios of whole sequences need `token_logprobs` and `policy_loss`.
 
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
     """
@@ -170,7 +174,7 @@ def causal_lm_policy_loss(
     tokens = _targets(batch)[1]
     packed = sequence_ids is not None
 
-    def placed(name: str, x: Any) -> Any:  # at the hidden states; packed tokens are (N,) there
+    def placed(name: str, x: Any) -> Any:  # moved to the hidden states, where packed tokens are (N,)
         x = _ahead(input_ids, name, x)
         return x.flatten() if packed and isinstance(x, torch.Tensor) and x.dim() == 2 else x
 
@@ -210,19 +214,20 @@ def patched(
     backend: str | None = None,
     check: bool = True,
 ) -> Iterator[torch.nn.Module]:
-    """Within the context, calls of the model return a `HeadlessOutput`: log-probabilities of labels, and no logits.
+    """Within the context, calls of the model return a `HeadlessOutput`, with log-probabilities of labels and without logits.
 
         with patched(model):
             out = model(input_ids=ids, attention_mask=mask, labels=labels)  # loss, log_probs, entropy; logits is None
 
-    For trainers that call the model themselves. labels (B, T) are transformers': not shifted, -100 ignored. log_probs and
-    entropy stand at their label. The loss is transformers' too: the mean of -log_probs over labels, or their sum divided by
-    num_items_in_batch; 0 where there is no label, whatever num_items_in_batch is. router_aux_loss_coef * aux_loss is added
-    where router logits are asked for; it is transformers' own, 0 / 0 for an attention_mask without a single 1. Other losses
-    are written on log_probs. Without labels there are hidden states only, so `generate` does not work.
+    It is for trainers that call the model themselves. Other losses can be written on log_probs.
+    labels: (B, T) as in transformers: not shifted, -100 is ignored. log_probs and entropy stand at their label.
+    loss: as in transformers: the mean of -log_probs over labels, or their sum divided by num_items_in_batch. Without a label it
+        is 0, whatever num_items_in_batch is. router_aux_loss_coef * aux_loss is added where router logits are asked for. The
+        aux_loss is transformers' own, 0 / 0 for an attention_mask without a single 1.
+    Without labels the output has hidden states only, so `generate` does not work.
 
-    Only this instance is patched, in its `forward`: hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
-    when the context ends, in whatever way. Raises as `token_logprobs` does, and RuntimeError where the model is patched.
+    Only the `forward` of this instance is patched. Hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
+    when the context ends, also by an exception. Raises as `token_logprobs` does, and RuntimeError if the model is patched.
     """
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -243,13 +248,13 @@ def patched(
 
 @contextmanager
 def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_head: bool) -> Iterator[None]:
-    """The causal language model's forward replaced, on the instance."""
+    """Within the context, the forward of the causal language model is replaced, on the instance."""
     lm = _causal_lm(model)
     replaced = vars(lm).get("forward")
     original = lm.forward
     if hasattr(original, _OURS):
         raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
-    LMHead.from_model(lm, fp32_head=fp32_head)  # raises before any work; built anew in forward, where FSDP's weights are whole
+    LMHead.from_model(lm, fp32_head=fp32_head)  # for its errors; forward builds it anew, where FSDP's weights are whole
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> HeadlessOutput:
@@ -275,11 +280,11 @@ def _headless_forward(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> HeadlessOutput:
-    """The model's own forward, with `compute` in the place of its lm_head."""
+    """Runs the model's own forward, with `compute` in place of its lm_head."""
     arguments, inputs = _loss_arguments(original, args, kwargs)
     layer = lm.get_output_embeddings()
     probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
-    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []  # hidden states, and what was computed of them
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []  # (hidden states, fields computed from them)
 
     def take(_: torch.nn.Module, inputs: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict]:
         if calls or keywords or len(inputs) != 1 or inputs[0].dim() != 3:
@@ -288,8 +293,8 @@ def _headless_forward(
         return (inputs[0][:1, :1].detach(),), {}
 
     handles = [
-        layer.register_forward_pre_hook(take, with_kwargs=True),  # after those that are there: what the layer is given
-        layer.register_forward_hook(lambda *_: probe, prepend=True),  # before those that are there: they change the probe
+        layer.register_forward_pre_hook(take, with_kwargs=True),  # after existing hooks, so that it sees the layer's input
+        layer.register_forward_hook(lambda *_: probe, prepend=True),  # before existing hooks, so that they act on the probe
     ]
     try:
         out = original(**inputs)
@@ -308,7 +313,7 @@ def _headless_forward(
 
 
 def _loss_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the loss is made of, and what the model's own forward is left with."""
+    """(arguments of the loss, remaining arguments for the model's own forward)"""
     given = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
     loss = {name: given.pop(name, None) for name in ("labels", "num_items_in_batch")}
     kept = given.get("logits_to_keep")
@@ -318,7 +323,7 @@ def _loss_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> t
 
 
 def _check_logits(lm: PreTrainedModel, out: Any, head: LMHead, probe: torch.Tensor, check: bool) -> None:
-    """That the model made of the probe what fastpg makes of logits."""
+    """Checks that the model scaled and capped the probe as fastpg does with logits."""
     logits = getattr(out, "logits", None)
     if logits is None or logits.shape != probe.shape:
         raise ValueError(f"{type(lm).__name__} must return a ModelOutput, with logits of the shape that its lm_head returns")
@@ -341,7 +346,7 @@ class _Batch(NamedTuple):
 
 
 def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs: dict[str, Any]) -> HeadlessOutput:
-    """One call of the model, wrappers included."""
+    """Calls the model once, wrappers included."""
     if refused := _REFUSED & model_inputs.keys():
         raise ValueError(f"{sorted(refused)} cannot be handed on: the model is run once, on all of input_ids")
     lm = _causal_lm(model)
@@ -359,7 +364,7 @@ def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs:
 
 
 def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens have a prediction and are asked for, (B, T) bool; and they, where they are predicted, -100 elsewhere."""
+    """(B, T) bool: tokens with a prediction that are asked for. (B, T): these, at the states that predict them, else -100."""
     ids, attention_mask, completion_mask, position_ids, check, _ = batch
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
         shape = tuple(getattr(ids, "shape", ()))
@@ -385,7 +390,7 @@ def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT's wrapper, or DDP's or FSDP's."""
+    """The transformers model inside the wrapper of PEFT, DDP or FSDP."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
@@ -404,7 +409,7 @@ def _router_coefficient(lm: PreTrainedModel) -> float:
 
 
 def _ahead(input_ids: torch.Tensor, name: str, value: Any) -> Any:
-    """(B, T) from the tokens to the hidden states that predict them; numbers as they are."""
+    """Moves values (B, T) from tokens to the hidden states that predict them. Numbers stay as they are."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     if value.shape != input_ids.shape:

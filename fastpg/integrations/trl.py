@@ -1,13 +1,13 @@
-"""fastpg under TRL's trainers: GRPOTrainer and RLOOTrainer as they are, on log-probabilities from `linear_logprobs`.
+"""fastpg under TRL's trainers: unchanged GRPOTrainer and RLOOTrainer, with log-probabilities from `linear_logprobs`.
 
     trainer = GRPOTrainer(...)
     use_fastpg(trainer)
     trainer.train()
 
-TRL (1.16 and later) gives its policy and its reference model a forward that answers calls with `fused_lm_head=True` and
-`labels` by per-token log-probabilities and entropies; every loss is computed from those. `use_fastpg` stands one more forward
-in front of that one, on the model's instance: it answers these calls and passes all others on (generation). Callers find it
-where they found TRL's, inside the model's forward, so that hooks of DDP and FSDP fire and adapters switch as PEFT wants.
+TRL (1.16 and later) replaces the forward of its policy and reference model. Called with `fused_lm_head=True` and `labels`, that
+forward returns per-token log-probabilities and entropies, from which every loss is computed. `use_fastpg` puts one more forward
+in front of it, on the model's instance. This one answers such calls and passes all others (generation) on to TRL's. It runs in
+the place of TRL's, inside the model's wrappers, so that hooks of DDP and FSDP fire and adapters switch as PEFT wants.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _PROVIDED = {"log_probs", "entropy"}
 
 
 class FastpgHeads:
-    """The forwards that `use_fastpg` placed, and the way back; in a `with` statement they are undone at its end."""
+    """The forwards that `use_fastpg` placed. `undo()`, or the end of a `with` statement, removes them."""
 
     def __init__(self) -> None:
         self.models: list[nn.Module] = []
         self._placed: list[_Placed] = []
 
     def undo(self) -> None:
-        """TRL's own heads answer again; further calls do nothing.
+        """Lets TRL's own heads answer again. Further calls do nothing.
 
-        A forward that something has wrapped since (accelerate does, for mixed precision) stays, and passes everything on.
-        Warns where the lm_head has an adapter, because TRL's own head does not know it.
+        A forward that something has wrapped since (accelerate does, for mixed precision) stays, and passes all calls on.
+        Warns if the lm_head has an adapter, because TRL's own head ignores it.
         """
         for placed in self._placed:
             placed.switch.on = False
@@ -62,31 +62,31 @@ class FastpgHeads:
 
 
 def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | None = None) -> FastpgHeads:
-    """Log-probabilities and entropies of a TRL trainer's models from `linear_logprobs`, from now on.
+    """Makes a TRL trainer's models compute log-probabilities and entropies by `linear_logprobs`.
 
         use_fastpg(trainer)
         trainer.train()
 
-    The trainer is a GRPOTrainer or RLOOTrainer, or another one built on TRL's fused head, after its construction. Losses,
-    masks, metrics and reference models remain the trainer's own. Logits are fp32 whatever the dtype of the model; TRL's
-    own head rounds them to it. cast_lm_head_to_fp32=True of the trainer's args, like a head that casts by itself, is fp32_head
-    of `LMHead`. Nothing global is changed: only `forward` of the trainer's own models.
+    The trainer is a constructed GRPOTrainer or RLOOTrainer, or another one that uses TRL's fused head. Losses, masks, metrics
+    and reference models remain the trainer's own. Logits are fp32 whatever the dtype of the model; TRL's own head rounds them
+    to that dtype. cast_lm_head_to_fp32=True in the trainer's args, or a head that casts by itself, sets `LMHead`'s fp32_head.
+    Only `forward` of the trainer's own models is changed, nothing global.
 
     Args:
         workspace: bytes of transient memory, as in `linear_logprobs`.
         backend: "torch" or "triton", as in `linear_logprobs`.
 
-    Returns the handle with `undo()`, also a context manager. Where the trainer reads more than log-probabilities and
-    entropies (SFT, DPO and KTO: is_top1, mean_logits, log_sum_sq_probs), all of its models keep TRL's own head, a warning
-    says so, and the handle's `models` are empty.
+    Returns a handle with `undo()`, also a context manager. If the trainer reads more than log-probabilities and entropies (SFT,
+    DPO and KTO: is_top1, mean_logits, log_sum_sq_probs), all of its models keep TRL's own head, a warning says so, and the
+    handle's `models` are empty.
 
     For LoRA on the lm_head, which TRL's trainers refuse when built, see `build_trainer`.
 
     Raises, before anything is changed:
         ImportError: trl is older than 1.16.
         TypeError, ValueError: the trainer's models have no fused head, or have fastpg's already; Liger or DeepSpeed ZeRO-3 is
-            in use; the head is no linear layer, has an adapter that `LMHead.from_model` cannot express (also in training mode:
-            dropout), or gives other log-probabilities than the policy's own forward on four tokens.
+            in use; the head is no linear layer; it has an adapter that `LMHead.from_model` cannot express in training mode,
+            such as one with dropout; or it gives other log-probabilities than the policy's own forward on four tokens.
     """
     output = _output_class()
     _check_trainer(trainer)
@@ -120,13 +120,13 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
 def build_trainer(
     trainer_class: type, model: nn.Module, *args: Any, workspace: int | None = None, backend: str | None = None, **kwargs: Any
 ) -> tuple[Any, FastpgHeads]:
-    """(trainer, heads): `trainer_class(model, *args, **kwargs)` under `use_fastpg`, LoRA on the lm_head allowed.
+    """(trainer, heads): `trainer_class(model, *args, **kwargs)`, given to `use_fastpg`. LoRA on the lm_head is allowed.
 
         config = LoraConfig(target_modules=["q_proj", "v_proj", "lm_head"])
         trainer, heads = build_trainer(GRPOTrainer, model, reward_funcs=..., args=..., train_dataset=..., peft_config=config)
 
-    GRPOTrainer and RLOOTrainer refuse an adapter on the lm_head, which their own head would not train. While one is built
-    here, the model shows them the layer under the adapter. Model: the instance, not a name.
+    GRPOTrainer and RLOOTrainer refuse an adapter on the lm_head, because their own head would not train it. While one is
+    constructed here, the model shows it the layer under the adapter. model: the loaded model, not a name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"build_trainer wants the model itself, loaded before; got {type(model).__name__}")
@@ -146,7 +146,7 @@ def build_trainer(
 
 
 class _Settings(NamedTuple):
-    """What the trainer asked of TRL's fused head when it was built."""
+    """The options that the trainer gave TRL's fused head."""
 
     temperature: float
     cast_lm_head_to_fp32: bool
@@ -159,7 +159,7 @@ class _Scorer(NamedTuple):
     backend: str | None
 
     def __call__(self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> TokenLogprobs:
-        """Of tokens (B, T) under hidden (B, T, H). The head is read at each call: PEFT and FSDP exchange what it is made of."""
+        """Scores tokens (B, T) given hidden (B, T, H). The head is read at each call, as PEFT and FSDP replace its tensors."""
         head = LMHead.from_model(model, fp32_head=self.settings.cast_lm_head_to_fp32)
         return linear_logprobs(
             hidden.to(head.weight.device),
@@ -175,14 +175,14 @@ class _Scorer(NamedTuple):
 class _Placed(NamedTuple):
     model: nn.Module
     forward: types.MethodType
-    below: Any  # the forward it stands in front of
-    switch: types.SimpleNamespace  # on: whether it answers, or only passes on
+    below: Any  # the forward that was there before
+    switch: types.SimpleNamespace  # on=True: fused calls are answered; False: all are passed on
 
 
 def _place(model: nn.Module, scorer: _Scorer, output: type) -> _Placed:
     below, switch = model.forward, types.SimpleNamespace(on=True)
 
-    @functools.wraps(getattr(below, "__func__", below))  # generate reads the model's arguments from the signature
+    @functools.wraps(getattr(below, "__func__", below))  # `generate` reads the model's arguments from the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not (switch.on and kwargs.pop("fused_lm_head", False)):
             return below(*args, **kwargs)
@@ -195,7 +195,7 @@ def _place(model: nn.Module, scorer: _Scorer, output: type) -> _Placed:
 
 
 def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What TRL's fused forward returns, of the same arguments: see `trl.trainer.utils.add_fused_lm_head`."""
+    """The output of TRL's fused forward for the same arguments: see `trl.trainer.utils.add_fused_lm_head`."""
     labels, shift_labels, count = (kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch"))
     kwargs["use_cache"] = False
     config = model.config.get_text_config()
@@ -203,7 +203,7 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
         kwargs.setdefault("output_router_logits", True)
     backbone = model.base_model(*args, **kwargs)
     tokens = shift_labels
-    if shift_labels is None:  # all states are scored, the last against no token: a slice of them would be a copy
+    if shift_labels is None:  # all states are scored, the last with no token, since a slice of them would be a copy
         tokens = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_TOKEN)], 1)
     log_probs, entropy = scorer(model, backbone.last_hidden_state, tokens)
     mask = tokens.to(log_probs.device) != IGNORED_TOKEN
@@ -211,7 +211,7 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
         log_probs, mask = log_probs[:, :-1], mask[:, :-1]
         entropy = None if entropy is None else entropy[:, :-1]
     count = count.to(log_probs.device) if isinstance(count, torch.Tensor) else count
-    loss = mean_of_kept(-log_probs, mask, count)  # 0 without a label, where TRL's is 0 / 0 for a count of 0
+    loss = mean_of_kept(-log_probs, mask, count)  # 0 without a label; TRL's is 0 / 0 if the count is 0
     aux_loss = None
     if kwargs.get("output_router_logits"):
         aux_loss = _load_balancing_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
@@ -220,7 +220,7 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
 
 
 def _load_balancing_loss(model: nn.Module, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # TRL's, for every family
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # TRL uses it for every family
 
     config = model.config.get_text_config()
     experts = config.num_experts if hasattr(config, "num_experts") else model.num_experts
@@ -248,14 +248,14 @@ def _check_trainer(trainer: Any) -> None:
 
 
 def _fused_models(trainer: Any, name: str) -> Iterator[tuple[nn.Module, _Settings]]:
-    """Whose forward is TRL's fused one, inside whatever wraps it (PEFT, DDP, FSDP, engines)."""
+    """The models whose forward is TRL's fused one, inside any wrapper (PEFT, DDP, FSDP, engines), with their settings."""
     wrapped = getattr(trainer, name, None)
     for module in () if wrapped is None else wrapped.modules():
         if "forward" not in vars(module):
             continue
         layers = list(_layers(module.forward))
         switched_on = any(layer.fastpg_switch.on for layer in layers if hasattr(layer, "fastpg_switch"))
-        if switched_on or any(hasattr(layer, "_fastpg_patched") for layer in layers):  # the latter: integrations.transformers
+        if switched_on or any(hasattr(layer, "_fastpg_patched") for layer in layers):  # the latter by integrations.transformers
             raise ValueError(f"the trainer's {name} has fastpg's head already; undo that one before placing another")
         settings = next((s for s in map(_settings_of, layers) if s is not None), None)
         if settings is not None:
@@ -263,7 +263,7 @@ def _fused_models(trainer: Any, name: str) -> Iterator[tuple[nn.Module, _Setting
 
 
 def _layers(forward: Any) -> Iterator[Any]:
-    """The function, and those it wraps, outermost first."""
+    """The function and the functions it wraps, outermost first."""
     while forward is not None:
         forward = getattr(forward, "__func__", forward)
         yield forward
@@ -271,7 +271,7 @@ def _layers(forward: Any) -> Iterator[Any]:
 
 
 def _settings_of(function: Any) -> _Settings | None:
-    """From the variables that TRL's fused forward closes over: it keeps them nowhere else. None for any other function."""
+    """Read from the closure of TRL's fused forward, as it keeps them nowhere else. None for any other function."""
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is None or cells is None or function.__globals__.get("__name__") != "trl.trainer.utils":
         return None
@@ -293,10 +293,10 @@ def _has_adapter(model: nn.Module) -> bool:
 
 
 def _check_head(model: nn.Module) -> None:
-    """That it can be read, and also in training mode: dropout of an adapter would be ignored."""
+    """Checks that the head can be read in training mode, where an adapter's dropout is refused as it would be ignored."""
     if model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no backbone of its own (base_model), whose hidden states fastpg needs")
-    layer = model.get_output_embeddings() or nn.Identity()  # None is from_model's to refuse
+    layer = model.get_output_embeddings() or nn.Identity()  # from_model refuses None
     training = layer.training
     try:
         layer.train()
@@ -307,22 +307,22 @@ def _check_head(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_against_own_logits(model: nn.Module, scorer: _Scorer) -> None:
-    """Four tokens through the model: its own logits, scaled and capped as it does, against our head on the same states."""
+    """Compares the model's own logits of four tokens, scaled and capped by it, with fastpg's head on the same states."""
     states = []
     hook = model.base_model.register_forward_hook(lambda module, args, result: states.append(result[0]))
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device)[None]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of dropout, if any
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout may draw random numbers
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
-    # under autocast accelerate may have widened what was rounded; 2e-3: an fp32 model may be multiplied in TF32
+    # Under autocast accelerate may have widened rounded logits to fp32. 2e-3: an fp32 model may be multiplied in TF32.
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else logits.dtype
     rounding = max(8 * torch.finfo(dtype).eps, 2e-3)
     logits = logits.float()
-    unlikely = logits.masked_fill(logits.isinf(), 0).argmin(-1)  # their log-probabilities move with any factor or cap
+    unlikely = logits.masked_fill(logits.isinf(), 0).argmin(-1)  # any factor or cap changes their log-probabilities
     own = (logits / scorer.settings.temperature).log_softmax(-1).gather(-1, unlikely[..., None])[..., 0]
     ours = scorer(model, states[0], unlikely).logprobs.to(own.device)
     largest = float(logits[logits.isfinite()].abs().max()) / scorer.settings.temperature

@@ -1,4 +1,4 @@
-"""verl's fused `linear_cross_entropy`, on fastpg: the same arguments, the same results, and gradients placed as verl's are.
+"""verl's fused `linear_cross_entropy` on fastpg, with the same arguments, results and division of gradients among ranks.
 
 from fastpg.integrations.verl import linear_cross_entropy      # was: from verl.utils.kernel.linear_cross_entropy import ...
 """
@@ -22,17 +22,18 @@ def linear_cross_entropy(
     reduction: str | None = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the labels and entropies: verl/utils/kernel/linear_cross_entropy.py, without the logits.
+    """Log-probabilities of the labels and entropies, without the logits; as verl/utils/kernel/linear_cross_entropy.py.
 
-    hidden (..., H) is flattened to N tokens as there; returns logprobs (N,) (log-probabilities, not losses), or their sum or
-    mean over all N with reduction "sum" or "mean", and the entropies (N,), float32; both differentiable in hidden and weight.
-    A label of -100 has log-probability and entropy 0 (verl has no such label); it counts in the mean. The mean of none is 0.
+    hidden (..., H) is flattened to N tokens, as in verl. Returns (logprobs, entropy), float32, differentiable in hidden and
+    weight. entropy is (N,). logprobs (log-probabilities, not losses) are (N,), or with reduction "sum" or "mean" their sum or
+    mean over all N. A label of -100, which verl does not have, has log-probability and entropy 0 and counts in the mean.
+    Without tokens the mean is 0.
 
-    dist_process_group: ranks that hold V rows each of the whole vocabulary, in rank order, as Megatron shards it. The gradient
-    of hidden is the rank's share, as verl's is: Megatron's regions around the call sum it over the group. (fastpg's own
-    gradient is complete on every rank; here each takes 1 / ranks of it.)
+    dist_process_group: the ranks hold V rows each of the whole vocabulary, in rank order, as Megatron shards it. fastpg's own
+        gradient of hidden is complete on every rank. Here each rank returns 1 / ranks of it, since Megatron's regions around
+        the call sum it over the group, as with verl.
 
-    Raises TypeError or ValueError for what does not fit, as `linear_logprobs` does, and for another reduction.
+    Raises TypeError or ValueError for arguments that do not fit, as `linear_logprobs` does, and for another reduction.
     """
     reduction = "none" if reduction is None else reduction.lower()
     if reduction not in REDUCTIONS:

@@ -1,17 +1,17 @@
-"""What a policy-gradient step says about itself: numbers computed from the step's log-probabilities when they are looked at.
+"""Metrics of a policy-gradient step, each computed from the step's log-probabilities when it is looked at.
 
 With d = logp - old and r = exp(d), over the tokens that count:
 
     ratio_mean     mean r
     ratio_max      max r; 0 without tokens
-    clip_fraction  share of tokens whose ratio is outside the objective's bounds, whatever the sign of the advantage; the ratio
-                   is the objective's own (that of the sequence for GSPO)
+    clip_fraction  share of tokens whose ratio is outside the objective's bounds, whatever the sign of the advantage. The ratio
+                   is the one that the objective clips (for GSPO that of the sequence)
     ess            (sum r)^2 / (n sum r^2), the effective sample size as a share of n; 1 without tokens
     kl_k1, kl_k3   mean(-d) and mean(r - 1 - d): estimates of KL(old, new) (Schulman, "Approximating KL divergence")
     tokens         the number of tokens
-    entropy        their mean entropy in nats, where it was asked for
+    entropy        their mean entropy in nats, if it was asked for
 
-and skipped_tokens, recomputed_tokens of the one-pass loss.
+skipped_tokens and recomputed_tokens are counts of the one-pass loss (`linear_policy_loss`); elsewhere they are 0.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ _NAMES = (
 
 
 class Step(NamedTuple):
-    """What metrics are computed from: detached, and nothing that a caller holds, so that no later change alters them."""
+    """The tensors that metrics are computed from. They are detached copies, so that later changes of a caller's do not show."""
 
-    logprobs: torch.Tensor  # (...), as the next
+    logprobs: torch.Tensor  # (...), like old_logprobs
     old_logprobs: torch.Tensor
     mask: torch.Tensor | None  # (...) bool; None: every token counts
-    objective: Objective | None  # None: a function, of which no bounds are known
+    objective: Objective | None  # None: a user's function, whose bounds are unknown
     sequences: Sequences | None
-    eligible: torch.Tensor | None = None  # (N,) bool: tokens that count for the loss, more than these where some were skipped
+    eligible: torch.Tensor | None = None  # (N,) bool: tokens of the loss, of which some may have been skipped
     recomputed: torch.Tensor | None = None  # () int64
     entropies: torch.Tensor | None = None  # (...)
 
 
 class Metrics(Mapping):
-    """Name -> 0-d tensor, each computed when it is looked at, without reading the host.
+    """Name -> 0-d tensor, each computed when it is looked at. This needs no host read, which would wait for the GPU.
 
-    A Mapping: `metrics["ess"]`, `dict(metrics)`, `metrics | {...}` (whose metrics are not computed either). `to_dict()` gives
-    Python numbers, with one read of the host for all of them. Metrics may be copied, pickled, returned from a compiled function
-    and made inside a CUDA graph: a look after a replay shows the step that was replayed.
+    A Mapping: `metrics["ess"]`, `dict(metrics)`, `metrics | {...}` (which does not compute them yet). `to_dict()` gives Python
+    numbers, with one host read for all of them. Metrics may be copied, pickled, returned from a compiled function and made
+    inside a CUDA graph: after a replay they show the step that was replayed.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor], step: Step | None = None) -> None:
-        self._values = dict(values)  # before those of the step, under the same name
+        self._values = dict(values)  # they hide a metric of the step with the same name
         self._step = step
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Metrics(Mapping):
         return [*of_step, *(name for name in self._values if name not in of_step)]
 
     def to_dict(self) -> dict[str, float]:
-        """Python numbers, int where the metric counts. One read of the host."""
+        """Python numbers, int for metrics that count. One host read."""
         values = list(self.values())
         numbers = torch.stack([x.detach().double() for x in values]).tolist() if values else []
         return {
@@ -157,7 +157,7 @@ def _clip_fraction(step: Step) -> torch.Tensor:
 
 
 def _effective_sample_size(step: Step, d: torch.Tensor) -> torch.Tensor:
-    # invariant under scaling r, so the largest ratio is made 1: squares of e^60 would leave fp32
+    # ess does not depend on the scale of r. So the largest ratio is made 1: squares of e^60 would leave fp32's range.
     r = _kept(step, (d - _largest(step, d, -torch.inf)).exp())
     tokens = _count(step)
     ess = r.sum().square() / (tokens.clamp(min=1) * r.square().sum())

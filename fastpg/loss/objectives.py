@@ -1,9 +1,9 @@
 """Policy-gradient objectives on token log-probabilities. A new loss is one small function.
 
-An objective maps (logprobs, old_logprobs, advantages), three tensors of one shape, to a value l per token that is maximised,
-differentiable in logprobs. Any such function can be passed where an `objective` is asked for, if it is elementwise: it may be
-called on any subset of the tokens, in any shape, with zeros at masked ones. The classes here are the named ones. `losses`
-reduces them to a loss.
+An objective maps (logprobs, old_logprobs, advantages), three tensors of one shape, to a value l per token. l is maximised and
+must be differentiable in logprobs. Any such function serves as an `objective` if it is elementwise: it may be called on any
+subset of the tokens, in any shape, with zeros at masked ones. The classes here are the named objectives. `policy_loss` and
+`reductions` make a loss of their values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 class Numbers(NamedTuple):
-    """The numbers of an objective, in the order in which its device function has them."""
+    """The numbers of an objective, in the order of its device function's parameters."""
 
     first: float | None = None
     second: float | None = None
@@ -32,24 +32,25 @@ class Numbers(NamedTuple):
 
 
 class DeviceLoss(NamedTuple):
-    """A loss whose formulas are device functions of `fastpg.kernels.objectives`, by name."""
+    """A loss whose formulas the GPU kernels can compute: the names of device functions in `fastpg.kernels.objectives`."""
 
     objective: str
     numbers: Numbers
     kl: str | None
     kl_coef: float
     kl_is_weighted: bool
-    show_lost: bool  # NaN for a row that has left the range of its sums
+    show_lost: bool  # a row whose sums have left their range becomes NaN
 
 
 class Objective(ABC):
-    """A named objective. `ratio_bounds` is what the clip_fraction metric counts against; (None, None) for no bounds.
+    """A named objective.
 
+    ratio_bounds: (low, high); the clip_fraction metric counts ratios outside. None for no bound.
     zero_at_zero_advantage: A = 0 makes value and gradient 0, so that such tokens need not be computed.
     needs_sequences: its ratio is that of a whole sequence. It is then called with the batch's `Sequences` as a fourth
-        argument, and cannot be computed token by token, as the one-pass loss does.
-    device_function: the name of its device function in `fastpg.kernels.objectives`, whose bounds are `device_numbers`. It
-        belongs to the class that states it: a subclass with a formula of its own is computed by its `__call__`.
+        argument. The one-pass loss cannot compute it, since it works token by token.
+    device_function: the name of its device function (one that kernels call) in `fastpg.kernels.objectives`, which is given
+        `device_numbers`. A subclass does not inherit it, as its formula may differ: it is computed by its `__call__`.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = False
@@ -73,7 +74,7 @@ class Objective(ABC):
         return None, None
 
     def log_ratio(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
-        """The logarithm of the ratio that `ratio_bounds` bound."""
+        """The logarithm of the ratio that `ratio_bounds` are bounds of."""
         return logprobs - old_logprobs
 
     @abstractmethod
@@ -82,7 +83,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class Reinforce(Objective):
-    """l = A logp, dl/dlogp = A. On-policy; off-policy samples are not corrected. (Williams 1992)"""
+    """l = A logp, dl/dlogp = A. It is on-policy: off-policy samples are not corrected. (Williams 1992)"""
 
     zero_at_zero_advantage: ClassVar[bool] = True
     device_function: ClassVar[str | None] = "reinforce"
@@ -99,8 +100,8 @@ class ImportanceWeighted(Objective):
     level="sequence"    l = rho A,    rho = exp(mean_t d_t)      the length-normalised ratio of GSPO, without its clip
     level="trajectory"  l = w A / T,  w = exp(sum_t d_t)         T tokens; their sum is w A, and its gradient w A sum_t dlogp_t
 
-    The last is the exact off-policy correction (sum over a sequence's tokens; its variance grows with T), the first what is
-    left of it when past and future ratios are ignored. Sequence and trajectory need `linear_logprobs` and `policy_loss`.
+    "trajectory" is the exact off-policy correction (summed over a sequence's tokens); its variance grows with T. "token" is its
+    approximation that ignores past and future ratios. "sequence" and "trajectory" need `linear_logprobs` and `policy_loss`.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
@@ -136,7 +137,7 @@ class ImportanceWeighted(Objective):
 class CISPO(Objective):
     """l = sg(clip(r, ratio_min, ratio_max)) A logp, dl/dlogp = clip(r) A. (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5)
 
-    The ratio only weights: clipping it never removes a token's gradient, as PPO's clip does.
+    sg is stop-gradient: the ratio is only a weight. Clipping it never removes a token's gradient, unlike PPO's clip.
 
     ratio_max, ratio_min: bounds of the ratio r = exp(logp - old) itself; None for no bound. The paper has no lower bound and
     an undisclosed upper one, 1 + eps_high; 5.0 is ScaleRL's (arXiv 2510.13786). TRL's and Liger's `epsilon_high` is this
@@ -181,8 +182,9 @@ class PPOClip(Objective):
     """l = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - old). (PPO, arXiv 1707.06347, eq. 7)
 
     dl/dlogp is r A where the unclipped term is the smaller one, and 0 where the clip holds: such tokens teach nothing.
-    eps_high > eps_low is DAPO's clip-higher (arXiv 2503.14476, eq. 10). dual_clip c: where A < 0, l = max(that, c A), which
-    bounds the loss of a bad action that has become likely (arXiv 1912.09729, eq. 4); c > 1, or None.
+    eps_high > eps_low is DAPO's clip-higher (arXiv 2503.14476, eq. 10).
+    dual_clip: c > 1, or None. Where A < 0, l = max(min(...), c A). This bounds the loss of a bad action that has become likely
+        (arXiv 1912.09729, eq. 4).
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
@@ -214,8 +216,8 @@ class GSPO(Objective):
 
         l = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)           (GSPO, arXiv 2507.18071, eq. 5 to 7)
 
-    the same at all tokens of a sequence whose tokens share A; with reduction="seq-mean-token-mean" this is the paper's loss.
-    Its epsilons are small, since rho is a mean: 3e-4 and 4e-4 (section 5.1). Needs `linear_logprobs` and `policy_loss`.
+    l is the same at all tokens of a sequence if they share A. With reduction="seq-mean-token-mean" this is the paper's loss.
+    Its epsilons are small because rho is a mean: 3e-4 and 4e-4 (section 5.1). Needs `linear_logprobs` and `policy_loss`.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
@@ -250,8 +252,9 @@ class GSPO(Objective):
 class SAPO(Objective):
     """l = (4 / tau) sigmoid(tau (r - 1)) A, r = exp(logp - old): a soft clip. (SAPO, arXiv 2511.20347)
 
-    dl/dlogp = 4 s (1 - s) r A with s = sigmoid(tau (r - 1)): r A at r = 1, falling smoothly on both sides. tau is tau_pos
-    where A > 0 and tau_neg elsewhere (at A = 0 the value is 0 with either); larger is closer to a hard clip.
+    dl/dlogp = 4 s (1 - s) r A with s = sigmoid(tau (r - 1)). It is r A at r = 1, and its weight 4 s (1 - s) falls smoothly on
+    both sides. tau is tau_pos where A > 0, tau_neg elsewhere (at A = 0 the value is 0 with either). A larger tau is closer to
+    a hard clip.
     """
 
     zero_at_zero_advantage: ClassVar[bool] = True
@@ -270,10 +273,10 @@ class SAPO(Objective):
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         tau = torch.full_like(advantages, self.tau_neg).masked_fill(advantages > 0, self.tau_pos)
-        # 1 - s is 0 long before e^60, whose product with it would be NaN for larger ratios
-        # (and not expm1, whose derivative, formed as expm1 + 1, is rounding noise where r is small)
+        # The gradient has the product (1 - s) r, and 0 * inf would be NaN. So r ends at e^60, long after 1 - s has become 0.
+        # exp() - 1, not expm1: the derivative of the latter, formed as expm1 + 1, is rounding noise where r is small.
         r_minus_1 = self.log_ratio(logprobs, old_logprobs).clamp(max=60).exp() - 1
-        # not sigmoid, whose derivative s (1 - s) is rounding noise where s is close to 1
+        # exp(logsigmoid), not sigmoid: the derivative of the latter, s (1 - s), is rounding noise where s is close to 1
         return 4 / tau * F.logsigmoid(tau * r_minus_1).exp() * advantages
 
 
@@ -287,14 +290,14 @@ def _check_clip(eps_low: float, eps_high: float) -> None:
 def _clipped_surrogate(
     log_ratio: torch.Tensor, advantages: torch.Tensor, ratio_min: float, ratio_max: float, dual_clip: float | None = None
 ) -> torch.Tensor:
-    """min(r A, clip(r) A), and with dual_clip c, where A < 0, max(that, c A); differentiated where it is r A, and nowhere else.
+    """min(r A, clip(r) A), and with dual_clip c, where A < 0, max(that, c A). The gradient is 0 where this is not r A.
 
-    (torch.minimum would share the gradient out at a tie.) Where a clip holds, and where A = 0, r is not even formed: it may be
-    infinite, and 0 * inf would be NaN.
+    (torch.minimum would split the gradient at a tie.) Where a clip holds, and where A = 0, the differentiated expression does
+    not contain r: it may be infinite, and 0 * inf would be NaN.
     """
     ratio = log_ratio.detach().exp()
     constant = ratio.clamp(ratio_min, ratio_max) * advantages
-    is_constant = (ratio * advantages > constant) | (advantages == 0)  # NaN is not: it stays
+    is_constant = (ratio * advantages > constant) | (advantages == 0)  # False for NaN, which stays NaN
     if dual_clip is not None:
         beyond = (advantages < 0) & (ratio > dual_clip)
         constant = torch.where(beyond, dual_clip * advantages, constant)
@@ -305,12 +308,16 @@ def _clipped_surrogate(
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """Subtracts coef * k per token from the objective, k an estimate of KL(pi, ref) from e = ref - logp at the sampled token.
+    """Subtracts coef * k per token from the objective, where k estimates KL(pi, ref) from e = ref - logp at the sampled token.
 
-    estimator: "k1": -e. "k2": e^2 / 2. "k3": exp(e) - 1 - e. (Schulman, "Approximating KL divergence", 2020) All estimate
-        the same value, but on-policy the expected gradient of k2 is that of KL(pi, ref), of k3 that of KL(ref, pi), of k1 0.
-    importance_weighted: r k with r = exp(logp - old), not detached (DeepSeek-V3.2): the gradient of KL(pi, ref) for k1 and k3,
-        off-policy samples included.
+        estimator   k                 expected gradient, on-policy
+        "k1"        -e                0
+        "k2"        e^2 / 2           that of KL(pi, ref)
+        "k3"        exp(e) - 1 - e    that of KL(ref, pi)
+
+    All estimate the same value (Schulman, "Approximating KL divergence", 2020).
+    importance_weighted: r k with r = exp(logp - old), not detached (DeepSeek-V3.2). k1 and k3 then have the gradient of
+        KL(pi, ref), for off-policy samples too.
 
     `rollout_weights` do not multiply it.
     """
@@ -337,7 +344,7 @@ class KLPenalty:
 
 
 def device_loss(objective: object, kl: object | None, show_lost: bool) -> DeviceLoss | None:
-    """The loss as device functions, or None where one of its formulas is a user's, or needs sequences."""
+    """The loss as device functions. None if one of its formulas is a user's, or needs sequences."""
     name = type(objective).device_function if isinstance(objective, Objective) else None
     if name is None or objective.needs_sequences:
         return None

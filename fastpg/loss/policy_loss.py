@@ -1,4 +1,4 @@
-"""From token log-probabilities to a loss: what every schedule ends in, and `policy_loss` on ready log-probabilities."""
+"""From token log-probabilities to a loss: the last steps of every schedule, and `policy_loss` on ready log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sequences import Sequences, check_id_values, check_sequence_ids, sequences
 
 
 class PolicyLossOutput(NamedTuple):
-    """loss (): to be minimised. logprobs (...): detached, 0 where masked. metrics: computed when looked at, see `metrics`."""
+    """loss (): to be minimised. logprobs (...): detached, 0 where masked. metrics: `Metrics`, computed when looked at."""
 
     loss: torch.Tensor
     logprobs: torch.Tensor
@@ -25,8 +25,8 @@ class PolicyLossOutput(NamedTuple):
 class TokenTerms(NamedTuple):
     """The constants of each token, all of one shape, detached, in the dtype of the loss.
 
-    Selected before anything was computed on them: either only tokens that count are here (masked is None), or all are, and
-    those with `masked` True have zeros.
+    Masked tokens are out before anything is computed. Either only tokens that count are here (masked is None), or all are, with
+    zeros where `masked` is True.
     """
 
     masked: torch.Tensor | None  # bool
@@ -57,10 +57,10 @@ def token_terms(
     ref_logprobs: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> TokenTerms:
-    """From checked arguments (...), and weights of the reduction that are selected already.
+    """Made of checked arguments (...), and of the reduction's weights, to which `select` has been applied already.
 
-    `select` leaves the tokens that count, or zeros in the place of the others: what is masked never reaches an exp, since
-    0 * inf would be NaN, forward and backward.
+    `select` drops the masked tokens or replaces them by zeros. They must never reach an exp: 0 * inf would be NaN, in forward
+    and backward.
     """
 
     def constant(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -68,23 +68,23 @@ def token_terms(
 
     old = constant(old_logprobs)
     if old is not None:
-        # NaN where old is not finite, else 0: a ratio of 0 or inf is never meant, and a clip would hide it
+        # old - old is NaN where old is not finite, else 0. A ratio of 0 or inf is never meant, and a clip would hide it.
         weights = weights + (old - old)
     return TokenTerms(masked, old, constant(advantages), weights, constant(rollout_weights), constant(ref_logprobs))
 
 
 def per_token(advantages: torch.Tensor, shape: torch.Size, sequences: Sequences | None) -> torch.Tensor:
-    """Advantages (...), also of those that are one per sequence."""
+    """Advantages (...) from those of that shape, or from one per sequence."""
     if advantages.shape == shape:
         return advantages
     if sequences.ids is None:
         return advantages[:, None].expand(shape)
-    # without any sequence every token is masked
+    # no advantage means no sequence: every token is masked
     return advantages[sequences.ids] if len(advantages) else advantages.new_zeros(shape)
 
 
 def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: ObjectiveFunction, kl: KLPenalty | None) -> torch.Tensor:
-    """-weight_n / D * (rollout_n l_n - coef k_n) of each token: the loss is their sum. logprobs are 0 at masked positions."""
+    """-weight_n / D * (rollout_n l_n - coef k_n) of each token; their sum is the loss. logprobs are 0 at masked positions."""
     old = terms.old(logprobs)
     values = objective(logprobs, old, terms.advantages)
     if not isinstance(values, torch.Tensor) or values.shape != logprobs.shape:
@@ -119,19 +119,20 @@ def policy_loss(
 
     Args:
         logprobs: (...) floating; the gradient flows through them. Computed in fp32 (float64 for float64).
-        old_logprobs: (...) under the policy that sampled; None: on-policy, the ratio is exactly 1. Constants. At a kept
-            position NaN or an infinity makes the loss NaN (a ratio of 0 or inf is never meant); > 0 is computed as given.
-        advantages: (...) per token, or per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids
+        old_logprobs: (...) log-probabilities under the policy that sampled. None: on-policy, the ratio is exactly 1. Constants.
+            NaN or an infinity at a kept position makes the loss NaN: a ratio of 0 or inf is never meant. Numbers > 0, which no
+            log-probability can be, are computed as given.
+        advantages: (...) per token, or one per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids
             (S = N is read as per token). Constants.
         objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), or a function of
             (logprobs, old_logprobs, advantages) whose value per token is maximised.
         mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.
-        sequence_ids: (N,) int, which sequence each token of packed (N,) logprobs belongs to, numbered from 0; equal ids
-            need not be neighbours. With (B, T) logprobs the rows are the sequences.
+        sequence_ids: (N,) int, the sequence of each token of packed (N,) logprobs, numbered from 0. Tokens of a sequence need
+            not be neighbours. With (B, T) logprobs the rows are the sequences.
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "sum" (`reductions` has the table); the seq-
             forms need (B, T) or sequence_ids.
-        denominator: a number or 0-d tensor that replaces the count D: pass the global count under gradient accumulation
-            or data parallelism, and sum the losses. Must be positive; for a count that may be 0 pass count.clamp(min=1).
+        denominator: a number or 0-d tensor that replaces the count D. Under gradient accumulation or data parallelism pass the
+            global count, and sum the losses. Must be positive; for a count that may be 0 pass count.clamp(min=1).
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
         rollout_weights: (...) constant factors of l (not of the KL term), such as truncated importance weights for a sampler
             whose log-probabilities differ from the trainer's.
@@ -187,18 +188,18 @@ def step_of(
     recomputed: torch.Tensor | None = None,
     entropies: torch.Tensor | None = None,
 ) -> Step:
-    """What metrics are computed from, copied: logprobs are detached, of the tokens of `terms`."""
+    """Copies for `Metrics`. logprobs are detached, and those of the tokens in `terms`."""
     mask = None if terms.masked is None else ~terms.masked
     if sequences is not None and mask is not None:
         sequences = Sequences(mask, sequences.ids)
     logprobs, old = torch.stack([logprobs, terms.old(logprobs)])
     named = objective if isinstance(objective, Objective) else None
-    # (Dynamo of torch 2.9 cannot return what `_replace` makes)
+    # (written out, as Dynamo of torch 2.9 cannot return a tuple made by `_replace`)
     return Step(logprobs, old, mask, named, sequences, eligible, recomputed, entropies)
 
 
 def id_limit(advantages: torch.Tensor, tokens: torch.Tensor) -> int:
-    """Sequence ids are below it: the number of tokens, or of advantages where these are one per sequence."""
+    """Sequence ids must be below it: the number of tokens, or of advantages if there is one per sequence."""
     return len(tokens) if advantages.shape == tokens.shape else min(len(advantages), len(tokens))
 
 

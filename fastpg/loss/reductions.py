@@ -7,7 +7,7 @@
 | seq-mean-token-mean | 1 / tokens of its sequence | number of sequences with at least 1 token | GRPO                       |
 | sum                 | 1                          | 1                                         |                            |
 
-`denominator` replaces D: the global count under gradient accumulation or data parallelism, the constant of Dr. GRPO.
+`denominator` replaces D: by the global count under gradient accumulation or data parallelism, or by the constant of Dr. GRPO.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def token_weights(
     dtype: torch.dtype,
     sequences: Sequences | None = None,
 ) -> torch.Tensor:
-    """weight_n / D of every token, (...); exactly 0 where masked, whatever D is. No tokens at all: all 0. Never reads the host.
+    """weight_n / D of every token, (...); exactly 0 where masked, whatever D is. Needs no host read.
 
-    A denominator that is 0 gives kept tokens the weight inf. The seq-mean reductions need `sequences`.
+    A denominator of 0 gives kept tokens the weight inf. The seq-mean reductions need `sequences`.
     """
     weights = mask.to(dtype)
     if reduction == "seq-mean-token-mean":
         weights = weights / sequences.lengths(dtype)
     if denominator is not None:
         if isinstance(denominator, torch.Tensor):
-            denominator = denominator.detach()  # a constant, as the documents say
-        return torch.where(mask, weights / denominator, 0).to(dtype)  # where no check has looked at D, 0 / D may be NaN
+            denominator = denominator.detach()  # documented as a constant
+        return torch.where(mask, weights / denominator, 0).to(dtype)  # D may be 0 if it was not checked; 0 / D is NaN
     if reduction == "sum":
         return weights
     count = weights.sum() if reduction == "token-mean" else sequences.count().to(dtype)
@@ -84,7 +84,7 @@ def masked_mean(
     mask: torch.Tensor,  # (...) bool
     denominator: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """sum(values[mask]) / D, D = max(number of True in mask, 1): 0 where nothing is kept, where values[mask].mean() is NaN.
+    """sum(values[mask]) / D, D = max(number of True in mask, 1). If nothing is kept it is 0; values[mask].mean() would be NaN.
 
         loss = policy_loss(...).loss - 0.01 * masked_mean(entropy, mask)
 
@@ -96,8 +96,8 @@ def masked_mean(
             micro-batches or ranks add up to that of the whole. Must be positive; for a count that may be 0 pass
             count.clamp(min=1).
 
-    Returns () float32, or float64 for float64 values: 16-bit values are summed in float32. Reads the host for the value of a
-    denominator on a CPU alone, and never under torch.compile.
+    Returns () float32, or float64 for float64 values; 16-bit values are summed in float32. The value of a denominator tensor is
+    read only if it is on a CPU, and never under torch.compile.
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
     """
@@ -111,7 +111,7 @@ def masked_mean(
 
 
 def mean_of_kept(values: torch.Tensor, mask: torch.Tensor, denominator: float | torch.Tensor | None) -> torch.Tensor:
-    """`masked_mean` without checks: of nothing 0 even where the denominator is 0; of something over 0 inf or NaN."""
+    """`masked_mean` without checks. A denominator of 0 gives 0 if nothing is kept, else inf or NaN."""
     dtype = torch.promote_types(values.dtype, torch.float32)
-    # a factor for each value: 0 / 0 of two sums would be NaN, and so would its gradient behind a torch.where
+    # Every value has its own factor. One division of sums could be 0 / 0, NaN, and its gradient NaN behind a torch.where.
     return (torch.where(mask, values, 0).to(dtype) * token_weights(mask, "token-mean", denominator, dtype)).sum()

@@ -1,6 +1,6 @@
-"""Which tokens belong to one sequence: the rows of (B, T), or equal `sequence_ids` of packed (N,). Sums over them.
+"""Sums over sequences. A sequence is a row of (B, T), or the tokens with equal `sequence_ids` of packed (N,).
 
-Sums of packed sequences are taken in a fixed order and without a host read; so ids are in [0, N), as a running number is.
+Sums of packed sequences have a fixed order and need no host read. For that, ids must be in [0, N): number sequences from 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..validation import kind, require
 
 
 class Sequences(NamedTuple):
-    """The kept tokens of each sequence. Results of its methods are given at every token, of the shape of `mask`."""
+    """The kept tokens of each sequence. All methods but `count` give every token the result of its sequence, like `mask`."""
 
     mask: torch.Tensor  # (B, T) or (N,) bool
     ids: torch.Tensor | None  # (N,) int64 in [0, N), 0 at masked tokens; None: the rows of (B, T)
@@ -23,18 +23,18 @@ class Sequences(NamedTuple):
         kept = torch.where(self.mask, values, 0)
         if self.ids is None:
             return kept.sum(1, keepdim=True).expand_as(kept)
-        # index_put, which adds in a fixed order on GPUs, where index_add does not
+        # index_put adds in a fixed order on GPUs; index_add does not
         return torch.zeros_like(kept).index_put((self.ids,), kept, accumulate=True)[self.ids]
 
     def lengths(self, dtype: torch.dtype) -> torch.Tensor:
-        """How many kept tokens each token's sequence has, at least 1."""
+        """The number of kept tokens of each token's sequence, at least 1."""
         return self.total(torch.ones_like(self.mask, dtype=dtype)).clamp(min=1)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.total(values) / self.lengths(values.dtype)
 
     def count(self) -> torch.Tensor:
-        """How many sequences have a kept token, () int64."""
+        """The number of sequences with a kept token, () int64."""
         if self.ids is None:
             return self.mask.any(1).sum()
         tokens = torch.zeros_like(self.ids).index_put((self.ids,), self.mask.long(), accumulate=True)
@@ -42,14 +42,14 @@ class Sequences(NamedTuple):
 
 
 def sequences_of(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> Sequences | None:
-    """From a checked mask and ids; None where tokens have no sequences: packed, and without ids."""
+    """From a checked mask and ids. None for packed tokens without ids, which have no sequences."""
     if sequence_ids is not None:
         return Sequences(mask, torch.where(mask, sequence_ids, 0).long())
     return Sequences(mask, None) if mask.dim() == 2 else None
 
 
 def check_sequence_ids(sequence_ids: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
-    """(N,) integers for packed (N,) tokens; their range is checked where they are kept (`check_id_values`)."""
+    """Ids must be (N,) integers for packed (N,) tokens. `check_id_values` checks their range."""
     if sequence_ids is None:
         return
     if not isinstance(sequence_ids, torch.Tensor) or sequence_ids.dtype not in (torch.int64, torch.int32):
@@ -68,7 +68,7 @@ def check_sequence_ids(sequence_ids: torch.Tensor | None, like_name: str, like: 
 
 
 def check_id_values(sequence_ids: torch.Tensor, keep: torch.Tensor, count: int) -> None:
-    """Ids in [0, count) at kept positions."""
+    """Ids must be in [0, count) at kept positions."""
     inside = ((sequence_ids >= 0) & (sequence_ids < count)) | ~keep
     require(
         inside,

@@ -1,1 +1,1 @@
-"""What developers measure with; no loss depends on it."""
+"""Measuring tools for developers. No loss depends on them."""

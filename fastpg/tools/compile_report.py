@@ -1,9 +1,11 @@
 """`fastpg compile-report`: every kernel compiled for four GPU targets, without a GPU.
 
-What can be known of a kernel before it runs: that it compiles, that its registers suffice (spilled ones live in memory), that
-its shared memory fits the target, and that its matrix products reach the tensor cores. A variant is what its launcher in
-`fastpg.kernels` would compile: the launcher is called on tensors without memory, of a common model's sizes (H and strides
-divisible by 16, which Triton finds at launch and without which nothing is vectorised), and what it launches is compiled.
+The report tells these things about a kernel before it runs: that it compiles, that its registers suffice (spilled ones live in
+memory), that its shared memory fits the target, and that its matrix products reach the tensor cores.
+
+A variant of a kernel is compiled exactly as its launcher in `fastpg.kernels` would do it. The launcher is called on tensors
+without memory, and the kernel it launches is compiled. Their sizes are those of a common model: H and strides are divisible by
+16, which Triton detects at launch, and without which it vectorises nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _TRITON_TYPES = {
 }  # fmt: skip
 
 OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
-# kernel -> the dtypes that reach it, and what it may be asked for
+# kernel -> the dtypes it is called with, and its optional features (flags)
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora", "temperature")),
     "anchored_exp": (("bfloat16", "float32"), ("exps", "bias", "softcap", "entropy", "lora", "temperature")),
@@ -50,11 +52,11 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "selective_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
 }
 MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
-# of `finish`, beside each flag alone
+# combinations of flags of `finish`, beside each flag alone
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
 
-# rows of a chunk, no multiple of 16; vocabulary of a head, and of a slice of it; hidden size; rank
+# rows of a chunk (no multiple of 16), vocabulary of a head, vocabulary of a slice of it, hidden size, LoRA's rank
 _ROWS, _VOCAB, _SLICE, _SIZE, _RANK = 1000, 128_256, 8192, 2048, 8
 
 
@@ -68,7 +70,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler said of a variant. registers and spill_bytes per thread, shared_bytes per program."""
+    """The compiler's numbers for a variant. registers and spill_bytes are per thread, shared_bytes per program."""
 
     kernel: str
     target: str
@@ -81,7 +83,7 @@ class Compiled:
     mma_instructions: int
 
     def problems(self) -> list[str]:
-        """What must not be: spilled registers, too much shared memory, products beside the tensor cores."""
+        """Faults: spilled registers, too much shared memory, products that do not use the tensor cores."""
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes")
@@ -93,7 +95,12 @@ class Compiled:
 
 
 def variants(kernels: list[str] | None = None, targets: list[str] | None = None) -> Iterator[Variant]:
-    """16-bit dtypes: plain, each flag alone (bf16), all flags. fp32: plain and all flags. Plain row kernels know no dtype."""
+    """Every kernel, target, dtype and combination of flags that is compiled. "plain" has no flag.
+
+    combine          plain, entropy, finish, both
+    finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
+    other kernels    plain, in bf16 each flag alone but temperature, all flags
+    """
     for kernel in kernels or KERNELS:
         dtypes, flags = KERNELS[kernel]
         for target in targets or TARGETS:
@@ -108,7 +115,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
 
 
 def launched(variant: Variant) -> tuple[object, list[object], dict[str, int]]:
-    """(kernel, arguments in the order of its parameters, compiler options) of what the variant's launcher launches."""
+    """(kernel, arguments in the order of its parameters, compiler options) that the variant's launcher launches."""
     from triton.runtime.jit import KernelInterface
 
     found = []
@@ -125,7 +132,7 @@ def launched(variant: Variant) -> tuple[object, list[object], dict[str, int]]:
 
 
 def _launch(variant: Variant) -> None:
-    """Calls the launcher on tensors without memory."""
+    """Calls the variant's launcher on tensors without memory."""
     from ..kernels.anchored_exp import anchored_exp
     from ..kernels.blocks import blocks_for
     from ..kernels.dlogits import Incoming, Statistics, dlogits
@@ -207,7 +214,7 @@ def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
 
 
 class Source(NamedTuple):
-    """What Triton's compiler is told of a kernel's arguments: by parameter the types, by path the constants and attributes."""
+    """A kernel's arguments as Triton's compiler wants them: types by parameter, constants and attributes by path."""
 
     signature: dict[str, object]
     constants: dict[tuple[int, ...], object]
@@ -215,7 +222,7 @@ class Source(NamedTuple):
 
 
 def source_of(kernel: object, arguments: list[object]) -> Source:
-    """As Triton's own launch would have it: None and 1 are constants, pointers and multiples of 16 are known to be that."""
+    """As in Triton's own launch: None and 1 are constants; pointers and multiples of 16 are declared divisible by 16."""
     source = Source({}, {}, {})
     hints = kernel.fn.__annotations__
     for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
@@ -267,7 +274,7 @@ def compile_variant(variant: Variant) -> Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread. Our kernels have no arrays of their own, so that a stack is spilled registers."""
+    """(registers, bytes of stack) per thread. The kernels have no local arrays, so a stack means spilled registers."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +285,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(chosen: list[Variant], progress: bool = False) -> list[Compiled]:
-    """In one process per core, none of which may have the interpreter in the kernels' place; few are not worth a process."""
+    """Compiles in one process per core, spawned so that none inherits an interpreter; few variants are compiled in this one."""
     from multiprocessing import get_context
 
     from tqdm import tqdm
@@ -290,7 +297,7 @@ def compile_all(chosen: list[Variant], progress: bool = False) -> list[Compiled]
 
 
 def add_command(commands) -> None:
-    """`fastpg compile-report`, for the parser in __main__."""
+    """Adds `fastpg compile-report` to the parser in __main__."""
     parser = commands.add_parser("compile-report", help="compile every kernel for four GPU targets, without a GPU")
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; default: all")
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable; default: all")
@@ -331,7 +338,7 @@ def _print_table(compiled: list[Compiled]) -> None:
 
 
 def markdown(compiled: list[Compiled]) -> str:
-    """One row per kernel, dtype and flags; for each target registers / shared KiB / matrix instructions."""
+    """A table with one row per kernel, dtype and flags. Per target: registers / shared KiB / matrix instructions."""
     cells: dict[tuple, dict[str, str]] = {}
     for c in compiled:
         spilled = f", {c.spill_bytes} spilled" if c.spill_bytes else ""

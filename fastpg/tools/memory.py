@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, on top of what was there before."""
+"""The memory that a call takes at its peak, on top of what was there before."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def transient_bytes(call: Callable[[], object], device: torch.device | str | None = None) -> int:
-    """The largest number of bytes allocated at a time during `call()` on a device, above those allocated at its start.
+    """The largest number of bytes allocated at a time on a device during `call()`, minus those allocated at its start.
 
-    Counts every tensor the call allocates, its results included; hold on to the results outside to count them once. On CUDA
-    (the default where torch finds it) read from the caching allocator, on a CPU from the profiler's allocation events.
+    Every tensor that the call allocates is counted, its results included. Keep the results outside to count them once. The
+    numbers come from the caching allocator on CUDA (the default if torch finds it), from the profiler's events on a CPU.
     """
     if torch.cuda.is_available() if device is None else torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -41,7 +41,7 @@ def transient_bytes(call: Callable[[], object], device: torch.device | str | Non
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's C++ side announces its start and stop on file descriptor 2, whatever log level it is given."""
+    """Hides file descriptor 2, on which the profiler's C++ side announces its start and stop at any log level."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

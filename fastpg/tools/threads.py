@@ -1,4 +1,4 @@
-"""One thread for small work: a second one costs it more than it brings, and many times more on a busy machine."""
+"""One thread for small work: a second thread costs more time than it saves, and many times more on a busy machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch computes on one CPU thread inside, and on as many as the caller had afterwards."""
+    """Lets torch compute on one CPU thread inside the context, and on as many as before after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
