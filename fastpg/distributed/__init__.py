@@ -1,4 +1,4 @@
-"""What crosses ranks. `global_count` is for data parallelism; the rest serves `LMHead(group=...)` and DTensor weights."""
+"""Communication between ranks: `global_count` for data parallelism, the rest for `LMHead(group=...)` and DTensor weights."""
 
 from .data_parallel import global_count
 

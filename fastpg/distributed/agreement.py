@@ -1,7 +1,7 @@
-"""Vocab-parallel calls: the ranks of a group compare what each was given, so that an error is raised on all of them.
+"""Vocab-parallel calls: the ranks of a group compare their arguments, so that an error is raised on all of them.
 
 A collective call that one rank does not join, or joins with another shape, hangs or is silently wrong. So before any work every
-rank sends one row of small numbers (one all-gather, one host read) and all of them read the same table.
+rank sends one row of integers, and all of them read the same table. This costs one all-gather and one wait of the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .vocab_parallel import gathered
 if TYPE_CHECKING:
     from ..linear.call import Inputs
 
-# what must be equal on all ranks
+# Names of the numbers that must be equal on all ranks, as errors call them, and of those that may differ.
 _EQUAL = (
     "fp32_head", "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora",
     "lora's scale", "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
@@ -31,11 +31,11 @@ _OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "larges
 
 
 class Facts:
-    """What this rank says of its call, and after `one_outcome` what all of them agreed on."""
+    """One rank's description of the call. After `one_outcome`, `chunk` is the length that all ranks use."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int | torch.Tensor] = {}
-        self.chunk: int | None = None  # rows of a chunk, where ranks must cut theirs alike
+        self.chunk: int | None = None  # rows of a chunk: the smallest of all ranks; None where each may choose its own
 
     def describe(
         self,
@@ -58,6 +58,7 @@ class Facts:
         dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         values = (
             int(head.fp32_head), dtypes.index(hidden.dtype), hidden.shape[-1], len(kept),
+            # a checksum that sees the order of tokens too; the factor, Knuth's for hashing, spreads neighbouring places
             ((kept + 2) * (place * 2654435761 + 1)).sum(),
             0 if head.lora is None else len(head.lora.a), _bits(0 if head.lora is None else head.lora.scale),
             _bits(head.softcap or 0), _bits(head.logit_scale),
@@ -77,10 +78,11 @@ class Facts:
 
 
 def one_outcome(head: object) -> AbstractContextManager[Facts]:
-    """The checks inside raise on every rank of head.group or on none; so does what the ranks disagree on.
+    """A context for the checks of a call: every rank of head.group raises, or none does. Leaving it compares the ranks.
 
-    Raises TypeError for a group that is none, and ValueError for shards that leave a gap or overlap, for what must be equal
-    and is not, for a token outside the whole vocabulary, and where another rank's checks failed.
+    Raises TypeError for a group that is not a process group. Raises ValueError where torch.distributed is not initialised or
+    the group has no backend for the weight's device, for a missing vocab_start, for shards that leave a gap or overlap, for
+    arguments that must be equal and are not, for a token outside the whole vocabulary, and where another rank's checks failed.
     """
     if isinstance(head, LMHead) and head.group is not None:
         return _one_outcome(head)
@@ -103,7 +105,7 @@ def _one_outcome(head: LMHead) -> Iterator[Facts]:
 
 
 def _check_group(head: LMHead) -> None:
-    """What is wrong on every rank alike, and would keep them from talking."""
+    """Raises for errors that every rank has alike, and that would keep the ranks from communicating."""
     group = head.group
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("head.group needs torch.distributed.init_process_group to have been called")
@@ -118,11 +120,11 @@ def _check_group(head: LMHead) -> None:
 
 
 def _exchange(facts: Facts, head: LMHead) -> list[dict[str, int]]:
-    """What each rank says, in rank order."""
+    """The numbers of every rank, in rank order."""
     names, device = _EQUAL + _OWN, head.weight.device
     numbers = [facts.numbers.get(name, 0) for name in names]
     mine = torch.tensor([0 if isinstance(x, torch.Tensor) else x for x in numbers], dtype=torch.int64, device=device)
-    for i, x in enumerate(numbers):
+    for i, x in enumerate(numbers):  # tensors are copied on the device, so the host waits for the table alone
         if isinstance(x, torch.Tensor):
             mine[i] = x
     return [dict(zip(names, row, strict=True)) for row in gathered(mine, head.group).tolist()]
@@ -159,7 +161,7 @@ def _bits(x: float) -> int:
 
 
 def _checksum(values: float | torch.Tensor | None, computed: torch.Tensor, place: torch.Tensor) -> int | torch.Tensor:
-    """Of a number's bits, or of those of the values that count and of their places."""
+    """A number's bits; or a checksum of the bits of the values that count, times their places. -1 for None."""
     if not isinstance(values, torch.Tensor):
         return -1 if values is None else _bits(values)
     kept = torch.where(computed, values.detach().double(), 0).reshape(-1)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def global_count(mask: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """How many True entries the masks of all ranks have together, () float32: one all-reduce of one number.
+    """The number of True entries in the masks of all ranks together, () float32: one all-reduce of one number.
 
     mask (...) bool, of any shape on any rank, also empty; group None: the default group.
 
@@ -15,13 +15,13 @@ def global_count(mask: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
 
         loss = linear_policy_loss(..., denominator=count.clamp(min=1) / world_size).loss
 
-    where count = global_count(mask) and world_size the number of ranks, the gradients that DDP and FSDP average over ranks are
-    those of the mean over all tokens: mean_r(world_size * sum_r / count) = sum / count. Where gradients are summed instead
-    (no averaging), leave world_size out. Under gradient accumulation count the tokens of all micro-batches first. For a
-    mean over sequences count them: `global_count(mask.any(-1))`. A rank without tokens takes part like any other: its loss is
-    0 and differentiable.
+    where count = global_count(mask) and world_size is the number of ranks, the gradients that DDP and FSDP average over ranks
+    are those of the mean over all tokens: mean_r(world_size * sum_r / count) = sum / count. Where gradients are summed and not
+    averaged, leave world_size out. Under gradient accumulation count the tokens of all micro-batches first. For a mean over
+    sequences count sequences: `global_count(mask.any(-1))`. A rank without tokens takes part like any other: its loss is 0 and
+    differentiable.
 
-    Raises TypeError for a mask that is not bool, RuntimeError where torch.distributed is not initialised.
+    Raises TypeError for a mask that is not bool, and RuntimeError where torch.distributed is not initialised.
     """
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor; got {getattr(mask, 'dtype', type(mask).__name__)}")

@@ -1,4 +1,4 @@
-"""Heads whose weights are DTensors: in place where their rows are sharded on the head's group, gathered otherwise."""
+"""Heads whose weights are DTensors: used in place where their rows are sharded on the head's group, gathered otherwise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def localized(head: LMHead) -> LMHead:
-    """The head with plain tensors: DTensors in place where their rows are sharded on head.group, gathered otherwise.
+    """The head with plain tensors: this rank's rows of a DTensor that is sharded along them on head.group, else all of it.
 
     The gradient of a gathered weight is averaged over the ranks and placed as the parameter is, as FSDP does with the
-    gradients it computes itself: give every rank's loss the factors that `global_count` describes.
+    gradients it computes itself. So give every rank's loss the factors that `global_count` describes.
 
-    Raises ValueError for a DTensor that is sharded along H on the group, and where a rank would have no row.
+    Raises ValueError for a DTensor that is not sharded along its rows on head.group, for weight_grad beside a DTensor, for
+    vocab_start beside a weight that is one, and where a rank would have no row.
     """
     if not is_dtensor(head.weight) and not any(is_dtensor(x) for x in (head.bias, *(head.lora or ())[:2])):
         return head
@@ -41,7 +42,7 @@ def localized(head: LMHead) -> LMHead:
 
 
 def is_dtensor(x: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever made one
+    module = sys.modules.get("torch.distributed.tensor")  # whoever made a DTensor has imported it
     return module is not None and isinstance(x, module.DTensor)
 
 
@@ -66,7 +67,7 @@ def _local(name: str, x: torch.Tensor | None, group: dist.ProcessGroup | None) -
 
 
 def _dimensions(mesh: DeviceMesh, group: Group) -> list[int]:
-    """The mesh dimension that is the group: by its ranks, as equal meshes have groups of their own."""
+    """The mesh dimension that is the group. Ranks are compared and not groups: equal meshes have groups of their own."""
     if group is None:
         return []
     ranks = dist.get_process_group_ranks(group)
@@ -74,7 +75,8 @@ def _dimensions(mesh: DeviceMesh, group: Group) -> list[int]:
 
 
 def _row_offset(x: torch.Tensor, group: dist.ProcessGroup) -> int:
-    """Shard(0) cuts like torch.chunk: every rank has ceil(V / ranks) rows, and the last ones fewer or none."""
+    """The row of x that this rank's first one is. Shard(0) cuts like torch.chunk: every rank has ceil(V / ranks) rows, and the
+    last ones fewer or none."""
     ranks, vocab = dist.get_world_size(group), x.shape[0]
     share = -(-vocab // ranks)
     if share * (ranks - 1) >= vocab:

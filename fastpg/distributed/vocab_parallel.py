@@ -1,15 +1,20 @@
-"""Vocab-parallel heads: what crosses ranks, and how it is added up.
+"""Vocab-parallel heads: the numbers that cross ranks, and how they are added up.
 
-A vocab-parallel call is made by every rank of `head.group` with the same hidden states and tokens, and its own rows of the
-weight. Of a row of logits only these numbers cross ranks (C rows, in rank order, so that every rank has equal bits):
+Every rank of `head.group` makes a vocab-parallel call with the same hidden states and tokens, and its own rows of the weight.
+Only these numbers of a row of logits cross ranks:
 
-    one pass    z_y of the rank that has the token, then the sums S (and Q for an entropy), and at the end the sum of dX
+    one pass    z_y of the rank that has the token (with a softcap its slope there too), then the sums S (and Q for an entropy),
+                and at the end the sum of dX
     two passes  m, s, q, z_y of each rank's columns, and in backward the sum of dX
 
-The gradient of hidden is complete on every rank when backward returns: no further all-reduce belongs behind it (Megatron's
-`copy_to_tensor_model_parallel_region` would double it). Gradients of weight, bias and B are those of the rank's own rows.
+Vectors are added in rank order, so that every rank has equal bits; dX takes an all-reduce. With LoRA the gradient of A x is
+summed like dX.
 
-Nothing collective is hidden inside a loss apart from that. DISTRIBUTED.md has the bytes and the memory.
+The gradient of hidden is complete on every rank when backward returns. No further all-reduce belongs behind it: Megatron's
+`copy_to_tensor_model_parallel_region` would double it. Gradients of weight, bias and B are those of the rank's own rows.
+
+A loss has no other collectives than these and the table of `agreement`; heads with DTensors (`dtensor`) have their own.
+DISTRIBUTED.md has the bytes and the memory.
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ import torch.distributed as dist
 from ..kernels.limits import EXP_IS_ZERO
 from ..tiles.structures import Partials
 
-# torch may be built without it
+# torch may be built without torch.distributed
 Group = dist.ProcessGroup | None if dist.is_available() else None
 
 
 def gathered(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(...) of each rank -> (ranks, ...), in rank order: the same bits on every rank, whatever is computed from them."""
+    """(...) of each rank -> (ranks, ...) in rank order. All that is computed from it has the same bits on every rank."""
     values = values.contiguous()
     everyone = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     if values.numel():
@@ -34,12 +39,12 @@ def gathered(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum in rank order, of vectors; large tensors take `dist.all_reduce`."""
+    """The sum over ranks of vectors, in rank order. (Large tensors take `all_reduced`.)"""
     return gathered(values, group).sum(0)
 
 
 def all_reduced(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over ranks, in place."""
+    """The sum over ranks of a large tensor, in place."""
     if values.numel():
         dist.all_reduce(values, group=group)
     return values
@@ -55,7 +60,8 @@ def on_the_owner(values: torch.Tensor, tokens: torch.Tensor, vocab_size: int, gr
 
 
 def combine(partials: Partials, tokens: torch.Tensor, vocab_size: int, group: dist.ProcessGroup) -> Partials:
-    """The partials over all ranks' columns: m the largest, s and q moved to it and added in rank order, z_y the owner's."""
+    """The partials over the columns of all ranks: m is the largest, s and q are rescaled to it and added in rank order, and z_y
+    is that of the token's owner."""
     maximum, total, weighted, target = partials
     maxima, totals = gathered(torch.stack([maximum, total]), group).unbind(1)
     largest = maxima.amax(0)

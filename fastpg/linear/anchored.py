@@ -1,28 +1,37 @@
 """The one-pass schedule: loss and gradients in one sweep, three matrix products, anchored by the old log-probabilities.
 
-Every policy-gradient loss is given old_n, an estimate of logp_n. So with a_n = clamp(old_n, -60, 0), anchor_n = z_n,y - a_n
-estimates the row's logsumexp up to the log ratio, before a single logit is known, and
+Every policy-gradient loss is given old_n, an estimate of logp_n. Let a_n = clamp(old_n, -60, 0), or 0 where no old_n is given.
+Then anchor_n = z_n,y - a_n estimates the row's logsumexp up to the log ratio. It needs one logit, that of the row's own token,
+which is one dot product. The anchored exponentials E (`exps` in the code) and all that follows from them
 
     E_nv = exp(z_nv - anchor_n)  for v != y_n        S_n = sum_v E_nv        D_n = S_n + exp(a_n)
     t_n = log S_n - a_n          logp_n = logsigmoid(-t_n)                   p_nv = E_nv / D_n
 
 need no running maximum, no rescaling and no second pass: exp is taken in the epilogue of the first product. The loss enters
-through one number per row, g_n = dL/dlogp_n, which commutes with the other two products:
+through one number per row, g_n = dL/dlogp_n. It scales rows, so it is applied after product 2 and before product 3:
 
     dL/dz_nv = g_n ([v = y] - p_nv) = -g_n E_nv / D_n  with  E_n,y = -S_n            u_n = -g_n logit_scale / (T_n D_n)
     dX_n = u_n (E @ W)_n                      dW = E^T @ (u x)    db = E^T u
 
-Per token chunk: product 1 with its epilogue (`operators.anchored_exp`), plain Python on [C] vectors, products 2 and 3
-(`operators.gradient_products`). Chunks are as long as the workspace allows; where one holds everything, dW is written once. On
-Triton a loss of named objectives is computed where the sums are completed, in one launch (`operators.anchored_loss`).
+Rows are computed in chunks, as long as the workspace allows. A chunk takes three steps: product 1 with its epilogue
+(`operators.anchored_exp`), plain PyTorch on [C] vectors, products 2 and 3 (`operators.gradient_products`). Where one chunk
+holds all rows, dW is written once. On Triton the launch that completes the sums also computes the loss of named objectives
+(`operators.anchored_loss`).
 
-Range. The kernels cap E at 2^100; in PyTorch it may become infinite, and so may its sum. A row is flagged unless 2^-90
-<= S < 2^99 and (g = 0 or 2^-110 <= |u| <= 2^110), which NaN, overflow, underflow and the empty sum of V = 1 all fail. Flagged
-rows add nothing to their chunk; they form last chunks of their own, anchored at their own log-probability from the two-pass
-forward, not clamped. Then E = p, S = 1 - p, D = 1 and nothing overflows.
+Range. The kernels cap E at 2^100; in PyTorch E may become infinite, and so may its sum. A row is flagged where it fails one of
+two conditions:
 
-Vocab-parallel. Each rank multiplies its own columns. z_y is the owner's, S and Q are summed over ranks before the vectors, and
-the target's entry -S is written again by its owner; dX is summed at the end. Nothing else knows of other ranks.
+    condition                           rows that fail it                                     their log-probability
+    2^-90 <= S < 2^99                   old_n too far off (over- or underflow), NaN,          is computed again by the
+                                        V = 1, whose sum is empty                             two-pass forward
+    g = 0 or 2^-110 <= |u| <= 2^110     g or D very large or very small, NaN                  stays, if S is in range
+
+Flagged rows add nothing to the gradients of their chunk. They form chunks of their own after all others, anchored at their own
+log-probability, which is not clamped. Then E = p, S = 1 - p, D = 1 and nothing overflows.
+
+Vocab-parallel. Each rank multiplies its own columns. z_y comes from the token's owner, the rank that has its column. S and Q
+are summed over ranks before the vectors are computed. The owner then writes the target's entry again, as -S of all columns.
+dX is summed over ranks at the end. Nothing else knows of other ranks.
 """
 
 from __future__ import annotations
@@ -56,7 +65,7 @@ TokenLosses = Callable[[torch.Tensor, TokenTerms], torch.Tensor]
 
 
 class OnePass(NamedTuple):
-    """What a sweep returns of its K rows."""
+    """The results of a sweep over K rows."""
 
     logprobs: torch.Tensor  # (K,)
     losses: torch.Tensor  # (K,), 0 where masked; the loss is their sum
@@ -66,15 +75,15 @@ class OnePass(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How a call is computed; not what."""
+    """Settings of a sweep."""
 
     wanted: Wanted
     entropy: bool
     plan: Plan
     host_reads: bool
     backend: str
-    device_loss: DeviceLoss | None  # the loss as device functions, where the Triton backend has it in a kernel
-    wide_weight: bool = False  # dW in the accumulation dtype, for a buffer of the caller
+    device_loss: DeviceLoss | None  # the loss as device functions; None: it is computed in PyTorch
+    wide_weight: bool = False  # dW stays in the accumulation dtype, to be added to a buffer of the caller
     group: ProcessGroup | None = None  # whose ranks hold the other columns
 
 
@@ -82,20 +91,20 @@ class _RowVectors(NamedTuple):
     """Vectors (C,) of a chunk after product 1."""
 
     logprobs: torch.Tensor
-    losses: torch.Tensor | None  # None if they are left to the end
+    losses: torch.Tensor | None  # None: computed at the end, of all rows at once
     entropy: torch.Tensor | None
     factor: torch.Tensor | None  # u, 0 where a row adds nothing; None if no gradient is wanted
-    residual: torch.Tensor | None  # what rounding took from the rows of E; None if they are not rounded
-    sum_in_range: torch.Tensor | None  # bool, as the next; None where nothing is checked
+    residual: torch.Tensor | None  # R, the rounding error of each row of E (`RowSums`); None if they are not rounded
+    sum_in_range: torch.Tensor | None  # bool, as `flagged`; both are read with host_reads only, and may be None without
     flagged: torch.Tensor | None
 
 
 def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
     """Log-probabilities, losses, entropies and gradients of the loss for K rows.
 
-    With `options.host_reads` one read, after product 1 of the last chunk, finds flagged rows, which are then recomputed.
-    Without it nothing is read: a row whose sum overflows or is not finite gets a NaN log-probability and makes the gradients
-    NaN.
+    With `options.host_reads` the host waits for the device once, after product 1 of the last chunk, to find the flagged rows of
+    all chunks. They are then recomputed. Without it nothing is read: a row whose sum S is NaN or not below 2^99, or whose u is
+    not finite, gets a NaN log-probability and makes the gradients NaN.
     """
     count, length = len(rows.tokens), options.plan.sweep_rows
     sweep = _Sweep(head, token_losses, options, rows, min(count, length))
@@ -127,7 +136,7 @@ def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosse
 
 
 class _Sweep:
-    """One call: what stays the same for all of its chunks, the buffer for E, and the sums of the gradients."""
+    """One call: the settings that its chunks share, the buffer for E, and the sums of the gradients."""
 
     def __init__(self, head: Head, token_losses: TokenLosses, options: Options, rows: Rows, longest: int) -> None:
         self.head, self.token_losses, self.options, self.wanted = head, token_losses, options, options.wanted
@@ -143,21 +152,21 @@ class _Sweep:
             exps[:, vocab:] = 0  # products may read past the end of a row (see `products`)
             self.exps = exps[:, :vocab]
         self.dhidden = self.dlora_hidden = None
-        if self.wanted.hidden:  # summed over ranks before it is rounded
+        if self.wanted.hidden:  # with a group it is summed over ranks first and rounded afterwards
             writes_all = rows.indices is None and longest
             new = hidden.new_empty if writes_all else hidden.new_zeros
             self.dhidden = new(hidden.shape, dtype=hidden.dtype if options.group is None else self.dtype)
         if self.wanted.lora_hidden:
             self.dlora_hidden = torch.zeros_like(rows.lora_hidden)
-        # allocated by the first chunk, which knows whether there are others
+        # the first chunk allocates these: it knows whether there are other chunks
         self.dweight = self.dlora_weight = self.dbias = None
 
     def first_product(
         self, rows: Rows, span: slice, terms: TokenTerms, anchors: torch.Tensor | None = None
     ) -> tuple[Chunk, _RowVectors]:
-        """Product 1 of a chunk, and what follows from it row by row. `anchors`: log-probabilities already known.
+        """Product 1 of a chunk, and the vectors that follow from it. Also returns the chunk, which products 2 and 3 need.
 
-        Also returns the chunk, whose hidden states product 3 needs.
+        anchors (C,): the rows' log-probabilities where they are known already, for rows that are recomputed.
         """
         chunk = rows.chunk(span.start, span.stop, self.operand_dtype, multiple=self.padding)
         exps = None if self.exps is None else self.exps[: span.stop - span.start]
@@ -172,7 +181,7 @@ class _Sweep:
     def _any_objective(
         self, chunk: Chunk, exps: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None
     ) -> _RowVectors:
-        """Any objective, on vectors."""
+        """The vectors of a chunk for any objective, in PyTorch (`anchored_loss` has them for named ones)."""
         size = len(terms.advantages)
         log_anchor = _log_anchor(terms) if anchors is None else anchors
         padded = F.pad(log_anchor, (0, len(chunk.tokens) - size))
@@ -188,6 +197,7 @@ class _Sweep:
             factor = self._row_factor(g, total + log_anchor.exp(), chunk.temperature)
             flagged = flagged | ~_factor_in_range(factor, g)
         if not self.options.host_reads:
+            # nothing can be recomputed: NaN shows a row that has left the range
             lost = ~(total < LARGEST_SUM) if factor is None else ~(total < LARGEST_SUM) | ~factor.isfinite()
             logprobs, entropy, factor = (
                 None if x is None else terms.kept(torch.where(lost, torch.nan, x)) for x in (logprobs, entropy, factor)
@@ -197,7 +207,7 @@ class _Sweep:
         return _RowVectors(logprobs, None, entropy, factor, residual, in_range, flagged)
 
     def _sums(self, chunk: Chunk, log_anchor: torch.Tensor, exps: torch.Tensor | None) -> RowSums:
-        """S, Q and what rounding took, from product 1, over the columns of all ranks; E of this rank's into exps."""
+        """Product 1: S and Q over the columns of all ranks, R over this rank's. Writes E of this rank's columns to exps."""
         head, options, group = self.head, self.options, self.options.group
         target = self.tiles.target_logits(chunk, head)
         if group is not None:
@@ -213,10 +223,12 @@ class _Sweep:
             size = len(exps)
             slope = 1 if target.slope is None else target.slope[:size]
             before, after, tokens = (x[:size] for x in (sums.total, whole[0], chunk.tokens))
-            in_range = (before < LARGEST_SUM) & (after < LARGEST_SUM)  # else the row is stored as zeros, or dropped
+            # else the row has been stored as zeros (before), or will be flagged or lost (after): it stays as it is
+            in_range = (before < LARGEST_SUM) & (after < LARGEST_SUM)
             columns = torch.where(in_range, tokens, -1)
             taken = store_target(exps, columns, torch.where(in_range, -after * slope, 0))
             if residual is not None:
+                # the entry that is replaced was rounded too: its error leaves R, the new entry's enters
                 once = torch.where(columns == tokens.clamp(0, head.weight.shape[0] - 1), -before * slope, 0)
                 residual = residual - (once - once.to(exps.dtype).to(once.dtype)) + taken
         return RowSums(whole[0], whole[1] if options.entropy else None, residual)
@@ -229,13 +241,16 @@ class _Sweep:
         return -g * scale / denominator
 
     def add_gradients(self, rows: Rows, span: slice, chunk: Chunk, vectors: _RowVectors, once: bool) -> None:
-        """Products 2 and 3 of a chunk. once: it is the only chunk of the call."""
+        """Products 2 and 3 of a chunk. once: it is the only chunk of the call, so dW is rounded as it is written."""
         if self.exps is None or span.stop == span.start:
             return
         weight, count = self.head.weight, span.stop - span.start
+        # The first chunk writes dW, dB and db, later ones add to them: nothing is filled with zeros first.
         add = any(x is not None for x in (self.dweight, self.dlora_weight, self.dbias))
         if not add:
+            # several chunks are summed in the accumulation dtype; one alone needs no such copy of dW
             self._allocate_sums(weight.dtype if once and not self.options.wide_weight else self.dtype)
+        # rows of dX are written and never added to: a flagged row is overwritten by its second chunk
         sums = Sums(
             _rows_to_write(self.dhidden, rows, span), _rows_to_write(self.dlora_hidden, rows, span), self.dweight,
             self.dlora_weight, self.dbias,
@@ -261,7 +276,10 @@ class _Sweep:
         logprobs: torch.Tensor,
         entropies: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities and entropies of flagged rows from the two-pass forward; rows flagged only for u keep theirs."""
+        """Log-probabilities and entropies of the flagged rows, from the two-pass forward.
+
+        Rows with `keeps` True, which are flagged only for their u, keep those they have.
+        """
         options = self.options
         statistics = row_statistics(
             flagged_rows, self.head, options.entropy, options.plan.two_pass_rows, options.backend, options.group
@@ -270,9 +288,9 @@ class _Sweep:
         return again, None if entropies is None else torch.where(keeps, entropies[flagged], statistics.entropy)
 
     def gradients(self, rows: Rows) -> Gradients:
-        """In the dtype of each input; dX summed over the ranks that share the columns."""
+        """The gradients, in their inputs' dtypes (dW with `wide_weight` in the accumulation dtype); dX is summed over ranks."""
         head, group = self.head, self.options.group
-        self.exps = None
+        self.exps = None  # its memory is free before the rounded copies are made
         if group is not None:
             self.dhidden, self.dlora_hidden = (_summed(x, rows, group) for x in (self.dhidden, self.dlora_hidden))
             self.dhidden = None if self.dhidden is None else self.dhidden.to(rows.hidden.dtype)
@@ -292,13 +310,16 @@ class _Sweep:
 
 
 def _joined(chunks: list[_RowVectors], name: str) -> torch.Tensor | None:
-    """One vector of all chunks."""
+    """The field `name` of all chunks as one vector."""
     vectors = [getattr(chunk, name) for chunk in chunks]
     return vectors[0] if len(vectors) == 1 or vectors[0] is None else torch.cat(vectors)
 
 
 def _rows_to_write(sums: torch.Tensor | None, rows: Rows, span: slice) -> torch.Tensor | None:
-    """Where a chunk's rows of a gradient (N, ...) are computed: in place, or beside it where they are gathered."""
+    """The tensor that a chunk's rows of a gradient (N, ...) are written to.
+
+    A view of the gradient, or a new tensor where the rows are gathered: `_write_back` then copies it.
+    """
     if sums is None or rows.indices is None:
         return None if sums is None else sums[span]
     return sums.new_empty(span.stop - span.start, sums.shape[1])
@@ -310,7 +331,7 @@ def _write_back(sums: torch.Tensor | None, rows: Rows, span: slice, values: torc
 
 
 def _summed(sums: torch.Tensor | None, rows: Rows, group: ProcessGroup) -> torch.Tensor | None:
-    """The rows that were computed, summed over ranks; the others are zeros on all of them."""
+    """A gradient (N, ...) summed over ranks. Only computed rows are sent: the others are zeros on every rank."""
     if sums is None:
         return None
     if rows.indices is None:
@@ -319,11 +340,12 @@ def _summed(sums: torch.Tensor | None, rows: Rows, group: ProcessGroup) -> torch
 
 
 def loss_gradient(token_losses: TokenLosses, logprobs: torch.Tensor, terms: TokenTerms) -> torch.Tensor:
-    """g = dL/dlogp (C,), by automatic differentiation of the objective on vectors, inside an autograd.Function's forward."""
+    """g = dL/dlogp (C,), by autograd through the objective on vectors. Called inside the forward of an autograd.Function."""
     if torch.compiler.is_compiling():  # Dynamo refuses torch.autograd.grad there
         g = torch.func.grad(lambda x: token_losses(x, terms).sum())(logprobs)
     else:
-        # torch.func refuses the saved-tensor hooks of checkpointing; identity hooks keep these few vectors out of theirs
+        # torch.func refuses to run under the saved-tensor hooks of checkpointing. Identity hooks keep those away from these
+        # few vectors.
         identity = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with torch.enable_grad(), identity:
             x = logprobs.detach().requires_grad_()
@@ -337,7 +359,7 @@ def _log_anchor(terms: TokenTerms) -> torch.Tensor:
 
 
 def _spans(count: int, length: int) -> list[slice]:
-    """Of the rows; one of none where there are none."""
+    """Spans of `length` rows that cover `count` rows; where there are none, one empty span."""
     return [slice(start, min(start + length, count)) for start in range(0, max(count, 1), length)]
 
 

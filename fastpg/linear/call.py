@@ -1,4 +1,4 @@
-"""What both schedules begin with: checks, casts, and which tokens count."""
+"""The start of every call, in both schedules: checks, casts, and which tokens count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     keep: torch.Tensor  # (...) bool: tokens that count
     temperature: float | torch.Tensor  # number or (...)
     backend: str
-    host_reads: bool  # whether values are checked and rows skipped; False: nothing waits for the device
+    host_reads: bool  # True: values are checked and rows skipped, for which the host waits; False: it never does
 
 
 def prepare(
@@ -35,7 +35,10 @@ def prepare(
     backend: str | None,
     check: bool,
 ) -> Inputs:
-    """Raises TypeError or ValueError, naming the argument, for dtypes, shapes, devices and (with `check`) values."""
+    """The arguments, checked and cast.
+
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes, devices and (with `check`) values.
+    """
     head = localized(as_head(head))
     hidden, head = _cast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
@@ -54,7 +57,7 @@ def head_of(head: LMHead) -> Head:
 
 
 def wanted_of(inputs: Inputs) -> Wanted:
-    """Which gradients will be asked for."""
+    """The gradients that backward may be asked for."""
     hidden, head = inputs.hidden, inputs.head
     grad = needs_gradient(hidden, head)
     a, b = (None, None) if head.lora is None else head.lora[:2]
@@ -66,8 +69,8 @@ def wanted_of(inputs: Inputs) -> Wanted:
     return Wanted(needs(hidden), of_lora, needs(head.weight), needs(b), needs(head.bias))
 
 
-# A call, a NamedTuple with `rows` and `head`, goes through autograd as the five inputs that may have a gradient, which autograd
-# has to see one by one, and the rest of it whole.
+# Autograd has to see inputs that may have a gradient one by one. An autograd.Function therefore takes a call, a NamedTuple with
+# `rows` and `head`, as the five tensors that may have one and, whole, the rest of it.
 
 
 def differentiable(call: NamedTuple) -> tuple[torch.Tensor | None, ...]:
@@ -75,32 +78,35 @@ def differentiable(call: NamedTuple) -> tuple[torch.Tensor | None, ...]:
 
 
 def with_inputs(call: NamedTuple, hidden=None, lora_hidden=None, weight=None, lora_weight=None, bias=None) -> NamedTuple:
-    """The call with these in place of its own."""
+    """The call with these tensors in place of its own; with none of them, the rest of a call."""
     rows = call.rows._replace(hidden=hidden, lora_hidden=lora_hidden)
     return call._replace(rows=rows, head=call.head._replace(weight=weight, lora_weight=lora_weight, bias=bias))
 
 
 def needs_gradient(hidden: torch.Tensor, head: LMHead) -> bool:
-    # decided here and not by ctx.needs_input_grad, which is True under no_grad as well
+    # not decided by ctx.needs_input_grad, which is True under no_grad as well
     factors = () if head.lora is None else head.lora[:2]
     inputs = (hidden, head.weight, head.bias, *factors)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _cast(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
-    """hidden and head in the dtype that is asked for; unchanged where none is."""
+    """hidden and head in the dtype that the call asks for (`_asked_dtype`); unchanged where it asks for none."""
     dtype = _asked_dtype(hidden, head)
     if dtype is None:
         return hidden, head
     bias, weight = None if head.bias is None else head.bias.to(dtype), head.weight.to(dtype)
-    # under no_grad the cast weight requires no gradient, and nothing will be added
+    # under no_grad the cast weight requires no gradient, and nothing will be added to the buffer
     weight_grad = head.weight_grad if weight.requires_grad else None
     lora = _in_dtype(head.lora, dtype)
     return hidden.to(dtype), replace(head, weight=weight, bias=bias, lora=lora, weight_grad=weight_grad)
 
 
 def _asked_dtype(hidden: torch.Tensor, head: LMHead) -> torch.dtype | None:
-    """float32 with head.fp32_head, else that of autocast where it is on. float64 stays, as in torch's own products."""
+    """float32 with head.fp32_head, else autocast's dtype where it is on, else None.
+
+    float64 inputs are not cast, as in torch's own products.
+    """
     if not isinstance(hidden, torch.Tensor) or hidden.dtype not in validation.FLOATING_DTYPES:
         return None
     if torch.float64 in (hidden.dtype, head.weight.dtype):
@@ -114,7 +120,7 @@ def _asked_dtype(hidden: torch.Tensor, head: LMHead) -> torch.dtype | None:
 
 
 def _in_dtype(lora: LoRA | None, dtype: torch.dtype) -> LoRA | None:
-    """Factors in fp32 stay: they are used as they are."""
+    """The factors in `dtype`, but for those in float32, which are used as they are."""
     if lora is None:
         return None
     a, b = (x if x.dtype == torch.float32 else x.to(dtype) for x in lora[:2])

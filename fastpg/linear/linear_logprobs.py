@@ -45,16 +45,16 @@ def linear_logprobs(
         z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
         logp = z[token] - logsumexp_v z_v          H = -sum_v p_v log p_v
 
-    Differentiable in hidden, weight and bias, through both results, so that any loss can be written on top. The forward
-    keeps a few numbers per row; the backward recomputes the logits tile by tile: four matrix products in all. Logits are
-    fp32 for bf16 and fp16 inputs, gradients are summed in fp32 and rounded once.
+    Both results are differentiable in hidden, weight and bias, so that any loss can be written on top. The forward keeps a few
+    numbers per row, and the backward recomputes the logits tile by tile: four matrix products in all. Logits are fp32 for bf16
+    and fp16 inputs. Gradients are summed in fp32 and rounded once.
 
     Args:
         hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
-            (already shifted). A hidden that cannot be viewed as (N, H), such as `states[:, :-1]`, is copied once; to avoid
-            that, pass all states and end `tokens` with -100.
-        head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale. Under torch.autocast both
-            are used in its dtype, those in float32 too, unless LMHead(weight, fp32_head=True) asks for float32.
+            (already shifted). Hidden states that cannot be viewed as (N, H), such as `states[:, :-1]`, are copied once. To
+            avoid that, pass all states and end `tokens` with -100.
+        head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale. Under torch.autocast hidden
+            and head are used in its dtype, float32 ones too, unless LMHead(weight, fp32_head=True) asks for float32.
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.
         mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic.
         temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
@@ -63,12 +63,12 @@ def linear_logprobs(
             one fp32 copy of dX. Log-probabilities do not depend on it.
         backend: "torch" or "triton"; None: triton for CUDA and ROCm tensors, torch elsewhere. The environment variable
             FASTPG_BACKEND replaces that default.
-        check: True checks token ids and temperatures, and reads the host once to skip masked rows. False reads nothing and
-            computes every row (for torch.compile and CUDA graphs); a token outside [0, V) then gives NaN.
+        check: True checks token ids and temperatures, and the host waits for the device once, to skip masked rows. False reads
+            nothing and computes every row (for torch.compile and CUDA graphs); a token outside [0, V) then gives NaN.
 
     A token's log-probability has the same bits whatever else is in the batch. NaN or inf at a kept position gives NaN.
-    Saved for backward: the inputs and five numbers per row. Double backward raises. Under non-reentrant checkpointing the
-    forward's product runs again. On CPU, bf16 products hold a process-wide torch switch (see `products`).
+    The inputs and five numbers per row are saved for backward. Double backward raises. Under non-reentrant checkpointing the
+    forward's product runs again. On a CPU, bf16 products set a process-wide torch switch while they run (see `products`).
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
@@ -86,7 +86,7 @@ def linear_logprobs(
 def row_logprobs(
     rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities and entropies (K,) of the rows: differentiable where something wants a gradient."""
+    """Log-probabilities and entropies (K,) of the rows, differentiable where an input needs a gradient."""
     if not needs_gradient(rows.hidden, head):
         with torch.no_grad():
             return row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
@@ -95,7 +95,7 @@ def row_logprobs(
 
 
 class _Call(NamedTuple):
-    """What is computed, and how."""
+    """One call: its rows and its head, and how they are computed."""
 
     rows: Rows
     head: Head
@@ -116,12 +116,12 @@ class _LinearLogprobs(torch.autograd.Function):
             whole.rows, whole.head, call.entropy, call.chunk_rows, call.backend, call.group
         )  # fmt: skip
         ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)
-        ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # what is saved must not be held twice
+        ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # saved_tensors hold the rows
         ctx.set_materialize_grads(False)
         return statistics.logprobs, statistics.entropy
 
-    # Not once_differentiable, which would drop a second derivative silently where the incoming gradient is a constant: the
-    # operator called here has no derivative, and says so when one is asked for.
+    # Not once_differentiable: where the incoming gradient is a constant, it would drop a second derivative silently. The
+    # operator called here has no derivative, and raises when one is asked for.
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
@@ -135,10 +135,10 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:
-    """The two-pass backward; dX complete on every rank of the group."""
+    """The two-pass backward. dX is summed over the ranks of the group, so it is complete on each."""
     rows, group = call.rows, call.group
     plan = Plan(call.chunk_rows, call.backend, group is not None)
-    with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under it
+    with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under autocast
         gradients = operators.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)
     if group is None:
         return gradients

@@ -1,4 +1,4 @@
-"""Policy-gradient losses of hidden states and the lm_head in one sweep: the one-pass schedule, any token-level objective."""
+"""Policy-gradient losses from hidden states and the lm_head: the one-pass schedule, for any token-level objective."""
 
 from __future__ import annotations
 
@@ -50,14 +50,16 @@ def linear_policy_loss(
     backend: str | None = None,
     check: bool = True,
 ) -> PolicyLossOutput:
-    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D without the logits, its gradients computed in the same sweep.
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D without the logits; the same sweep computes its gradients.
 
         z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
         logp = z[token] - logsumexp_v z_v          r = exp(logp - old_logprobs)          l = objective(logp, old, advantages)
 
-    Three matrix products for the loss and both gradients, the least an exact gradient can cost; two if one of hidden and
-    weight is frozen, one under no_grad. The sum over the vocabulary is anchored by old_logprobs (`anchored`), which
-    may be arbitrarily wrong: rows where it is too far off are recomputed and counted in metrics["recomputed_tokens"].
+    weight_n and D belong to the reduction, rollout_n is the token's rollout weight, and k_n its KL estimate.
+
+    The loss and both gradients cost three matrix products, the least that an exact gradient can cost. They cost two if one of
+    hidden and weight is frozen, and one under no_grad. The sum over the vocabulary is anchored by old_logprobs (`anchored`),
+    which may be arbitrarily wrong: rows where it is too far off are recomputed and counted in metrics["recomputed_tokens"].
 
     Args:
         hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`.
@@ -68,27 +70,27 @@ def linear_policy_loss(
             tensors it closes over. Ratios of whole sequences (GSPO) need two passes.
         entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
             entropies are differentiable.
-        skip_zero_weight: tokens with advantage (times rollout weight) exactly 0 cost no work where a built-in objective is
-            used without a KL penalty. They count in the denominators; their log-probability is reported as NaN, metrics are
+        skip_zero_weight: tokens whose advantage (times rollout weight) is exactly 0 cost no work, where a built-in objective
+            is used without a KL penalty. They count in the denominators. Their log-probability is reported as NaN, metrics are
             means over the other tokens, and metrics["skipped_tokens"] counts them.
-        workspace: bytes of transient memory, which decide how many tokens form a chunk; default 256 MiB on a CPU, 1 GiB on
-            accelerators, or what one tile of rows needs where that is more (V = 262144 in fp32: 270 MiB). On top come the
-            gradients, and, where several chunks or recomputed rows are summed, one fp32 copy of dW where it is not fp32.
+        workspace: bytes of transient memory, which decide how many tokens form a chunk. The default is 256 MiB on a CPU and
+            1 GiB on accelerators, or the need of one tile of rows where that is more (V = 262144 in fp32: 270 MiB). On top
+            come the gradients, and one fp32 copy of dW where it is not fp32 and several chunks or recomputed rows are summed.
             Backward scales the gradients in place; under retain_graph it makes a copy of them.
-        check: True checks values and reads the host twice: for the rows to compute, and for rows to recompute, of which float16
-            has none. False reads nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs); a
-            row whose sum overflows then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be
-            read anyway.)
+        check: True checks values, and the host waits for the device twice: to find the rows to compute, and the rows to
+            recompute (float16 has none of these). False reads nothing, computes every row and skips no zero weight (for
+            torch.compile and CUDA graphs). A row whose sum overflows then makes the loss and the gradients NaN. (On a CPU,
+            where reads are free, values may be read anyway.)
 
     Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
 
-    Gradients exist before backward, but for float16; backward scales them by the incoming gradient in fp32. Double backward
-    raises. Under non-reentrant checkpointing the products run again.
+    Gradients are computed before backward, except for float16. Backward scales them by the incoming gradient in fp32. Double
+    backward raises. Under non-reentrant checkpointing the products run again.
 
-    float16 inputs, also those that autocast makes, take the two-pass schedule, whose probabilities do not underflow: four
-    products. Their gradients are computed in backward with the incoming factor inside, so that a gradient scaler's factor
-    keeps them in float16's range. Kept till then are the inputs and six numbers per row. retain_graph, several backwards,
-    weight_grad and checkpointing behave as those of `linear_logprobs`.
+    float16 inputs, also those that autocast makes, take the two-pass schedule, whose probabilities do not underflow. It costs
+    four products. Gradients are computed in backward with the incoming factor inside, so that a gradient scaler's factor keeps
+    them in float16's range. Until then the inputs and six numbers per row are kept. retain_graph, several backwards,
+    weight_grad and checkpointing behave as in `linear_logprobs`.
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
     too small for one tile.
@@ -122,7 +124,7 @@ def linear_policy_loss(
 
 
 class LossInputs(NamedTuple):
-    """The arguments that a loss of log-probabilities has."""
+    """The arguments that `policy_loss` has too."""
 
     old_logprobs: torch.Tensor | None
     advantages: torch.Tensor
@@ -150,14 +152,15 @@ def _check_loss(given: LossInputs, inputs: Inputs) -> None:
 
 
 def _computed(given: LossInputs, inputs: Inputs, weights: torch.Tensor) -> torch.Tensor:
-    """(...) bool: tokens that count, but for those that can add nothing to the loss; where a value is not finite they can."""
+    """(...) bool: the tokens that count, less those that add exactly 0 to the loss. One with a value of NaN or inf stays."""
     if not inputs.host_reads or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
         return inputs.keep
-    dtype = weights.dtype  # that of the loss: a product in 16 bits may be 0 where this one is not
+    dtype = weights.dtype  # the loss's own: in 16 bits the product below may underflow to 0
     factor = given.advantages.to(dtype)
     if given.rollout_weights is not None:
         factor = factor * given.rollout_weights.detach().to(dtype)
-    # NaN where a value is not finite, else 0; and NaN differs from everything. (Not x * 0, which compilers make 0.)
+    # x - x is NaN where x is not finite, else 0. A factor of 0 differs from NaN alone, so such a token stays and makes the loss
+    # NaN. (Not x * 0, which compilers make 0.)
     others = weights - weights
     if given.old_logprobs is not None:
         old = given.old_logprobs.detach().to(dtype)
@@ -174,7 +177,7 @@ def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, p
 
 
 def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor) -> TokenTerms:
-    selected = weights.reshape(-1) if rows.indices is None else rows.of(weights)  # masked ones are 0 already
+    selected = weights.reshape(-1) if rows.indices is None else rows.of(weights)  # masked tokens weigh 0 already
     return token_terms(
         rows.of, rows.masked, selected, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs,
         weights.dtype,
@@ -190,7 +193,7 @@ def _report(result: Result, call: _Call, objective: object, keep: torch.Tensor, 
 
 
 def _reported(logprobs: torch.Tensor, rows: Rows, keep: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
-    """(...) from those of the rows (K,): 0 where masked, NaN where a token that counts was not computed."""
+    """The rows' log-probabilities (K,) as (...): 0 where masked, NaN where a token that counts was not computed."""
     if rows.indices is None:
         return logprobs.reshape(keep.shape)
     others = logprobs.new_zeros(keep.numel())
@@ -210,7 +213,10 @@ class CallOptions(TypedDict, total=False):
 
 
 class LossOptions(TypedDict, total=False):
-    """... and those that stay the same from step to step, but for the objective. A test holds both to its signature."""
+    """Keyword arguments of `linear_policy_loss` that stay the same from step to step, without the objective.
+
+    A test holds this class and `CallOptions` to its signature.
+    """
 
     temperature: float | torch.Tensor
     reduction: Reduction
@@ -223,7 +229,7 @@ class LossOptions(TypedDict, total=False):
 
 
 class PolicyLossOptions(CallOptions, LossOptions, total=False):
-    """All keyword arguments of `linear_policy_loss` but the objective."""
+    """All keyword arguments of `linear_policy_loss` except the objective."""
 
 
 def linear_cispo_loss(
@@ -252,13 +258,13 @@ def linear_cispo_loss(
 
 
 class LinearPolicyLoss(torch.nn.Module):
-    """`linear_policy_loss` with its options held: a module without parameters.
+    """`linear_policy_loss` as a module that holds its options and has no parameters.
 
     LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
 
     See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, entropy,
     skip_zero_weight, workspace, backend and check are held; mask, sequence_ids, denominator, ref_logprobs and rollout_weights
-    belong to a call.
+    are given to each call.
     """
 
     def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[LossOptions]) -> None:
@@ -286,7 +292,7 @@ class LinearPolicyLoss(torch.nn.Module):
 
 
 class Result(NamedTuple):
-    """Of K rows. Only the loss is differentiable."""
+    """The results of a call of K rows. Only the loss is differentiable."""
 
     loss: torch.Tensor  # ()
     logprobs: torch.Tensor  # (K,)
@@ -295,8 +301,8 @@ class Result(NamedTuple):
 
 
 def _two_passes(call: _Call, head: LMHead) -> Result:
-    """For float16: its E would underflow, and so would gradients that are rounded before the incoming factor of a gradient
-    scaler is known. They are computed in backward, with that factor inside."""
+    """The loss of float16 inputs. In one pass their E would underflow, and so would gradients that are rounded before the
+    factor of a gradient scaler is known. Here they are computed in backward, with that factor inside."""
     options, terms, rows = call.options, call.terms, call.rows
     logprobs, entropies = row_logprobs(rows, head, options.entropy, options.plan.two_pass_rows, options.backend)
     logprobs = terms.kept(logprobs)
@@ -306,7 +312,7 @@ def _two_passes(call: _Call, head: LMHead) -> Result:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """The loss () of log-probabilities (K,). Gradients reach them alone, and not what an objective closes over."""
+    """The loss () of log-probabilities (K,). Gradients reach these alone, not tensors that an objective closes over."""
 
     @staticmethod
     def forward(ctx, logprobs, losses, terms):
@@ -332,7 +338,7 @@ def _refuse_double_backward() -> None:
 def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
     """gradient * grad_loss: in place where this backward is the last, as without retain_graph; a copy otherwise.
 
-    The factor stays in fp32: rounded to bf16 it would be an error of up to 2^-9 that all of dX and dW have in common.
+    The factor stays in fp32: rounded to bf16 it would give all of dX and dW one common error of up to 2^-9.
     """
     factor = grad_loss.to(accumulation_dtype(gradient.dtype))
     if torch.compiler.is_compiling():
@@ -341,20 +347,20 @@ def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
     if _graph_is_kept():
         out = large_pages.empty(gradient.shape, gradient.dtype, gradient.device)
     if gradient.device.type != "cpu":
-        # A GPU casts a 0-d factor to the gradient's dtype first; with a dimension it counts in type promotion. A CPU takes a
-        # 0-d factor as it is, and would widen the whole gradient for one with a dimension.
+        # On a GPU, torch casts a 0-d factor to the gradient's dtype first; a factor with a dimension counts in type promotion.
+        # On a CPU it takes a 0-d factor as it is, and would widen the whole gradient for one with a dimension.
         factor = factor.reshape((1,) * gradient.dim())
     return torch.mul(gradient, factor, out=out)
 
 
 def _graph_is_kept() -> bool:
-    """Whether the saved tensors may be read by another backward. torch's own donated buffers ask the same (`_aot_autograd`)."""
+    """Whether another backward may read the saved tensors. torch asks the same for its donated buffers (`_aot_autograd`)."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 
 class _Call(NamedTuple):
-    """What is computed, and how."""
+    """One call: its rows, its head and its loss, and how they are computed."""
 
     rows: Rows
     head: Head
@@ -367,7 +373,7 @@ class _Call(NamedTuple):
 class _LinearPolicyLoss(torch.autograd.Function):
     """(loss (), logprobs (K,), entropies (K,) or None, recomputed ()) of the rows of a call.
 
-    Only the loss is differentiable; its gradients are computed here, where they are wanted, and scaled in backward.
+    Only the loss is differentiable. Its gradients, where they are wanted, are computed in forward and scaled in backward.
     """
 
     @staticmethod

@@ -1,5 +1,7 @@
-"""The first half of a LoRA update, z = scale * A x: r numbers per token, before any vocabulary. The second, B, is a second
-operand of every product of the schedules, so that the weight stays frozen and no (V, H) update exists.
+"""The first half of a LoRA update: z = scale * A x, r numbers per token. The vocabulary does not enter into it.
+
+The second half, B, stands beside the weight in every product of the schedules. So the weight stays frozen, and no (V, H) update
+exists.
 """
 
 from __future__ import annotations
@@ -9,16 +11,16 @@ import torch
 from ..lm_head import LoRA
 from ..tiles.products import accumulation_dtype, dense, inner_size, product, to_inner_size
 
-# Every product has this many rows: BLAS libraries choose their order of summation by the shape, and a token's bits are not to
-# depend on how many others there are.
+# Every product has this many rows. BLAS libraries choose their order of summation by the shape, and a token's bits must not
+# depend on the number of other tokens.
 _ROWS = 256
 
 
 def lora_hidden(hidden: torch.Tensor, keep: torch.Tensor, lora: LoRA) -> torch.Tensor:
     """scale * hidden (N, H) @ A^T (r, H) -> (N, r) in the accumulation dtype, 0 where keep (N,) is False. Differentiable.
 
-    hidden and A in 16 bits are widened: a z rounded to bf16 would be an error of 2^-9 in every logit's update. The gradient
-    that reaches hidden this way is rounded to its dtype before autograd adds it to the one that comes through the weight.
+    hidden and A in 16 bits are widened: rounding z to bf16 would be an error of 2^-9 in every logit's update. The gradient that
+    reaches hidden through z is rounded to hidden's dtype before autograd adds it to the gradient through the weight.
     """
     return _LoraHidden.apply(hidden, lora.a, keep, float(lora.scale))
 
@@ -28,7 +30,7 @@ def _spans(count: int) -> list[slice]:
 
 
 def _widened(x: torch.Tensor, keep: torch.Tensor, span: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of x with zeros where they are masked and as padding, (_ROWS, ...)."""
+    """A span of rows of x in `dtype`, (_ROWS, ...): masked rows and the padding after the span are zeros."""
     wide = x.new_zeros(_ROWS, x.shape[1], dtype=dtype)
     wide[: span.stop - span.start] = torch.where(keep[span, None], x[span], 0)
     return wide

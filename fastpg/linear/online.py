@@ -6,20 +6,26 @@
                    dX[chunk] += D @ W[tile]                                                  product 2
                    dW[tile]  += D^T @ X[chunk],  db[tile] += sum of D                        product 3
 
-The vocabulary is the outer loop of the backward, so that dW is summed in one fp32 tile and rounded once, with no [V, H] copy;
-dX is summed in fp32 [K, H] and rounded once. Every sum has a fixed order.
+The vocabulary is the outer loop of the backward. So dW is summed in one fp32 tile and rounded once, and no fp32 copy [V, H]
+exists. dX is summed in fp32 [K, H] and rounded once. Every sum has a fixed order.
 
-Rows of D sum to 0, so that what the rows of W have in common cancels in D @ W. Rounding an entry of D breaks that, so the
-rounding error of each row's sum is added back at its token's row of W, in fp32.
+Rows of D sum to 0 (without a softcap), so the component that all rows of W share cancels in D @ W. Rounding the entries of D
+breaks that. The rounding error of each row's sum is therefore added back at its token's row of W, in fp32.
 
     head    D holds                  in a buffer of
     fp32    fp32 values              fp32
     bf16    bf16 values              bf16; fp32 in the PyTorch tile ops on a CPU, which has no bf16 product with fp32 results
     fp16    fp16 values times unit   fp16; in the PyTorch tile ops fp32 values in fp32, without a unit
 
-fp16 has a short range. Row n is stored times unit_n = 2^14 / m_n, with m_n a power of two that bounds the row's entries, and
-dX is divided by unit_n in fp32. dW multiplies D with fp16(s x_n / unit_n), and is divided by s: one power of two for the call,
-which brings the largest of these factors into fp16's range.
+fp16 has a short range. Three scales, all powers of two, keep the operands inside it:
+
+    scale                       multiplies                                            is divided out, in fp32, of
+    unit_n = 2^14 / m_n         row n of D, whose entries the power of two m_n bounds     row n of dX, and of dz
+    share_n = s / unit_n        x_n before product 3 (z_n of LoRA; ones for db)           -
+    s, one for the call         through share_n; brings the largest (x, z, 1) / unit_n    dW, dB and db
+                                into [2^13, 2^14)
+
+Product 3 multiplies D with fp16(share_n x_n): unit_n cancels in every term, and s is common to all of them.
 
 `tiles` is the backend to run on: `torch_tiles` or `triton_tiles`.
 """
@@ -40,20 +46,20 @@ from .rows import Rows
 
 
 class Plan(NamedTuple):
-    """How a call is computed; not what."""
+    """Settings of a backward."""
 
     chunk_rows: int
     backend: str
-    partial: bool  # other ranks hold other columns: dX is returned of the K rows and unrounded, to be summed with theirs
+    partial: bool  # other ranks hold other columns: dX is returned for the K rows alone and unrounded, to be summed over ranks
 
 
 def two_pass_statistics(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> RowStatistics:
-    """What is known of every row: vectors (K,)."""
+    """The statistics of every row, (K,) each."""
     return RowStatistics(*_forward(tiles.row_statistics, tiles, rows, head, entropy, chunk_rows))
 
 
 def two_pass_partials(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> Partials:
-    """What the columns of `head` leave of every row: vectors (K,), for `finish_rows`."""
+    """The partial statistics of every row over the columns of `head`, (K,) each, for `finish_rows`."""
     return Partials(*_forward(tiles.online_logsumexp, tiles, rows, head, entropy, chunk_rows))
 
 
@@ -61,7 +67,7 @@ def _forward(tile_op: Callable, tiles: TileOps, rows: Rows, head: Head, entropy:
     count = len(rows.tokens)
     dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
     chunks = []
-    for start in range(0, max(count, 1), chunk_rows):  # without rows, one chunk of none
+    for start in range(0, max(count, 1), chunk_rows):  # without rows, one empty chunk
         stop = min(start + chunk_rows, count)
         found = tile_op(rows.chunk(start, stop, dtype, multiple=padding), head, entropy)
         chunks.append([None if x is None else x[: stop - start] for x in found])
@@ -90,7 +96,7 @@ def two_pass_backward(
 
 
 class _Backward:
-    """One call: its chunks, and the sums that slices add to; None where not wanted."""
+    """One call: its chunks of rows, and the sums that slices of the vocabulary add to (None where a gradient is not wanted)."""
 
     def __init__(
         self,
@@ -130,13 +136,15 @@ class _Backward:
             )
 
     def add_slices(self) -> None:
-        """Slice after slice of the vocabulary, chunk after chunk of the rows."""
+        """The loops: slice after slice of the vocabulary, and for each slice chunk after chunk of the rows."""
         if not self.spans:
             return
         weight = self.head.weight
         columns = min(self.tiles.tile_shape(self.head).columns, weight.shape[0])
         buffer = self.tiles.weight_buffer(self.head)
         dlogits = torch.empty(self.spans[0].stop * columns, dtype=self.narrow, device=weight.device)
+        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit. So it is where the caller's buffer holds earlier
+        # sums, which the first chunk would overwrite and fp16's scale would divide.
         by_tile = self.wanted.weight and (self.adds or weight.dtype != self.wide)
         tile_of_dw = torch.empty(columns if by_tile else 0, weight.shape[1], dtype=self.wide, device=weight.device)
         for v in range(0, weight.shape[0], columns):
@@ -155,7 +163,10 @@ class _Backward:
                 self.dweight[into] = dw
 
     def _add(self, span: slice, into: slice, w: torch.Tensor, dw: torch.Tensor | None, dlogits: torch.Tensor) -> None:
-        """One chunk of rows and one slice of columns, `into`: its D, and what it adds to the sums."""
+        """One chunk of rows and one slice of columns, `into`: computes its D and adds its products to the sums.
+
+        dX is written by the first slice, and a slice of dW by the first chunk; the others add to them.
+        """
         head, wanted, fp16, holds_bf16 = self.head, self.wanted, self.fp16, self.head.weight.dtype == torch.bfloat16
         chunk = self.rows.chunk(span.start, span.stop, self.narrow)
         d = dlogits[: len(chunk.tokens) * len(w)].view(-1, len(w))
@@ -165,14 +176,14 @@ class _Backward:
         )
         if taken is not None:
             self._add_residual(span, taken)
-        if wanted.hidden:
+        if wanted.hidden:  # a tile of the weight may have columns of zeros behind its H
             product(self.dhidden[span], d, w[:, : head.weight.shape[1]], into.start > 0, holds_bf16)
         if dw is not None:
             x = chunk.hidden if fp16 is None else (chunk.hidden * fp16.share[span, None]).to(self.narrow)
             weight_product(dw, d, x, span.start > 0, holds_bf16, single=len(self.spans) == 1 and not self.adds)
         if wanted.bias and fp16 is None:
             self.dbias[into] += d.sum(0, dtype=self.wide)
-        elif wanted.bias:
+        elif wanted.bias:  # rows of D have different units, so they are summed as a product with their shares
             product(self.dbias[into, None], d.T, fp16.share[span, None].to(self.narrow), span.start > 0, False)
         if wanted.lora_hidden:
             self.dlora_hidden[span] += skinny_product(d, head.lora_weight[into])
@@ -189,7 +200,7 @@ class _Backward:
         self.residual[span] += taken
 
     def finish(self) -> Gradients:
-        """From sums to gradients: each rounded once to the dtype of its input, and over all N rows, unless it is partial."""
+        """The gradients: each sum is rounded once to its input's dtype, and dX covers all N rows, unless it is partial."""
         rows, head, fp16 = self.rows, self.head, self.fp16
         dhidden, dlora_hidden, dlora_weight, dbias = self.dhidden, self.dlora_hidden, self.dlora_weight, self.dbias
         if dhidden is not None:
@@ -209,9 +220,9 @@ class _Backward:
 class _Fp16Scales(NamedTuple):
     """The powers of two that keep fp16 operands in their range."""
 
-    unit: torch.Tensor  # (K,): rows of D are stored times it
-    share: torch.Tensor  # (K,) scale / unit: rows of X and z, and the ones of the bias, are multiplied by it
-    scale: torch.Tensor  # (): what dW and db are divided by
+    unit: torch.Tensor  # (K,): row n of D is stored times unit_n
+    share: torch.Tensor  # (K,), scale / unit: multiplies the rows of X and z, and the ones that sum db
+    scale: torch.Tensor  # (), s: dW, dB and db are divided by it
 
 
 def _fp16_scales(
@@ -221,7 +232,7 @@ def _fp16_scales(
     incoming: Incoming,
     spans: list[slice],
 ) -> _Fp16Scales:
-    """|D_nv| <= m_n = sigmoid(t) (|g| + |h| (|t| + Ho + 1)) logit_scale / T, rounded up to a power of two."""
+    """The scales of a call, from |D_nv| <= m_n = sigmoid(t) (|g| + |h| (|t| + Ho + 1)) logit_scale / T, rounded up to 2^k."""
     bound = incoming.logprobs.abs()
     if incoming.entropy is not None:
         log_odds = torch.where(statistics.t.isinf(), 0, statistics.t.abs())
@@ -240,7 +251,7 @@ def _fp16_scales(
 
 
 def _to_2_14(x: torch.Tensor) -> torch.Tensor:
-    """The power of two that brings |x| into [2^13, 2^14); NaN and 0 take any."""
+    """The power of two that brings |x| into [2^13, 2^14); for NaN and 0 it may be any."""
     exponent = torch.frexp(x).exponent.clamp(-100, 100)
     return torch.ldexp(torch.ones_like(x), 14 - exponent)
 
@@ -250,7 +261,8 @@ def _finish_rows(
 ) -> None:
     """Adds the rounding error of each row of D back to D @ weight, (K, ...) in place, and divides by fp16's units.
 
-    Any row of the weight serves for a token that is on another rank: it is what the rows have in common that must cancel.
+    For a token on another rank any row of the weight will do: the correction only has to cancel the component that all rows
+    share.
     """
     if residual is None and fp16 is None:
         return

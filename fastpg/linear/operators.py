@@ -1,4 +1,4 @@
-"""The operators (see `operator`) that the public functions are made of."""
+"""The operators that the public functions call: functions that torch.compile must not look into (see `operator`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _fake_partials(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backe
 
 @operator(_fake_partials)
 def two_pass_partials(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> Partials:
-    """What the columns of this rank's weight leave of the rows."""
+    """`Partials` of the rows, over the columns of this rank's weight."""
     return online.two_pass_partials(tiles_of(backend), rows, head, entropy, chunk_rows)
 
 
@@ -91,7 +91,7 @@ def _fake_target(chunk: Chunk, head: Head, backend: str) -> Target:
 
 @operator(_fake_target)
 def target_logits(chunk: Chunk, head: Head, backend: str) -> Target:
-    """Of each row's own token: `torch_tiles.target_logits`."""
+    """`Target` of the rows: `torch_tiles.target_logits`."""
     return tiles_of(backend).target_logits(chunk, head)
 
 
@@ -131,7 +131,7 @@ def _fake_loss(
 def anchored_loss(
     chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
 ) -> LossRows:
-    """`anchored_exp` on Triton with the loss in its last kernel: `triton_tiles.anchored_loss`."""
+    """`anchored_exp` on Triton, whose last kernel computes the loss too: `triton_tiles.anchored_loss`."""
     return tiles_of("triton").anchored_loss(chunk, head, terms, loss, exps, entropy)
 
 
@@ -160,7 +160,7 @@ class _Opaque:
 
 
 def one_pass_tiles(backend: str, hidden: torch.Tensor) -> TileOps | _Opaque:
-    """The tile ops that a sweep calls: plain functions, or operators where `operator` says so."""
+    """The tile ops that a sweep calls: plain functions, or operators where the call `is_opaque`."""
     return _Opaque(backend) if is_opaque(hidden) else tiles_of(backend)
 
 
@@ -179,7 +179,7 @@ def _fake_selective(ready: ReadyLogits, entropy: bool, backend: str) -> RowStati
 
 @operator(_fake_selective)
 def selective_statistics(ready: ReadyLogits, entropy: bool, backend: str) -> RowStatistics:
-    """Of ready logits (N, V): `torch_tiles.selective_statistics`."""
+    """`RowStatistics` of ready logits (N, V): `torch_tiles.selective_statistics`."""
     return tiles_of(backend).selective_statistics(ready, entropy)
 
 
@@ -189,5 +189,5 @@ def _fake_selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incom
 
 @operator(_fake_selective_dlogits)
 def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
-    """Their gradient: `torch_tiles.selective_dlogits`."""
+    """The gradient of ready logits (N, V): `torch_tiles.selective_dlogits`."""
     return tiles_of(backend).selective_dlogits(ready, statistics, incoming)

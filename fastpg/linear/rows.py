@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     def chunk(self, start: int, stop: int, dtype: torch.dtype, multiple: int = 1) -> Chunk:
         """Rows [start, stop) in the operand dtype `dtype`, padded to a multiple of `multiple` rows."""
         hidden = self._gather(self.hidden, start, stop).to(dtype)
-        # columns side by side would be summed in another order, and bits would depend on whether the chunk is padded
+        # A transposed layout is summed in another order. Padding copies the rows, so bits would depend on whether there is any.
         hidden = dense(hidden if hidden.stride(1) == 1 else hidden.contiguous())
         lora_hidden = None if self.lora_hidden is None else self._gather(self.lora_hidden, start, stop)
         tokens = self.tokens[start:stop]
@@ -60,11 +60,11 @@ class Rows(NamedTuple):
         flat = values.reshape(-1)
         if self.indices is not None:
             return flat[self.indices]
-        # a copy, which later changes of the caller's do not reach; and kernels read vectors without a stride
+        # a copy: later changes by the caller must not reach it, and kernels read contiguous vectors
         return flat.clone(memory_format=torch.contiguous_format) if self.masked is None else flat.masked_fill(self.masked, 0)
 
     def scatter_rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """`scatter` of (K, H), rounded to the dtype of hidden a few rows at a time."""
+        """`scatter` of (K, H), rounded to hidden's dtype a few rows at a time."""
         if self.indices is None and values.dtype == self.hidden.dtype:
             return values
         out = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
@@ -84,7 +84,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(inputs: Inputs, computed: torch.Tensor) -> Rows:
-    """The rows with `computed` (...) True. With checks one host read finds them; without, all rows are computed."""
+    """The rows with `computed` (...) True.
+
+    With `inputs.host_reads` the host waits for their indices. Without, all rows are computed, the others as zeros.
+    """
     hidden, head, keep = inputs.hidden, inputs.head, computed.reshape(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])
     low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
@@ -96,7 +99,7 @@ def rows_of(inputs: Inputs, computed: torch.Tensor) -> Rows:
         masked = ~keep
     rows = Rows(flat, low_rank, indices, masked, inputs.tokens, None)
     own = rows.of(inputs.tokens).long()
-    if head.group is not None:  # as this rank numbers its own
+    if head.group is not None:  # ids count from row 0 of this rank's weight
         own = own - head.vocab_start
     temperature = _per_row(rows, inputs.temperature, len(own), accumulation_dtype(hidden.dtype))
     return rows._replace(tokens=own, temperature=temperature)

@@ -26,7 +26,7 @@ def selective_logprobs(
 
         z = logits / temperature        logp = z[token] - logsumexp_v z_v        H = -sum_v p_v log p_v
 
-    Differentiable in logits. Computed in fp32 (float64 for float64) tile by tile: beyond the results the forward keeps five
+    Differentiable in logits. Tiles are computed in fp32 (float64 for float64). Beyond the results the forward keeps five
     numbers per row, and the backward writes one tensor of the logits' shape and dtype. Where you hold the hidden states, use
     `linear_logprobs`: it needs no logits, and logits rounded to bf16 are off by up to 2^-9 of themselves before this begins.
 

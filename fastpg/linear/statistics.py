@@ -12,7 +12,10 @@ from .rows import Rows
 def row_statistics(
     rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str, group: vocab_parallel.Group
 ) -> RowStatistics:
-    """(K,) each. group: the ranks that hold the other rows of the weight; None where this process has all of them."""
+    """The statistics of the rows, (K,) each.
+
+    group: the ranks that hold the other rows of the weight; None where this process has all of them.
+    """
     if group is None:
         return operators.two_pass_statistics(rows, head, entropy, chunk_rows, backend)
     partials = operators.two_pass_partials(rows, head, entropy, chunk_rows, backend)

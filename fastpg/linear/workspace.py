@@ -1,9 +1,9 @@
-"""From a workspace in bytes to the rows of a chunk: every formula of what a call allocates on the way.
+"""From a workspace in bytes to the rows of a chunk, with every formula of the memory that a call allocates on the way.
 
-    bytes = of the call + rows of a chunk * bytes of a row
+    bytes = bytes of the call + rows of a chunk * bytes of a row
 
 The more rows a chunk has, the less often the weight is read. Results, and one fp32 copy of dX or dW, come on top (see the
-public functions). Tests hold the formulas to what is allocated, on CPU tensors and, for GPUs, on tensors without memory.
+public functions). Tests hold the formulas to the real allocations: on CPU tensors and, for GPUs, on tensors without memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _DEFAULT_OF_ACCELERATORS = 2**30
 
 
 class Plan(NamedTuple):
-    """How many rows a chunk has. float16 takes two passes: the exponentials of one would underflow in it."""
+    """The schedule of a call and the rows of its chunks. float16 takes two passes: the E of one pass would underflow in it."""
 
-    sweeps: bool  # one pass; False: two
+    sweeps: bool  # True: one pass; False: two
     sweep_rows: int  # of a chunk of one pass
-    two_pass_rows: int  # of a chunk of two passes, which one pass takes for rows it computes again
+    two_pass_rows: int  # of a chunk of two passes; one pass takes these for rows that it recomputes
 
 
 def plan_logprobs(head: Head, *, entropy: bool, workspace: int | None, backend: str) -> int:
@@ -36,10 +36,10 @@ def plan_logprobs(head: Head, *, entropy: bool, workspace: int | None, backend: 
 
 
 def plan_policy_loss(head: Head, count: int, *, entropy: bool, gradient: bool, workspace: int | None, backend: str) -> Plan:
-    """For `count` rows. Raises ValueError where the workspace is too small for the sweep, or for two passes of a tile."""
+    """The plan for `count` rows. Raises ValueError where the workspace is too small for one tile, in one pass or in two."""
     sweeps, given = head.weight.dtype != torch.float16, workspace
     workspace = workspace_bytes(workspace, head.weight.device)
-    if given is None and sweeps:  # a default is no reason to refuse a large vocabulary
+    if given is None and sweeps:  # a default must not refuse a large vocabulary: it grows
         fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
         workspace = max(workspace, fixed + tiles_of(backend).tile_shape(head).rows * per_row)
     two_pass = two_pass_rows(head, entropy, workspace, backend)
@@ -77,7 +77,7 @@ def sweep_rows(head: Head, count: int, entropy: bool, gradient: bool, workspace:
 
 
 def one_pass_bytes(head: Head, entropy: bool, gradient: bool, backend: str) -> tuple[int, int]:
-    """(of the call, of each row of a chunk). gradient: whether E is kept."""
+    """(bytes of the call, bytes of each row of a chunk). gradient: whether E is stored."""
     weight = head.weight
     wide = accumulation_dtype(weight.dtype).itemsize
     fixed, per_row = _triton_sweep(head, entropy) if backend == "triton" else _torch_sweep(head, entropy)
@@ -97,27 +97,27 @@ def exps_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def row_stride(head: Head) -> int:
     """Entries from one row of E to the next."""
-    # Rows of E aligned to 64 elements, and never a power of two apart: at V = 49152 rows that share their place in the cache
-    # cost products 2 and 3 15 % on a CPU.
+    # An odd multiple of 32: rows are aligned to 32 entries and never lie a large power of two apart. At V = 49152 = 3 * 2^14,
+    # rows V entries apart share their place in the cache, which cost products 2 and 3 15 % on a CPU.
     return (head.weight.shape[0] + 63) // 64 * 64 + 32
 
 
 def _torch_sweep(head: Head, entropy: bool) -> tuple[int, int]:
-    """Of `torch_tiles.anchored_exp`, E and the chunk's hidden states left out."""
+    """(bytes of the call, of a row) of `torch_tiles.anchored_exp`, without E and the chunk's hidden states."""
     rows, columns, wide, narrow = _tile(head)
-    # a tile of weights; of logits, with the temporaries of the entropy and of the softcap's slope
+    # one tile of weights; one of logits, with the temporaries of the entropy (1) and of the softcap and its slope (4)
     tiles = 1 + entropy + (4 if head.softcap is not None else 0)
     return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
 
 
 def _triton_sweep(head: Head, entropy: bool) -> tuple[int, int]:
-    # one partial sum of each kind per row and column tile
+    # partial sums per row and column tile: S, Q for an entropy, R where E is rounded
     partials = 1 + entropy + (head.weight.dtype != torch.float32)
     return _lora_operands(head), 4 * partials * tiles_of("triton").most_column_tiles(head.weight.shape[0], head.weight.dtype)
 
 
 def _widened(head: Head) -> int:
-    """Of products 2 and 3 on a CPU where E is not in the accumulation dtype: its widened tiles."""
+    """Bytes of the tiles of E that products 2 and 3 widen on a CPU, where E is not in the accumulation dtype."""
     dtype = accumulation_dtype(head.weight.dtype)
     if head.weight.dtype == dtype or head.weight.device.type != "cpu":
         return 0
@@ -153,10 +153,12 @@ def two_pass_rows(head: Head, entropy: bool, workspace: int, backend: str) -> in
 
 
 def _torch_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
-    """Of `torch_tiles.online_logsumexp` or `dlogits`, the slice and the chunk's hidden states left out."""
+    """(bytes of the call, of a row) of `torch_tiles.online_logsumexp` or `dlogits`, without the slice of dL/dlogits and the
+    chunk's hidden states."""
     rows, columns, wide, narrow = _tile(head)
     tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
-    of_targets = 3 * rows * head.weight.shape[1] * wide  # before the tiles: rows of the weight, widened, and their products
+    # before the tiles exist: the targets' rows of the weight, widened, and their products
+    of_targets = 3 * rows * head.weight.shape[1] * wide
     return max(of_targets, columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide), 0
 
 
@@ -178,7 +180,7 @@ def _tile(head: Head) -> tuple[int, int, int, int]:
 
 
 def _lora_operands(head: Head) -> int:
-    """Of LoRA's B on Triton: as bf16 operands (`kernels.operands`), with the terms they are put together from."""
+    """Bytes of LoRA's B on Triton: its bf16 operands (`kernels.operands`), and the terms that they are put together from."""
     rank = lora_rank(head)
     if head.weight.dtype == torch.float32 or rank == 0:
         return 4 * head.weight.shape[0] * rank

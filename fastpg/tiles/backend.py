@@ -1,4 +1,4 @@
-"""Which code computes the tiles, PyTorch or the Triton kernels, and what both of them have to offer: `TileOps`."""
+"""The choice between the two backends, PyTorch and the Triton kernels, and the functions that both have: `TileOps`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .structures import (
 )
 
 BACKENDS = ("torch", "triton")
-# FASTPG_BACKEND replaces the default, for debugging; an argument `backend=` goes before it.
+# FASTPG_BACKEND replaces the default, for debugging; an argument `backend=` takes precedence over it.
 _ENVIRONMENT = os.environ.get("FASTPG_BACKEND")
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class TileOps(Protocol):
-    """A backend: a module with these functions. `torch_tiles` documents each, `triton_tiles` has the same ones.
+    """A backend: a module with these functions. `torch_tiles` documents each of them, and `triton_tiles` has the same.
 
-    A schedule is loops around them and knows nothing else of a device. Triton adds `anchored_loss`, which the one-pass schedule
-    calls for objectives that have a device function.
+    A schedule is loops around these functions and knows nothing else of a device. Triton adds `anchored_loss`, which the
+    one-pass schedule calls for objectives that have a device function.
     """
 
-    # how a schedule cuts its loops, and what it multiplies
+    # the sizes of a schedule's loops, and the operands of its products
     def tile_shape(self, head: Head) -> TileShape: ...
     def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype: ...
     def weight_buffer(self, head: Head) -> torch.Tensor | None: ...
@@ -69,8 +69,8 @@ class TileOps(Protocol):
 def choose_backend(backend: str | None, hidden: torch.Tensor, name: str = "hidden") -> str:
     """ "torch" or "triton": the argument, else FASTPG_BACKEND, else triton for CUDA and ROCm tensors and torch elsewhere.
 
-    float64 has no kernels: it takes torch unless triton is asked for by the argument, which is then an error, as it is where
-    triton is not installed, or for CPU tensors outside Triton's interpreter.
+    float64 has no kernels: without the argument it takes torch, whatever FASTPG_BACKEND says. Triton raises for float64, where
+    it is not installed, and for CPU tensors outside its interpreter.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f'backend must be "torch", "triton" or None; got {backend!r}')
@@ -97,7 +97,7 @@ def _check_triton(device: str, name: str) -> None:
 
 
 def tiles_of(backend: str) -> TileOps:
-    """The tile ops of a backend. Triton is imported here and not with fastpg."""
+    """The tile ops of a backend. Triton is imported when it is first asked for, and not with fastpg."""
     if backend == "torch":
         return torch_tiles
     from . import triton_tiles

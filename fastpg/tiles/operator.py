@@ -1,15 +1,16 @@
 """`@operator`: a function of structures of tensors that is plain in eager mode and opaque to torch.compile.
 
-torch.compile must not look into the schedules: they would become thousands of nodes, and Triton kernels of ours are launched as
-they are. So it needs operators of torch.library, which take tensors and numbers one by one and return tensors. Eager calls gain
-nothing from one, and one that mutates costs 46 to 132 us of the host for 8 to 19 arguments (torch 2.13, one core of a Xeon), so
-they go straight to the function.
+torch.compile must not look into the schedules: they would become thousands of nodes of its graph, and our Triton kernels are
+launched as they are. So it needs operators of torch.library, which take tensors and numbers one by one and return tensors.
+
+Eager calls gain nothing from an operator, and one that mutates costs the host 46 to 132 us for 8 to 19 arguments (torch 2.13,
+one core of a Xeon). So they go straight to the function:
 
     eager                           the function itself
     torch.compile, fake tensors     torch.ops.fastpg.<name>: arguments are taken apart, a result of None is an empty tensor
-    eager, gradients enabled        the same: an operator without a derivative says so when one is asked for
+    eager, gradients enabled        the same: an operator has no derivative, and raises when one is asked for
 
-Structures are NamedTuples of tensors, None, numbers and structures; their annotations are the operator's schema.
+Structures are NamedTuples of tensors, None, numbers and structures. The operator's schema is made of their annotations.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def is_opaque(x: torch.Tensor) -> bool:
 
 
 def operator(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """fake: the same arguments -> results of the right shapes and dtypes, without work. mutates: arguments written to.
+    """fake: takes the same arguments and returns results of the right shapes and dtypes, without work.
+    mutates: names of the arguments that the function writes to.
 
-    The first argument is a tensor or begins with one. Results are tensors, None, or a NamedTuple of them.
+    The first argument is a tensor, or a structure that begins with one. Results are tensors, None, or a NamedTuple of them.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -44,7 +46,7 @@ def operator(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callabl
             if not is_opaque(_first(arguments)):
                 return function(*arguments)
             results = op(*_leaves(arguments))
-            # what is absent is absent in the fake results as well, whose tensors nobody uses
+            # the fake results are the template: they are None where the results are, and their tensors are not used
             return put_together(fake(*arguments), results)
 
         call.registered, call.leaves = op, lambda *arguments: tuple(_leaves(arguments))  # for opcheck
@@ -89,7 +91,7 @@ def _registered(function: Callable, fake: Callable, mutates: tuple[str, ...]) ->
 
 
 def _parameters(name: str, hint: Any, is_written: bool) -> list[tuple[str, str]]:
-    """(name, its declaration) of the leaves of one argument."""
+    """(name, declaration in the schema) of each leaf of one argument: the tensors and numbers that it is made of."""
     kind, optional = _without_none(hint)
     if kind in _SCHEMA_TYPES:
         alias = "(!)" if is_written and kind is torch.Tensor else ""
@@ -99,7 +101,7 @@ def _parameters(name: str, hint: Any, is_written: bool) -> list[tuple[str, str]]
 
 
 def _count(hint: Any) -> int:
-    """How many leaves a result has."""
+    """The number of leaves of a result."""
     kind, _ = _without_none(hint)
     if kind is type(None):
         return 0
@@ -137,7 +139,7 @@ def _first(x: Any) -> Any:
 
 
 def _like(template: Any, leaves: Iterator) -> Any:
-    """A structure of the template's form: leaves where it has tensors, None where it has none."""
+    """A structure of the template's form: a leaf where the template has a tensor, None where it has None."""
     if not isinstance(template, tuple):
         leaf = next(leaves)
         return None if template is None else leaf

@@ -1,20 +1,20 @@
 """The one matrix product: fp32 results from low-precision operands, in every loop of the library.
 
-Logits rounded to bf16 are wrong by 1e-2 in the log-probability, and gradients summed in bf16 are biased, so every product
-here returns or accumulates in fp32 (float64 for float64 operands):
+Logits rounded to bf16 are wrong by 1e-2 in the log-probability, and gradients summed in bf16 are biased. So every product here
+returns or accumulates in fp32 (float64 for float64 operands):
 
     CUDA, ROCm   bf16 operands go to the tensor cores as they are, with `out_dtype=torch.float32`
     CPU          operands are fp32 copies of tiles; where both hold bf16 values, oneDNN is asked to multiply them as bf16
                  with fp32 accumulation
 
 That request is exact for operands that hold bf16 values, and for no others. A CPU with matrix instructions (AMX) obeys it and
-is faster for it; one without them runs its fp32 kernel. What an operand holds decides whether it is made, never what one CPU
-does with it. The request is a process-wide switch of torch, held for the product alone and restored on every path. Another
-thread that multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as
-for any product.
+is faster for it; one without them runs its fp32 kernel. The request therefore depends on the values that operands hold, and
+never on the CPU. It is a process-wide switch of torch, set for the product alone and restored on every path. Another thread
+that multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as for any
+product.
 
-Operands keep no foreign memory between their rows (`dense`): oneDNN's AMX kernels read past the end of a row and multiply what
-is there by 0, which is NaN where that is NaN or infinite.
+Operands keep no foreign memory between their rows (`dense`). oneDNN's AMX kernels read past the end of a row and multiply the
+memory there by 0, which gives NaN where it holds NaN or infinity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from .structures import Chunk, Head
 
-# Rows that are copied in another dtype at a time: few, so that the copy is small and stays in the cache.
+# Rows that are copied to another dtype at a time: few, so that the copy is small and stays in the cache.
 WIDENED_ROWS = 512
 
 
@@ -63,8 +63,8 @@ def _multiply(
     accumulate: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """a @ b in `dtype` or in that of `out`, into it or added to it. Nothing else in the library calls a matrix product: tests
-    put one here that behaves like the worst hardware."""
+    """a @ b in `dtype`, or in the dtype of `out`, which it is written or added to. Nothing else in the library calls a matrix
+    product: in the place of this function, tests put one that behaves like the worst hardware."""
     dtype = (a.dtype if dtype is None else dtype) if out is None else out.dtype
     wider = {} if dtype == a.dtype else {"out_dtype": dtype}
     if accumulate:
@@ -82,23 +82,23 @@ def has_gaps(x: torch.Tensor) -> bool:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, columns) as an operand: on a CPU a copy where it has gaps."""
+    """x (rows, columns) as an operand: on a CPU, a copy where x has gaps."""
     if x.device.type != "cpu" or not has_gaps(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)  # contiguous() is x itself where x is one row
 
 
 def inner_size(size: int, device: torch.device) -> int:
-    """How many terms the sums of a product have on a CPU: a multiple of 8, with zeros at the end.
+    """The number of terms in each sum of a product: on a CPU `size` rounded up to a multiple of 8, with zeros at the end.
 
-    MKL adds those of a last vector that is not full in an order that depends on a row's place in the matrix, and with it would
-    a token's bits.
+    MKL adds up a last vector that is not full in an order that depends on the row's place in the matrix. A token's bits would
+    depend on that place too.
     """
     return -(-size // 8) * 8 if device.type == "cpu" else size
 
 
 def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
-    """x (M, K) -> (M, size)."""
+    """x (M, K) -> (M, size), with zeros at the end of each row."""
     return x if x.shape[1] == size else F.pad(x, (0, size - x.shape[1]))
 
 
@@ -107,9 +107,9 @@ def weight_product(
 ) -> None:
     """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
 
-    single: this product is the whole of dW, so it may be rounded to bf16 at once. Then, on a CPU, operands that hold bf16
-    values enter as bf16 and the product leaves as bf16, at the speed of such a product and with the one rounding that there
-    is. (Not for D @ W: there what the rows of W have in common cancels between slices.)
+    single: this product is the whole of the slice, so it may be rounded to bf16 at once. Then, on a CPU, operands that hold
+    bf16 values are multiplied as bf16 and give bf16: at that product's speed, and with a single rounding. (Not for D @ W, where
+    the component that all rows of W share cancels between slices: none of them may be rounded before that.)
     """
     if single and holds_bf16 and out.device.type == "cpu":
         out.copy_(_multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16)))
@@ -118,15 +118,16 @@ def weight_product(
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in the accumulation dtype. On a CPU a bf16 product is computed as oneDNN does, summed in fp32 and rounded once."""
+    """a @ b in the accumulation dtype. On a CPU a bf16 product is oneDNN's: summed in fp32 and rounded to bf16 once."""
     dtype = accumulation_dtype(a.dtype)
     return _multiply(a, b).to(dtype) if a.device.type == "cpu" else _multiply(a, b, dtype=dtype)
 
 
 def _tiled_product(exps: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """exps (C, V) @ weight (V, H) on a CPU, in the accumulation dtype and not rounded before, from tiles of both.
+    """exps (C, V) @ weight (V, H) on a CPU, from tiles of both: in the accumulation dtype, and not rounded before.
 
-    For sums in which what the rows of W have in common may cancel elsewhere, and for a weight with gaps between its rows.
+    For sums that other ranks' sums are added to, as the component that all rows of W share cancels only in the total; and for a
+    weight with gaps between its rows.
     """
     dtype = accumulation_dtype(exps.dtype)
     columns, sums = tile_columns(weight.shape[1]), exps.new_empty(len(exps), weight.shape[1], dtype=dtype)
@@ -139,14 +140,15 @@ def _tiled_product(exps: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def skinny_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (M, K) @ b (K, r) in the accumulation dtype, for few columns of a b that is in it too (or in a's dtype).
+    """a (M, K) @ b (K, r) in the accumulation dtype, for small r. b is in the accumulation dtype or in a's.
 
-    Where a has 16 bits b is multiplied as two 16-bit terms, whose sum has twice the digits, so that a is not widened.
+    a, the large operand, is never widened as a whole. Where it has 16 bits, a GPU multiplies a wider b as two 16-bit terms,
+    whose sum has twice the digits, and a CPU widens a few rows of a at a time.
     """
     dtype = accumulation_dtype(a.dtype)
     if a.dtype == dtype:
         return _multiply(a, dense(b.to(dtype)))
-    if a.device.type == "cpu":  # where a 16-bit product is rounded: widened a few rows at a time
+    if a.device.type == "cpu":  # where a product of 16-bit operands would be rounded to 16 bits
         out, b = a.new_empty(len(a), b.shape[1], dtype=dtype), dense(b.to(dtype))
         rows = max(1, widened_entries(min(a.shape)) // a.shape[1])
         for start in range(0, len(a), rows):
@@ -166,15 +168,15 @@ def widened_entries(vocab: int) -> int:
 
 
 def tile_columns(hidden_size: int) -> int:
-    """Vocabulary entries of a tile on a CPU: at most 8 MiB of fp32 weights and 4 MiB of logits stay in cache between passes."""
+    """Vocabulary entries of a tile on a CPU: at most 8 MiB of fp32 weights and 4 MiB of logits, which stay in the cache."""
     return max(128, min(4096, 2**21 // hidden_size // 64 * 64))
 
 
 class Sums(NamedTuple):
-    """Where a chunk's products go; None where not wanted.
+    """The tensors that a chunk's products are written or added to; None where a gradient is not wanted.
 
-    hidden and lora_hidden are the chunk's own rows. weight in the head's dtype is written once, with one rounding; in the
-    accumulation dtype it may be added to. lora_weight and bias are in the accumulation dtype.
+    hidden and lora_hidden are the chunk's own rows. A weight in the head's dtype is written once, with one rounding; one in the
+    accumulation dtype may be added to. lora_weight and bias are in the accumulation dtype.
     """
 
     hidden: torch.Tensor | None  # (C, H)
@@ -195,8 +197,10 @@ def gradient_products(
 ) -> None:
     """Products 2 and 3: hidden = u (E @ W);  weight = or += E^T @ (u x);  bias likewise E^T u.
 
-    And with LoRA lora_hidden = u (E @ B);  lora_weight = or += E^T @ (u z), so narrow that E is only read. The rounding error
-    of each row of E is added back at its target's row of W, in fp32. add: weight, lora_weight and bias are added to.
+    With LoRA also lora_hidden = u (E @ B);  lora_weight = or += E^T @ (u z): so narrow that each costs no more than reading E.
+
+    The rounding error of each row of E is added back at its target's row of W, in fp32. add: weight, lora_weight and bias are
+    added to; otherwise they are overwritten.
     """
     x, tokens = chunk.hidden[: len(factor)], chunk.tokens[: len(factor)]
     if sums.hidden is not None:
@@ -231,7 +235,8 @@ def _hidden_gradient(
     out: torch.Tensor,
 ) -> None:
     """out (C, H) = u (E @ W)."""
-    # on a CPU a bf16 product is rounded here as well as after the row factor, unless other ranks' sums are to be added
+    # A bf16 product on a CPU is rounded here and again after the row factor. Where other ranks' sums are to be added, it must
+    # not be rounded yet.
     adds_ranks = out.dtype != exps.dtype
     tiled = exps.device.type == "cpu" and (adds_ranks or has_gaps(weight))
     of_rows = _tiled_product(exps, weight) if tiled else multiply(exps, weight)
@@ -240,7 +245,10 @@ def _hidden_gradient(
 
 
 def _add_residual(out: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor, weight: torch.Tensor) -> None:
-    """out (C, ...) += residual (C,) times the token's row of the weight. A token of another rank takes any row."""
+    """out (C, ...) += residual (C,) times the token's row of the weight.
+
+    For a token on another rank any row will do: the correction only has to cancel the component that all rows share.
+    """
     if residual is not None:
         out.add_(weight[tokens.clamp(0, len(weight) - 1)].to(out.dtype).mul_(residual[:, None]))
 

@@ -1,4 +1,4 @@
-"""What the vocabulary is reduced to, row by row: the two-pass forward's statistics, and the formulas that finish them."""
+"""The statistics of a row after the sums over the vocabulary, and the formulas that complete them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .structures import Partials, RowStatistics
 
 
 def finish_rows(partials: Partials, entropy: bool) -> RowStatistics:
-    """From m, s, q of all other columns and z_y:
+    """The statistics of rows, from z_y and from m, s, q of all other columns (see `Partials`):
 
-        t    = (m - z_y) + log s               log-odds against the target; the differences first, for small 1 - p_y
+        t    = (m - z_y) + log s               log-odds against the target; the difference first, for small 1 - p_y
         logp = logsigmoid(-t)
         Ho   = log s - q / s                   entropy of the others alone; 0 where there are none
         H    = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t))
@@ -20,7 +20,7 @@ def finish_rows(partials: Partials, entropy: bool) -> RowStatistics:
     V = 1, or all others banned: s = 0, t = -inf, logp = 0, H = 0.
     """
     maximum, total, weighted, target = partials
-    # +inf against others of -inf is no certainty: softmax has no value there
+    # a target logit of +inf is no certainty, even where all others are -inf: softmax has no value there
     target = torch.where(target == torch.inf, torch.nan, target)
     pivot = torch.where(maximum == -torch.inf, 0, maximum)
     log_total = total.log()
@@ -39,7 +39,7 @@ def entropy_of(t: torch.Tensor, log_total: torch.Tensor, total: torch.Tensor, we
 
 
 def _entropy(t: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """H = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t)), where exp(-inf) * inf is 0 in both shares."""
+    """H = p_y softplus(t) + (1 - p_y) (Ho + softplus(-t)). In both terms exp(-inf) * inf counts as 0."""
     log_p, log_1mp = F.logsigmoid(-t), F.logsigmoid(t)
     target_share = torch.where(t == torch.inf, 0, log_p.exp() * -log_p)
     others_share = torch.where(t == -torch.inf, 0, log_1mp.exp() * (others - log_1mp))

@@ -1,4 +1,4 @@
-"""What schedules and tiles hand to one another: tensors and numbers that belong together, each built once and passed whole."""
+"""Structures that schedules and tile ops hand to one another: tensors and numbers that belong together, passed whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 
 class Head(NamedTuple):
-    """What the schedules and tile ops know of a head: its logits are softcap(logit_scale * (x . w + z . b + bias)).
+    """A head as schedules and tile ops see it. Its logits are softcap(logit_scale * (x . w + z . b + bias)).
 
-    z (r numbers per token, in the accumulation dtype) is scale * A x, computed before; see `lora`.
+    w and b are rows of the weight and of LoRA's B. z = scale * A x, r numbers per token in the accumulation dtype, is computed
+    before (see `lora`).
     """
 
     weight: torch.Tensor  # (V, H)
@@ -21,7 +22,7 @@ class Head(NamedTuple):
 
 
 def lora_rank(head: Head) -> int:
-    """r, or 0. A function, as sizes are read from the weight: Dynamo of torch 2.9 cannot trace properties of a NamedTuple."""
+    """r, or 0 without LoRA. A function, since Dynamo of torch 2.9 cannot trace properties of a NamedTuple."""
     return 0 if head.lora_weight is None else head.lora_weight.shape[1]
 
 
@@ -35,16 +36,17 @@ class Chunk(NamedTuple):
 
 
 class TileShape(NamedTuple):
-    rows: int  # tokens; chunks are as long as a number of these
+    rows: int  # tokens; the planned length of a chunk is a multiple of this
     columns: int  # vocabulary entries
     padding: int  # chunks of a forward pass are padded to a multiple of this many rows
-    longest: int  # rows of a chunk of the two-pass schedule; longer ones gain nothing
+    longest: int  # most rows of a chunk of the two-pass schedule: longer chunks gain nothing
 
 
 class Partials(NamedTuple):
-    """What one pass over some columns leaves of each row, (C,) in the accumulation dtype: over the columns v != y,
+    """The partial statistics of each row over some columns, (C,) each in the accumulation dtype.
 
-    m = max z_v, s = sum exp(z_v - m), q = sum exp(z_v - m) (z_v - m) (None unless an entropy is wanted), and z_y.
+    m = max z_v, s = sum exp(z_v - m) and q = sum exp(z_v - m) (z_v - m) over the columns v != y, with q None unless an entropy
+    is wanted; and z_y.
     """
 
     maximum: torch.Tensor
@@ -54,7 +56,7 @@ class Partials(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What is known of each row after a pass over all columns; all (C,) in the accumulation dtype. Defined in `finish_rows`."""
+    """The statistics of each row over all columns, (C,) each in the accumulation dtype. `finish_rows` defines them."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
@@ -67,7 +69,7 @@ class RowStatistics(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """Incoming gradients of rows, (C,) each."""
+    """Incoming gradients of the rows' results, (C,) each."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
@@ -77,33 +79,33 @@ class Incoming(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Of each row's own token, (C,) each."""
+    """The logit of each row's own token, (C,) each."""
 
     logit: torch.Tensor  # z_y; NaN for a token that is not among the columns
-    slope: torch.Tensor | None  # the softcap's slope there; None without one: 1
+    slope: torch.Tensor | None  # the softcap's slope there; None without a softcap, where it is 1
 
 
 class RowSums(NamedTuple):
-    """Anchored sums of rows: S and Q (C,), Q None unless an entropy is wanted, and what rounding took from the rows of E."""
+    """Anchored sums of rows, (C,) each: S, Q, and the rounding error R of each row of E."""
 
-    total: torch.Tensor
-    weighted: torch.Tensor | None
-    residual: torch.Tensor | None  # of the rows that are stored; None where E is not rounded
+    total: torch.Tensor  # S = sum_v E_v
+    weighted: torch.Tensor | None  # Q = sum_v E_v log E_v; None unless an entropy is wanted
+    residual: torch.Tensor | None  # R, of each stored row: its exact sum less that of its rounded entries; None: not rounded
 
 
 class LossRows(NamedTuple):
-    """Rows with their loss, (C,) each."""
+    """Rows with their losses, (C,) each."""
 
     logprobs: torch.Tensor
     losses: torch.Tensor
     entropy: torch.Tensor | None
     factor: torch.Tensor | None  # u; None where no gradient is wanted
-    state: torch.Tensor  # int8: 0 in range, 1 the factor is not, 2 the sum is not
+    state: torch.Tensor  # int8: 0: S and u are in range, 1: u is not, 2: S is not
     residual: torch.Tensor | None  # as in RowSums
 
 
 class ReadyLogits(NamedTuple):
-    """Ready logits (N, V), and what belongs to their rows."""
+    """Ready logits (N, V), which the caller holds, and the tokens, temperatures and mask of their rows."""
 
     logits: torch.Tensor
     tokens: torch.Tensor  # (N,) int64
@@ -112,7 +114,7 @@ class ReadyLogits(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients a call computes."""
+    """The gradients that a call computes: True where it does."""
 
     hidden: bool
     lora_hidden: bool
@@ -122,7 +124,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Each in its input's shape and dtype; None where not wanted."""
+    """Gradients, each in its input's shape and dtype; None where not wanted."""
 
     hidden: torch.Tensor | None
     lora_hidden: torch.Tensor | None

@@ -1,10 +1,10 @@
-"""The tile ops in PyTorch: what a schedule calls between its loops. Any device; the default on CPU.
+"""The tile ops in PyTorch: the functions that a schedule calls inside its loops. For any device; the default on a CPU.
 
 `triton_tiles` has the same functions, with the same signatures, on the kernels.
 
-Shapes: a chunk has C rows; in the forward pass a multiple of `tile_shape(...).rows`, so that every product there has exactly
-that many rows. BLAS libraries choose their summation order by the shape of the product, so this, and not the values, is what
-makes a token's log-probability the same bits whatever else is in the batch.
+A chunk has C rows. In the forward pass C is a multiple of `tile_shape(...).rows`, so that every product there has exactly that
+many rows. BLAS libraries choose the order of a sum by the shape of the product. With one shape, a token's log-probability has
+the same bits whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .structures import Chunk, Head, Incoming, Partials, ReadyLogits, RowStatist
 
 
 def tile_shape(head: Head) -> TileShape:
-    """The largest tile of logits that exists at a time. A function of H and the device alone, so that bits of logp are."""
+    """The largest tile of logits that exists at a time. It depends on H and the device alone, and so do the orders of sums."""
     if head.weight.device.type != "cpu":
         return TileShape(512, 8192, 512, 16384)
-    # beyond 8 tiles the products are at full speed, and the chunk has left the cache
+    # with 8 tiles of rows the products are at full speed; a longer chunk would only leave the cache
     return TileShape(256, tile_columns(head.weight.shape[1]), 256, 8 * 256)
 
 
@@ -39,9 +39,9 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def weight_tile(head: Head, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
-    """weight[start:stop] in the operand dtype, (columns, H or more): a view where that is the weight itself, else in `buffer`.
+    """weight[start:stop] in the operand dtype, (columns, H or more): a view without `buffer`, otherwise a copy in it.
 
-    On a CPU zeros fill it up to `inner_size`.
+    On a CPU zeros fill its rows up to `inner_size`.
     """
     rows = head.weight[start:stop]
     if buffer is None:
@@ -54,7 +54,7 @@ def weight_tile(head: Head, start: int, stop: int, buffer: torch.Tensor | None) 
 def weight_buffer(head: Head) -> torch.Tensor | None:
     weight = head.weight
     dtype, inner = operand_dtype(weight.dtype, weight.device), inner_size(head.weight.shape[1], weight.device)
-    # A transposed view is multiplied in another order of sums, which on a CPU depends on a row's place.
+    # The product of a transposed weight sums in another order, which on a CPU depends on a row's place in the matrix.
     is_operand = weight.device.type != "cpu" or (weight.stride(1) == 1 and not has_gaps(weight))
     if dtype == weight.dtype and inner == head.weight.shape[1] and is_operand:
         return None
@@ -67,8 +67,9 @@ def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
 
         m = max z_v      s = sum exp(z_v - m)      q = sum exp(z_v - m) (z_v - m)
 
-    kept online (Milakov and Gimelshein, arXiv 1805.02867), and z_y from `target_logits`, as in the one-pass schedule: NaN for
-    a token that is not among the columns. Nothing larger than a tile of logits exists. q only if `entropy`.
+    which every tile updates (Milakov and Gimelshein, arXiv 1805.02867), so that nothing larger than a tile of logits exists.
+    q only if `entropy`. z_y comes from `target_logits`, as in the one-pass schedule: NaN for a token that is not among the
+    columns.
     """
     rows = tile_shape(head).rows
     blocks = [slice(r, r + rows) for r in range(0, max(len(chunk.tokens), 1), rows)]
@@ -85,7 +86,7 @@ def _block_of(chunk: Chunk, block: slice) -> Chunk:
     return Chunk(*(None if x is None else x[block] for x in chunk))
 
 
-# Tiles of logits, one after another: (a block of rows, its first column, z). The next tile may overwrite z, as may the caller.
+# Tiles of logits, one after another: (block of rows, first column, z). The caller may overwrite z, and the next tile does.
 _Tiles = Iterator[tuple[slice, int, torch.Tensor]]
 
 
@@ -155,10 +156,10 @@ def dlogits(
     unit: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor | None:
-    """The gradient of the columns [start, start + len(w)), into out (C, len(w)) in the operand dtype.
+    """Writes D, the gradient dL/dlogits of the columns [start, start + len(w)), to out (C, len(w)) in the operand dtype.
 
     For a bf16 head the entries are rounded to bf16, whatever dtype `out` has. Returns the rounding error of the sum of each
-    row, (C,), or None where nothing is rounded. `unit` is None here: only fp16 slices have one, and these are widened.
+    row, (C,), or None where nothing is rounded. `unit` is None here: only a D in fp16 has units, and here fp16 is widened.
 
     For incoming g (logp) and h (entropy), each (C,), with log p_v = z_v - logsumexp:
 
@@ -184,7 +185,7 @@ def dlogits(
             z.mul_(slope)
         if stored != wide:
             sums = z.sum(1)
-            out[block].copy_(z.to(stored))  # which may be z itself
+            out[block].copy_(z.to(stored))  # `out[block]` may be z itself
             residual[block] = sums - out[block].sum(1, dtype=wide)
     return residual
 
@@ -209,7 +210,7 @@ def _to_gradient_(
     h: torch.Tensor | None,
     at_target: torch.Tensor,
 ) -> None:
-    """A tile of logits, rows `block` and columns from `start` on -> dL/dz, in place."""
+    """Turns a tile of logits into dL/dz, in place: rows `block`, columns from `start` on."""
     z.sub_(statistics.logsumexp[block, None])
     if h is None:
         z.exp_().mul_(-g[block, None])
@@ -228,19 +229,21 @@ def anchored_exp(
     out: torch.Tensor | None,
     entropy: bool,
 ) -> RowSums:
-    """Product 1 of the one-pass schedule with its epilogue. For a = log_anchor (C,), anchor = z_y - a, with z_y and the slope
-    there from `target_logits`:
+    """Product 1 of the one-pass schedule with its epilogue.
+
+    With a = log_anchor (C,), anchor = z_y - a, and z_y and the softcap's slope there from `target_logits`:
 
         E_v = exp(z_v - anchor) for v != y        S = sum_v E_v       Q = sum_v E_v log E_v
 
-    and E_y = -S, the gradient of the target's own column if that is among the columns. Returns S and Q (C,), Q only if
-    `entropy`. With `out`, E is stored there in its dtype, every entry times the softcap's slope, which the sums do not have;
-    out (R, V) takes the first R rows, without the padding. A row whose S is not below 2^99 is stored as zeros: nothing of it
-    may reach the other rows' dW.
+    Returns S and Q (C,), Q only if `entropy`. The target's own column, where it is among the columns, gets the entry E_y = -S,
+    which stands for its gradient. With `out`, E is stored there in out's dtype. Stored entries are multiplied by the softcap's
+    slope; the sums are not. out (M, V) takes the first M rows, without the padding. A row whose S is not below 2^99 is stored
+    as zeros: nothing of it may reach the dW of the other rows.
 
-    Also returns what rounding took from the sum of each stored row, (R,), or None where E is not rounded. Rows of E sum to 0
-    (without a softcap), so that what the rows of W have in common cancels in E @ W; independently rounded entries do not, and
-    the common part of real embeddings would turn that into errors of several per cent.
+    Also returns R (M,), the rounding error of each stored row: its exact sum less the sum of its rounded entries; None where E
+    is not rounded. Rows of E sum to 0 (without a softcap), so the component that all rows of W share cancels in E @ W. Entries
+    that are rounded independently no longer sum to 0. Real embeddings share so much that this would give errors of several per
+    cent.
     """
     rows, columns, *_ = tile_shape(head)
     weight, size, vocab = head.weight, len(chunk.tokens), head.weight.shape[0]
@@ -255,7 +258,8 @@ def anchored_exp(
     for start in range(0, vocab if size else 0, columns):
         stop = min(start + columns, vocab)
         w = weight_tile(head, start, stop, buffer)
-        # not in E itself: with its rows in large pages the step took 1.24 times the bare products instead of 1.00
+        # Computed beside E and not in it: in E, with its rows in large pages, a step took 1.24 times the bare products, and
+        # beside it 1.00.
         e = scratch[: rows * (stop - start)].view(rows, stop - start)
         for r in range(0, size, rows):
             block = slice(r, r + rows)
@@ -288,7 +292,7 @@ def anchored_exp(
 
 
 def store_target(exps: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """exps (C, V)[n, tokens_n] = exact_n, rounded; tokens elsewhere change nothing. Returns what rounding took, (C,)."""
+    """exps (C, V)[n, tokens_n] = exact_n, rounded; a token outside [0, V) changes nothing. Returns the rounding errors (C,)."""
     rows, column = torch.arange(len(exps), device=exps.device), tokens.clamp(0, exps.shape[1] - 1)
     inside = column == tokens
     stored = exact.to(exps.dtype)
@@ -309,7 +313,7 @@ def target_logits(chunk: Chunk, head: Head) -> Target:
     if head.bias is not None:
         z = z + head.bias[tokens].to(dtype)[:, None]
     slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
-    # an infinite anchor would turn a row of other infinities into an ordinary one
+    # +inf becomes NaN: as an anchor it would make a row of other infinities look ordinary
     z = torch.where(inside & (z[:, 0] != torch.inf), z[:, 0], torch.nan)
     return Target(z, None if slope is None else slope[:, 0])
 
@@ -318,14 +322,14 @@ def _zero_rows_(exps: torch.Tensor, rows: torch.Tensor) -> None:
     """exps (C, V)[rows (C,) bool] = 0, whatever was there."""
     if exps.device.type == "cpu":
         exps.index_fill_(0, rows.nonzero()[:, 0], 0)  # touches those rows only
-    else:  # finding them would wait for the host
+    else:  # nonzero() would make the host wait
         exps.masked_fill_(rows[:, None], 0)
 
 
 def _logits(
     chunk: Chunk, block: slice, w: torch.Tensor, head: Head, start: int, out: torch.Tensor, want_slope: bool
 ) -> torch.Tensor | None:
-    """The tile's logits into out; returns the softcap's slope at them if there is one and it is wanted."""
+    """Writes a tile's logits to out. Returns the softcap's slope at them, if there is a softcap and the slope is wanted."""
     x = to_inner_size(chunk.hidden[block], w.shape[1])
     product(out, x, w.T, False, head.weight.dtype == torch.bfloat16)
     if head.lora_weight is not None:
@@ -338,7 +342,7 @@ def _logits(
 
 
 def _to_logits_(score: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
-    """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place; returns the softcap's slope if there is one."""
+    """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place. Returns the softcap's slope as `_logits` does."""
     if head.logit_scale != 1:
         score.mul_(head.logit_scale)
     slope = None
@@ -362,7 +366,7 @@ def _softcap_(u: torch.Tensor, cap: float, want_slope: bool) -> torch.Tensor | N
 
 
 def _target_column(tokens: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's target as a column (C, 1) of [start, stop), and whether it lies there. No host read."""
+    """Each row's target as a column (C, 1) of [start, stop), and whether it lies there. The host does not wait."""
     inside = (tokens >= start) & (tokens < stop)
     return torch.where(inside, tokens - start, 0)[:, None], inside[:, None]
 

@@ -1,7 +1,7 @@
 """The tile ops on the kernels of `fastpg.kernels`: the functions of `torch_tiles`, with the same signatures.
 
-On CUDA and ROCm tensors; on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the first import). Operands keep
-their dtype, bf16 and fp16 included. A row's numbers do not depend on its place in a tile, so nothing is padded.
+They run on CUDA and ROCm tensors, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the first import).
+Operands keep their dtype, bf16 and fp16 included. A row's bits do not depend on its place in a tile, so nothing is padded.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ __all__ = [
 
 
 def tile_shape(head: Head) -> TileShape:
-    """What a schedule steps by: chunks of a number of row tiles, slices wide enough for products at full speed."""
+    """The steps of a schedule: chunks of whole row tiles, and slices wide enough for products at full speed."""
     return TileShape(256, 2048, 1, 1024) if head.weight.device.type == "cpu" else TileShape(128, 8192, 1, 16384)
 
 
 def most_column_tiles(columns: int, dtype: torch.dtype) -> int:
-    """How many tiles `columns` are at most, on whatever device: each has a partial sum for every row."""
+    """The most tiles that `columns` are cut into, on any device: each tile has a partial sum for every row."""
     return cdiv(columns, fewest_columns(dtype))
 
 
 def most_splits(vocab: int, dtype: torch.dtype) -> int:
-    """The same of the splits of `online_logsumexp`."""
+    """The most splits of `online_logsumexp`, on any device: each has partial sums for every row."""
     return split_count(vocab, fewest_columns(dtype))
 
 
@@ -73,7 +73,7 @@ def weight_tile(head: Head, start: int, stop: int, buffer: None) -> torch.Tensor
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of x."""
+    """A context in which x's device is the current one: Triton launches on the current device, which may be another."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -152,7 +152,7 @@ def anchored_exp(
 def anchored_loss(
     chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
 ) -> LossRows:
-    """`anchored_exp` anchored by the old log-probabilities, and the loss from the launch that completes the rows."""
+    """`anchored_exp`, anchored by the old log-probabilities, with the loss: the launch that completes the rows computes it."""
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
         logit, slope = target_kernel_logits(p)
@@ -166,7 +166,7 @@ def anchored_loss(
 
 
 def _loss(loss: DeviceLoss) -> finish_kernel.Loss:
-    """The device functions of a loss."""
+    """The device functions of a loss, and their numbers."""
     objective = getattr(objectives, loss.objective)
     bounds = objectives.bounds_of(objective, loss.numbers)
     kl = None if loss.kl is None else getattr(objectives, loss.kl)
