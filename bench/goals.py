@@ -67,7 +67,7 @@ def goals(rows: list[dict], device: str = "cpu") -> list[dict]:
 
 
 def _excess(rows: list[dict], workspace: int) -> float:
-    """The largest ratio of the memory beyond dX and dW to what is allowed.
+    """The largest ratio of the memory beyond dX and dW to the memory that is allowed there.
 
     Allowed are the workspace and, unless dW is fp32 itself, one fp32 copy of dW, in which chunks are summed.
     """

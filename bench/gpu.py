@@ -186,7 +186,7 @@ def run_part(part: Part, folder: Path, log: Path, limit: float) -> tuple[int | N
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if part.name == "bench":
-        del environment["PYTHONSAFEPATH"]  # run.py imports what is beside it; that folder holds no `kernels`
+        del environment["PYTHONSAFEPATH"]  # run.py imports the modules beside it; that folder holds no `kernels`
     with log.open("wb") as output:
         process = subprocess.Popen(
             part.command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
