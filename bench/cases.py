@@ -1,4 +1,4 @@
-"""What is measured: heads of real models, batches for them, and the cells of the table."""
+"""The inputs of the bench: heads of real models, batches for them, and the cells of the table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ HEADS = {
 class Cell:
     """One batch, on which several methods are compared with each other and with the bare products.
 
-    zero_share: tokens whose advantage is exactly 0. rounds: of two timed runs of each method.
+    The bare products are the three matrix products of a step and nothing else: the floor of every method.
+
+    zero_share: the share of tokens whose advantage is exactly 0. rounds: each has two timed runs of every method.
     """
 
     section: str
@@ -52,19 +54,19 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (N,)
     old_logprobs: torch.Tensor  # (N,)
     advantages: torch.Tensor  # (N,)
-    mask: torch.Tensor  # (N,) bool: all tokens count; a trainer has a mask, whatever is in it
-    logprobs: torch.Tensor  # (N,) fp32, of these hidden states: for what starts from ready ones
+    mask: torch.Tensor  # (N,) bool: all tokens count, but a trainer always passes a mask
+    logprobs: torch.Tensor  # (N,) fp32, of these hidden states: for methods that start from log-probabilities
     softcap: float | None = None
     frozen: bool = False  # the weight takes no gradient
-    workspace: int | None = None  # bytes; None the default
+    workspace: int | None = None  # bytes; None: the default
 
     def leaves(self) -> Batch:
-        """The same with hidden, weight and logprobs as fresh leaves (no copy of their values)."""
+        """The same batch with hidden, weight and logprobs as fresh leaves of autograd (no copy of their values)."""
         hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not self.frozen)
         return self._replace(hidden=hidden, weight=weight, logprobs=self.logprobs.detach().requires_grad_())
 
     def some(self, rows: int) -> Batch:
-        """At most so many of its rows, evenly spaced: neighbours may all have weight zero."""
+        """At most `rows` rows of the batch, evenly spaced, because neighbours may all have weight zero."""
         chosen = torch.arange(0, len(self.tokens), max(1, len(self.tokens) // rows), device=self.tokens.device)[:rows]
         per_row = ("hidden", "tokens", "old_logprobs", "advantages", "mask", "logprobs")
         return self._replace(**{name: getattr(self, name)[chosen] for name in per_row})
@@ -73,7 +75,7 @@ class Batch(NamedTuple):
         return Batch(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
     def with_logprobs(self, noise: torch.Tensor | float = 0.0) -> Batch:
-        """The same with log-probabilities of its hidden states, and old ones that differ by the noise."""
+        """The same batch with the log-probabilities of its hidden states, and old ones that differ from them by the noise."""
         logprobs = exact_logprobs(self, torch.float32).float()
         return self._replace(logprobs=logprobs, old_logprobs=logprobs + noise)
 
@@ -84,13 +86,13 @@ class Batch(NamedTuple):
 def batch_of(
     hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, advantages: torch.Tensor, softcap: float | None = None
 ) -> Batch:
-    """Without its log-probabilities, which `with_logprobs` adds."""
+    """A batch without log-probabilities, which `with_logprobs` adds."""
     none = torch.empty(0)
     return Batch(hidden, weight, tokens, none, advantages, torch.ones_like(tokens, dtype=torch.bool), none, softcap)
 
 
 def batch(cell: Cell, device: str = "cpu", seed: int = 0) -> Batch:
-    """Logits with a standard deviation of 2, tokens drawn at random, ratios within about e^+-0.1."""
+    """A random batch: logits with a standard deviation of 2, tokens drawn at random, ratios within about e^+-0.1."""
     head, dtype = cell.head, DTYPES[cell.dtype]
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(cell.rows, head.hidden, generator=generator).to(dtype)
@@ -105,7 +107,7 @@ def batch(cell: Cell, device: str = "cpu", seed: int = 0) -> Batch:
 
 
 def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """(N,), some rows at a time."""
+    """The log-probabilities (N,) of the batch, computed in `dtype`, some rows at a time."""
     found = []
     for h, t in zip(b.hidden.split(512), b.tokens.split(512), strict=True):
         z = torch.cat([h.to(dtype) @ w.to(dtype).T for w in b.weight.split(32768)], 1)
@@ -124,7 +126,7 @@ def cpu_cells() -> list[Cell]:
     """The cells that two cores finish in less than ten minutes."""
     cells, one = [], ("fastpg one pass",)
     for dtype in DTYPES:
-        # in fp32 the default workspace holds two chunks, in bf16 one
+        # in fp32 the default workspace cuts this batch into two chunks; in bf16 one chunk holds it
         more = ("fastpg one pass, several chunks", "torch linear_cross_entropy") if dtype == "bfloat16" else ()
         methods = (*OURS, *VARIANTS, *more, "full logits", "full logits, compiled", "TRL", "Liger", "CCE", "verl")
         cells.append(Cell("step", f"SmolLM2's head, {dtype}", SMALL, 2048, dtype, methods))
@@ -139,7 +141,7 @@ def cpu_cells() -> list[Cell]:
 
 
 def gpu_cells() -> list[Cell]:
-    """The same questions at the sizes of training runs. Of five heads, the step has been measured on an H100."""
+    """The same questions at the sizes of training runs. The step of five of these heads has been measured on an H100."""
     cells, one = [], ("fastpg one pass",)
     peers = ("full logits", "full logits, compiled", "TRL", "Liger", "torch linear_cross_entropy", "CCE", "verl")
     methods = (*OURS, *VARIANTS, "fastpg one pass, one chunk", *peers)
@@ -155,12 +157,15 @@ def gpu_cells() -> list[Cell]:
 
 
 def loss_cell(rows: int, dtype: str) -> Cell:
-    """What `policy_loss` costs. A loss takes less than a millisecond, hence many rounds; its share is largest at this head."""
+    """The cost of `policy_loss` alone.
+
+    A loss takes less than a millisecond, hence the many rounds. Its share of a step is largest at this head.
+    """
     return Cell("loss alone", f"{rows} log-probabilities, {dtype} head", SMALL, rows, dtype, LOSSES, rounds=100)
 
 
 def tiny_cells() -> list[Cell]:
-    """Every section and method on a batch of a hundred tokens: to exercise the program, not to measure."""
+    """Small cells of most sections and methods, on about a hundred tokens: to exercise the program, not to measure."""
     head, one = Head(1000, 64), ("fastpg one pass",)
     methods = (*OURS, *VARIANTS, "full logits", "TRL", "Liger", "torch linear_cross_entropy")
     cells = [Cell("step", f"tiny, {dtype}", head, 96, dtype, methods) for dtype in DTYPES]

@@ -1,16 +1,16 @@
-"""What the numbers of a run are held to: each goal, what was measured, and whether it was met. The goals were set for a CPU."""
+"""The goals of the bench: each with the measured number, and whether it was met. The goals were set for a CPU."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
-# the step that stands for all of them, and the default workspace
+# per device: the head whose step the goals are about, and the bytes of the default workspace
 _STEPS = {"cpu": "SmolLM2's head", "cuda": "qwen3-8b"}
 _WORKSPACES = {"cpu": 2**28, "cuda": 2**30}
 
 
 def goals(rows: list[dict], device: str = "cpu") -> list[dict]:
-    """{what, goal, measured, met} of every goal whose cells are among the rows."""
+    """One {what, goal, measured, met} for every goal whose cells are among the rows."""
     found = []
     rows = [r for r in rows if r["section"] != "step" or r["name"].startswith(_STEPS[device])]
 
@@ -33,7 +33,7 @@ def goals(rows: list[dict], device: str = "cpu") -> list[dict]:
 
     one, two = "fastpg one pass", "fastpg two passes"
     at_most("one pass over products, fp32, default workspace", 1.03, value("step", "float32", one))
-    # the default workspace holds one chunk of the CPU's step, and several of the GPU's
+    # with the default workspace the CPU's step is one chunk, and the GPU's is several
     one_chunk, several = (one, f"{one}, several chunks") if device == "cpu" else (f"{one}, one chunk", one)
     at_most("one pass over products, bf16, one chunk", 1.12, value("step", "bfloat16", one_chunk))
     at_most("one pass over products, bf16, several chunks", 1.40, value("step", "bfloat16", several))
@@ -67,7 +67,10 @@ def goals(rows: list[dict], device: str = "cpu") -> list[dict]:
 
 
 def _excess(rows: list[dict], workspace: int) -> float:
-    """Beyond dX and dW: the workspace, and dW once in fp32 where it is not and chunks add."""
+    """The largest ratio of the memory beyond dX and dW to the memory that is allowed there.
+
+    Allowed are the workspace and, unless dW is fp32 itself, one fp32 copy of dW, in which chunks are summed.
+    """
 
     def allowed(row: dict) -> float:
         wide = row["vocab"] * row["hidden"] * 4 if row["dtype"] != "float32" else 0

@@ -25,14 +25,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ("smollm2-135m", "llama3.2-1b", "qwen3-8b")
-# those of the bench that are there without other libraries, whose compilers take most of their time
+# the bench's methods that need no other library; the compilers of those libraries take most of their time
 METHODS = (
     "fastpg one pass", "fastpg two passes", "fastpg one pass, half zero weights", "fastpg one pass, frozen weight",
     "fastpg one pass, one chunk", "full logits", "full logits, compiled",
 )  # fmt: skip
 SHARES = {"tests": 0.34, "check": 0.26, "bench": 0.40}  # of the seconds
 
-# What a Python is asked: one line of JSON. Nothing of fastpg is imported.
+# The probe that each candidate Python runs. It prints one line of JSON and imports nothing of fastpg.
 _PROBE = """
 import importlib.util, json
 found = {"missing": [n for n in ("torch", "triton", "numpy", "rich", "tqdm", "pytest") if not importlib.util.find_spec(n)]}
@@ -90,7 +90,7 @@ def say(text: str) -> None:
 
 
 def chosen_python(candidates: list[str]) -> tuple[str | None, dict | str]:
-    """The first that has a GPU and all that is needed, and what it said; or None, and why none will do."""
+    """The first candidate with a GPU and every package that is needed, and its answer; or None, and why none will do."""
     why_not = []
     for python in candidates:
         found = probe(python)
@@ -122,7 +122,7 @@ def probe(python: str) -> dict | str:
 
 @contextmanager
 def importable_package() -> Iterator[Path]:
-    """A folder for sys.path with fastpg in it, as it would be installed: kernels/ inside, all of it links to this checkout.
+    """A folder for sys.path that holds fastpg as if it were installed: links to this checkout, with kernels/ inside fastpg/.
 
     The checkout itself must stay off sys.path: its kernels/ would be found in the place of Hugging Face's `kernels`.
     """
@@ -156,7 +156,7 @@ def parts(python: str, found: dict, out: Path) -> list[Part]:
 
 
 def run_parts(chosen: list[Part], folder: Path, out: Path, seconds: float) -> list[Outcome]:
-    """One after the other, each for at most its share of the seconds; what comes after an interrupt is not run."""
+    """Runs the parts one after the other, each for at most its share of the seconds. After an interrupt the rest is not run."""
     (out / "bench" / "results.json").unlink(missing_ok=True)  # an older run's
     outcomes: list[Outcome] = []
     interrupted = False
@@ -179,11 +179,14 @@ def run_parts(chosen: list[Part], folder: Path, out: Path, seconds: float) -> li
 
 
 def run_part(part: Part, folder: Path, log: Path, limit: float) -> tuple[int | None, bool]:
-    """(exit status, False), or (None, interrupted?) where the process and all that it started were killed."""
+    """Runs a part: (its exit status, False), or (None, whether it was interrupted) where it did not end by itself.
+
+    Either way, every process that it started is killed.
+    """
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if part.name == "bench":
-        del environment["PYTHONSAFEPATH"]  # run.py imports what is beside it; that folder holds no `kernels`
+        del environment["PYTHONSAFEPATH"]  # run.py imports the modules beside it; that folder holds no `kernels`
     with log.open("wb") as output:
         process = subprocess.Popen(
             part.command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -197,7 +200,7 @@ def run_part(part: Part, folder: Path, log: Path, limit: float) -> tuple[int | N
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kills its session: workers of pytest and compilers too."""
+    """Kills the process and its session, which includes workers of pytest and compilers."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(5)
@@ -206,7 +209,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def of_tests(said: str, status: int | None) -> tuple[bool, str]:
-    """Counted from the lines of `pytest -v`, which are there also where it was stopped."""
+    """Counts the lines of `pytest -v`, which are there even if pytest was stopped."""
     outcome = r"(PASSED|FAILED|ERROR|SKIPPED)"
     lines = re.findall(rf"^(?:\[gw\d+\] \[ *\d+%\] {outcome} |\S*tests/\S+?::.* {outcome}\b)", said, re.MULTILINE)
     found = [parallel or alone for parallel, alone in lines]
@@ -230,7 +233,7 @@ def of_bench(ratios: dict[str, float], status: int | None) -> tuple[bool, str]:
 
 
 def one_pass_ratios(out: Path) -> dict[str, float]:
-    """Of the heads that were measured. run.py writes what it has after each of them."""
+    """One pass over the bare products, for each head that was measured. run.py writes its results after each head."""
     try:
         rows = json.loads((out / "bench" / "results.json").read_text())["rows"]
     except (OSError, ValueError, KeyError):
@@ -250,7 +253,7 @@ def commit() -> str:
 
 
 def summary(outcomes: list[Outcome], found: dict, code: str) -> tuple[bool, str]:
-    """Whether all passed, and the last line."""
+    """Whether all parts passed, and the last line of the output."""
     passed = bool(outcomes) and all(outcome.passed for outcome in outcomes)
     bad = [outcome.name for outcome in outcomes if not outcome.passed]
     verdict = "PASS" if passed else f"FAIL ({', '.join(bad)})"

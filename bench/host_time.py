@@ -32,17 +32,17 @@ _UNTIMED = 5  # steps of each kind before those that count
 
 
 class Launches:
-    """Stands in for `run` of Triton's functions: records what each launch of a step writes, then writes it again.
+    """Replaces `run` of Triton's functions: records what each launch of the first step writes, and in later steps copies that.
 
-    What is written is known by what changes. So memory is filled while a step is recorded: a result of 0 in memory that
-    happened to hold 0 would not be seen, and later steps would read whatever was there.
+    A write is found by comparing memory before and after the launch. So new memory is filled while a step is recorded. Without
+    that, a result of 0 in memory that happened to hold 0 would not be seen, and later steps would read whatever was there.
     """
 
     def __init__(self) -> None:
         self.recorded: list[list[tuple[int, object]]] = []
         self.records = True
         self.place = 0
-        self.seconds = 0.0  # spent here
+        self.seconds = 0.0  # spent in the replaced launches
 
     def replaced(self, run: Callable) -> Callable:
         def launch(kernel, *args, grid, warmup, **kwargs):
@@ -59,10 +59,11 @@ class Launches:
         return launch
 
     def step(self, call: Callable[[], None]) -> float:
-        """Seconds of a step, without those spent here. The first one is recorded."""
+        """Seconds of a step, without those spent in the replaced launches. The first step is recorded."""
         import torch
 
         self.place, self.seconds = 0, 0.0
+        # in this mode torch fills the memory that it allocates
         torch.use_deterministic_algorithms(self.records, warn_only=True)
         start = perf_counter()
         call()
@@ -85,7 +86,7 @@ def _tensors(x: object) -> list:
 
 
 def _written(tensors: list, run: Callable) -> list[tuple[int, object]]:
-    """(which tensor, its values) of those that `run` changes."""
+    """(index, new values) of each tensor that `run` changes."""
     before = [x.clone() for x in tensors]
     run()
     return [(i, x.clone()) for i, (x, y) in enumerate(zip(tensors, before, strict=True)) if not _same_bytes(x, y)]
@@ -98,7 +99,7 @@ def _same_bytes(x, y) -> bool:
 
 
 def steps() -> dict[str, Callable[[], None]]:
-    """The steps that are timed, each a function of nothing, on tensors that stay."""
+    """The timed steps: functions without arguments, on tensors that every call reuses."""
     import torch
     from endings import plain_cispo_loss
 
@@ -180,7 +181,7 @@ def in_process(folder: Path, repeats: int) -> dict[str, float]:
         for part in (folder / "fastpg").iterdir():
             (package / part.name).symlink_to(part)
         (package / "kernels").symlink_to(folder / "kernels")
-        paths = os.pathsep.join((path, str(Path(__file__).parent)))  # what is beside this file is of this checkout
+        paths = os.pathsep.join((path, str(Path(__file__).parent)))  # modules beside this file are always of this checkout
         settings = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         if not torch.cuda.is_available():
             settings["TRITON_INTERPRET"] = "1"

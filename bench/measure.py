@@ -1,4 +1,4 @@
-"""How it is measured: a gate for correctness, interleaved timings, transient memory."""
+"""The measurements of the bench: a gate for correctness, interleaved timings, transient memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _GATE_ROWS = 64
 
 
 class Errors(NamedTuple):
-    """Against float64 on some rows of a batch: |dlogp|, and gradients relative. None: what the method does not tell or have."""
+    """Errors against float64 on some rows of a batch: absolute of log-probabilities, relative of gradients.
+
+    None where a method does not return the quantity, or does not have it.
+    """
 
     logprobs: float | None
     dhidden: float | None
@@ -34,7 +37,9 @@ class Errors(NamedTuple):
 
 
 def errors_of(method: Method, b: Batch) -> Errors:
-    """What is exact comes from the oracle, which shares no code with any method: `policy_loss` is one of them.
+    """The errors of a method against the oracle.
+
+    The oracle shares no code with any method; fastpg's own `policy_loss` is part of a method and cannot be the judge.
 
     dW (V, H) is compared through its product with a random vector, so that no float64 copy of it is made.
     """
@@ -53,7 +58,7 @@ def errors_of(method: Method, b: Batch) -> Errors:
     columns = b.weight.detach().split(32768)
     dhidden = sum(part @ w.double() for part, w in zip(d.split(32768, 1), columns, strict=True))
     of_logprobs = None
-    if logprobs is not None:  # tokens of weight zero are skipped, and say so by NaN
+    if logprobs is not None:  # fastpg's one pass skips tokens of weight zero and returns NaN for them
         computed = b.advantages != 0 if method.is_ours else torch.ones_like(b.tokens, dtype=torch.bool)
         of_logprobs = (logprobs.double() - exact.detach())[computed].abs().max().item()
     of_weight = None
@@ -73,9 +78,12 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def is_wrong(method: Method, errors: Errors, b: Batch) -> str | None:
-    """What is wrong beyond rounding. fastpg is held to its promise, the others to logits rounded to the dtype of the model."""
+    """The first error that is beyond rounding, in words, or None.
+
+    fastpg is held to its promise, and the others to logits rounded to the dtype of the model.
+    """
     eps = torch.finfo(b.hidden.dtype).eps
-    size = 12.0 if b.softcap is None else b.softcap  # logits of these batches
+    size = 12.0 if b.softcap is None else b.softcap  # about the largest logit of these batches
     promised = logprob_tolerance(size, b.hidden.dtype, b.hidden.shape[1], b.hidden.device)
     limit = promised if method.is_ours else max(promised, 4 * eps * size)
     if errors.logprobs is not None and not errors.logprobs <= limit:
@@ -96,16 +104,16 @@ class Runs(NamedTuple):
 
 
 def attempt(call: Callable[[], object], device: str) -> tuple[object, str | None]:
-    """(what the call returns, None), or (None, what it raised, in one line).
+    """(the result of the call, None), or (None, its error in one line).
 
-    Whatever a method raises is its own failure and not the end of the run: compilers, launchers and libraries raise errors of
-    every class. Only KeyboardInterrupt and its like end it.
+    An error of a method must not end the run. Compilers, launchers and libraries raise errors of every class, so all of them
+    are caught. Only KeyboardInterrupt and its like end the run.
     """
     try:
         return call(), None
     except Exception as error:
         why_not = _in_one_line(error)
-    # The error is gone by now, and with its frames what they held; what stands in cycles goes here.
+    # By now the error is gone, and with its frames the tensors that they held. Tensors in reference cycles go here.
     gc.collect()
     if device == "cuda":
         with contextlib.suppress(Exception):  # a broken context refuses this too, and every method after it says so
@@ -116,7 +124,7 @@ def attempt(call: Callable[[], object], device: str) -> tuple[object, str | None
 def _in_one_line(error: Exception) -> str:
     lines = "".join(traceback.format_exception_only(error)).splitlines()
     line = next((line.strip() for line in lines if line.strip()), type(error).__name__)
-    # torch's class of it, Python's, and what the allocator of a CPU raises
+    # torch's class, Python's, and the words of torch's allocator on a CPU
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
         return "out of memory"
     return f"failed: {line[:120]}"
@@ -124,18 +132,18 @@ def _in_one_line(error: Exception) -> str:
 
 class Timings(NamedTuple):
     runs: dict[str, Runs]
-    failed: dict[str, str]  # calls that raised, and what
+    failed: dict[str, str]  # calls that raised, with their errors
 
 
 def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, budget_s: float) -> Timings:
-    """Seconds of each call, and the memory that it takes; a call that raises, whenever it does, is not visited again.
+    """Seconds of each call, and the memory that it takes.
 
-    Every round visits the calls in turn, so that a drift of the machine's speed meets all alike, and runs each once untimed and
-    twice timed (once where that took budget_s). A call whose timed runs have taken budget_s is not visited again. The first
-    untimed run is where memory is read.
+    Every round visits the calls in turn, so that a drift of the machine's speed affects all alike. It runs each call once
+    untimed and twice timed (once where that took budget_s). Memory is read in the first untimed run. A call is not visited
+    again once its timed runs have taken budget_s, or once it has raised an error.
 
-    The untimed run matters each time: a virtual machine may give freed memory back to its host within seconds, and the first
-    run after a pause then pays for every page (seen here: 0.3 s of 1.4). For the same reason medians are lower medians.
+    The untimed run matters in every round: a virtual machine may give freed memory back to its host within seconds, and the
+    first run after a pause then pays for every page (seen here: 0.3 s of 1.4). For the same reason medians are lower medians.
     """
     runs: dict[str, Runs] = {}
     failed: dict[str, str] = {}
@@ -153,7 +161,7 @@ def runs_of(calls: dict[str, Callable[[], object]], rounds: int, device: str, bu
 
 
 def _visit(call: Callable[[], object], before: Runs | None, device: str, budget_s: float) -> Runs:
-    """What runs_of does with a call in one round; `before`: what its earlier rounds found."""
+    """One round of one call in `runs_of`. before: the runs of its earlier rounds, or None in the first."""
     if before is None:
         peak_bytes, seconds = transient_bytes(call, device), []
     else:
@@ -172,7 +180,7 @@ def _wall_seconds(call: Callable[[], object]) -> float:
 
 
 def _event_seconds(call: Callable[[], object]) -> float:
-    """As triton.testing.do_bench: between two events, after the L2 cache was overwritten."""
+    """Seconds between two events, after the L2 cache was overwritten, as in triton.testing.do_bench."""
     cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
     cache.zero_()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -186,7 +194,7 @@ def _event_seconds(call: Callable[[], object]) -> float:
 def measure(b: Batch, names: tuple[str, ...], rounds: int, device: str, budget_s: float) -> list[dict]:
     """One row per method: seconds, ratio to the bare products, peak bytes, errors; or why there are none.
 
-    Without the bare products there is nothing to compare with: theirs is then the only row, and says why.
+    If the bare products fail there is nothing to compare with: then theirs is the only row, and says why.
     """
     _, why_not = attempt(lambda: bare_products(b), device)  # before the others spend their time on the gate
     if why_not is not None:
@@ -229,7 +237,7 @@ def _gated(method: Method, b: Batch) -> dict:
 
 
 def machine(device: str) -> dict[str, object]:
-    """What the numbers belong to."""
+    """The date, machine and versions of a run."""
 
     def installed(package: str) -> str | None:
         try:

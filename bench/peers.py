@@ -1,11 +1,12 @@
-"""What is compared: the same CISPO step, forward and backward, by fastpg, by full logits and by other libraries.
+"""The methods that are compared: the same CISPO step, forward and backward, by fastpg, by full logits and by other libraries.
 
-Every method takes a Batch whose hidden and weight are leaves, runs forward and backward, and returns its log-probabilities (N,)
-or None where it does not tell them. Peers run at their best settings for these shapes; what cannot run is told by `why_not`.
+Every method takes a Batch whose hidden and weight are leaves and runs forward and backward. It returns its log-probabilities
+(N,), or None if it does not compute them for the caller. Peers run at their best settings for these shapes. `why_not` says why
+a method cannot run on a batch.
 
-A peer's log-probabilities become a loss by the plain lines that a trainer writes: nothing of fastpg is in its time. fastpg's
-two passes end in `policy_loss`, which is what their users call. fastpg's one pass and Liger have a loss of their own. What
-`policy_loss` and the plain lines take by themselves is measured on ready log-probabilities.
+The plain lines of a trainer turn a peer's log-probabilities into a loss, so nothing of fastpg is in a peer's time. fastpg's
+two passes end in `policy_loss`, because their users call it. fastpg's one pass and Liger have a loss of their own.
+`policy_loss` and the plain lines are also measured alone, on ready log-probabilities.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Method(NamedTuple):
     step: Callable[[Batch], torch.Tensor | None]
     why_not: Callable[[Batch], str | None]  # None: it runs on this batch
     is_ours: bool = False
-    variant: Callable[[Batch], Batch] = lambda b: b  # of the cell's batch, that it runs on
+    variant: Callable[[Batch], Batch] = lambda b: b  # from the cell's batch to the one it runs on
     ends_in: str = PLAIN  # how its log-probabilities become a loss
-    is_loss_alone: bool = False  # from ready log-probabilities, which are a leaf
+    is_loss_alone: bool = False  # it starts from ready log-probabilities, which are a leaf
 
 
 def plain_loss(logprobs: torch.Tensor, b: Batch) -> torch.Tensor:
@@ -60,7 +61,7 @@ def two_passes(b: Batch) -> torch.Tensor:
 
 
 def _logprobs_of_full_logits(hidden, weight, tokens, softcap):
-    """What a trainer writes: logits in the dtype of the model, log_softmax in fp32, gather."""
+    """The lines of a trainer: logits in the dtype of the model, log_softmax in fp32, gather."""
     z = (hidden @ weight.T).float()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return torch.log_softmax(z, -1).gather(1, tokens[:, None])[:, 0]
@@ -95,9 +96,9 @@ def trl(b: Batch) -> torch.Tensor:
 
 
 def liger(b: Batch) -> None:
-    """Liger's fused linear GRPO, as sequences of 256 tokens whose advantages are shared, one sequence a chunk.
+    """Liger's fused linear GRPO on sequences of 256 tokens, one sequence per chunk; compiled on a GPU, eager on a CPU.
 
-    Compiled on a GPU, eager on a CPU.
+    The tokens of a sequence share one advantage.
     """
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
@@ -127,7 +128,7 @@ def _half_zero_weights(b: Batch) -> Batch:
 
 
 def torch_linear_cross_entropy(b: Batch) -> torch.Tensor:
-    """torch's own, with its chunks where they give per-token losses, which CISPO's coefficients need."""
+    """torch's own, in chunks. It runs only where these give per-token losses, which CISPO's coefficients need."""
     logprobs = -F.linear_cross_entropy(b.hidden, b.weight, b.tokens, reduction="none", options=_torch_options())
     plain_loss(logprobs.float(), b).backward()
     return logprobs.detach().float()

@@ -1,4 +1,4 @@
-"""Three plots of a run: time over the floor per method, memory over V, time over N."""
+"""Three plots of a run: time over the bare products per method, memory over V, time over N."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _over_the_floor(rows: list[dict], about: str, path: Path) -> None:
 
 
 def _label(row: dict) -> str:
-    """The method, and what it ends in where that is no part of it."""
+    """The method, with its ending unless that is part of the method."""
     ends_in = row.get("ends_in", "its own loss")  # older results do not say it
     return row["method"] if ends_in == "its own loss" else f"{row['method']} + {ends_in}"
 

@@ -1,6 +1,6 @@
 """The tables of README.md and of results/README.md, from the files in results/: `python bench/readme_tables.py` prints them.
 
-A test holds the documents to what is printed here, so that no number in them is older than the results.
+A test compares the documents with this output, so that no number in them is older than the results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from fastpg.crosscheck.accuracy import logprob_tolerance
 
 RESULTS = Path(__file__).parent / "results" / "results.json"
-# of one H100: what run.py wrote, and a longer series of interleaved runs
+# from one H100: results of run.py, and a longer series of interleaved runs
 H100_STEP, H100_SERIES = (RESULTS.parent / f"h100-{name}.json" for name in ("bench-step", "measurements"))
 
 _NAMES = {
@@ -46,8 +46,10 @@ def step_table(results: dict) -> str:
 
 
 def _ending(row: dict) -> str:
-    """How a row's log-probabilities became a loss. Files without `ends_in` are older than it: whatever had no loss of its own
-    ended in `policy_loss` then."""
+    """How a row's log-probabilities became a loss.
+
+    Files without `ends_in` are older: in them every method without a loss of its own ended in `policy_loss`.
+    """
     has_own = row["logp_error"] is None or row["method"].startswith("fastpg one pass")
     said = row.get("ends_in", "its own loss" if has_own else "policy_loss")
     return f"`{said}`" if said == "policy_loss" else said
@@ -76,7 +78,7 @@ def goals_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-# the head's name in a table, in bench-step.json, and its hidden size, by which measurements.json knows it
+# of each head: its name in the table, its name in bench-step.json, and its hidden size, the key in measurements.json
 _HEADS = (("Qwen3-8B", "qwen3-8b", 4096), ("Llama-3.2-1B", "llama3.2-1b", 2048), ("SmolLM2-135M", "smollm2-135m", 576))
 _SERIES = {
     "bare products": "three bare products",
@@ -98,7 +100,7 @@ _STEP = {
 
 
 def h100_table(step: dict, series: dict) -> str:
-    """Times and peak memory of three heads: a, of the series, and b, of run.py. Each has its own floor."""
+    """Times and peak memory of three heads: rows a from the series, rows b from run.py, each over its own bare products."""
     lines = ["| | " + " | ".join(f"{name}, H = {hidden}" for name, _, hidden in _HEADS) + " |", "|---|---:|---:|---:|"]
     third = series["runs"]["third"]
     for method, name in _SERIES.items():
@@ -128,7 +130,7 @@ def _cell(milliseconds: float, ratio: float, peak_bytes: int, method: str) -> st
 
 
 def accuracy_table(series: dict) -> str:
-    """Largest errors of log-probabilities on the H100, beside what is promised of its logits of up to about 12."""
+    """Largest errors of log-probabilities on the H100, beside the promise for its logits, which are up to about 12."""
     errors = {(r["H"], r["name"]): r["logp"] for run in series["runs"].values() for r in run if r.get("section") == "errors"}
     lines = ["| H | promised | one pass | TRL, full logits |", "|---:|---:|---:|---:|"]
     for hidden in sorted({hidden for hidden, _ in errors}):

@@ -66,7 +66,7 @@ def main() -> None:
     for cell, make in tqdm(chosen, unit="cell"):
         rows = rows_of(cell, make, options)
         results["rows"] += [describe(cell) | row for row in rows]
-        save(results, options.out)  # what is measured is kept, whatever comes
+        save(results, options.out)  # after every cell, so that a run that stops early keeps its results
         tqdm.write("", end="")
         console.print(table(cell, rows))
     if not options.tiny:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def rows_of(cell: Cell, make: Callable, options: argparse.Namespace) -> list[dict]:
-    """The cell's rows; a batch for which there is no memory is one row that says so."""
+    """The cell's rows. If its batch cannot be made, for want of memory say, one row tells why."""
     b, why_not = attempt(make, options.device)
     if why_not is not None:
         return [{"method": "bare products", "why_not": f"no batch: {why_not}"}]
@@ -90,10 +90,10 @@ def rows_of(cell: Cell, make: Callable, options: argparse.Namespace) -> list[dic
 
 
 def chosen_cells(options: argparse.Namespace) -> list[tuple[Cell, Callable]]:
-    """Cells, and what makes the batch of each."""
+    """The cells, each with the function that makes its batch."""
     cells = tiny_cells() if options.tiny else gpu_cells() if options.device == "cuda" else cpu_cells()
     made = [(cell, lambda cell=cell: batch(cell, options.device)) for cell in cells]
-    # a model is loaded and answers are sampled for this one: not where it would be left out
+    # this cell loads a model and samples answers, so it is made only where it is wanted
     if not (options.tiny or options.no_samples) and (not options.section or "samples" in options.section):
         made.append(sampled_cell(options.device))
     heads = [HEADS[name] for name in options.head or ()]
@@ -137,7 +137,7 @@ def table(cell: Cell, rows: list[dict]) -> Table:
 
 
 def digits(x: float, places: int) -> str:
-    """As many places, and at least two digits."""
+    """x with that many decimal places, or with two significant digits where it is below 0.1."""
     return f"{x:.{places}f}" if x >= 0.1 else f"{x:#.2g}"
 
 

@@ -1,4 +1,4 @@
-"""A batch that a trainer would see: SmolLM2's hidden states of sampled answers, in groups, some of which earned one reward."""
+"""A batch as a trainer sees it: SmolLM2's hidden states of sampled answers, in groups, some with equal rewards throughout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _PROMPTS, _GROUP = 32, 8
 
 
 def sampled_cell(device: str, dtype: str = "bfloat16") -> tuple[Cell, Callable[[], Batch]]:
-    """The demo's task at its start: 32 sums with 8 answers each, of at most 12 tokens. What share of tokens has weight zero is
-    whatever share of groups agreed."""
+    """The demo's task before training: 32 sums with 8 answers each, of at most 12 tokens.
+
+    Tokens have weight zero in groups whose answers all earned the same reward, so sampling decides their share.
+    """
     cell = Cell("samples", f"SmolLM2's answers, {dtype}", HEADS["smollm2-135m"], 0, dtype, ("fastpg one pass", "full logits"))
     b = _sampled(DTYPES[dtype]).to(device)
     cell = replace(cell, rows=len(b.tokens), zero_share=(b.advantages == 0).float().mean().item())

@@ -3,16 +3,20 @@
     E_nv = exp(z_nv - anchor_n)        0 in the target's column (v = y_n), capped at 2^100
     S_n  = sum_v E_nv                  one partial per row and column tile, Q_n likewise
 
-anchor_n = z_n,y - clamp(old_n) estimates the row's logsumexp before the row is known, so no maximum is needed, nothing is
-rescaled, and this is the only time that a tile of logits exists: in fp32 registers. Only E leaves them, in the dtype in which
-products 2 and 3 will multiply it. The target's column is left out of the sum because 1 - p_y is that sum over all of it:
-formed as S - E_y it would be rounding noise where p_y is close to 1.
+anchor_n = z_n,y - clamp(old_n) estimates the row's logsumexp before any other logit of the row is known. So no maximum is
+needed and nothing is rescaled. A tile of logits exists only here, in fp32 registers. Only E leaves them, in the dtype in which
+products 2 and 3 multiply it.
 
-Two things belong to the stored entries and not to the sums. The softcap's slope 1 - tanh^2, which is a factor of dz/dscore.
-And the rounding of a 16-bit E: what it takes from a row, R_n = sum_v (E_nv - stored_nv), goes back in fp32 at the target's row
-of W, since rows of E sum to 0 and what the rows of W have in common must cancel in E @ W.
+The sum leaves out the target's column, because 1 - p_y is this sum divided by the sum of all columns. Computed as a whole sum
+minus E_y, it would be rounding noise where p_y is close to 1.
 
-No atomics; a row's sum is added up by kernel 3, in an order that knows neither C nor the row's place.
+Two steps change the stored entries and not the sums:
+
+- Each entry is multiplied by the softcap's slope 1 - tanh^2, a factor of dz/dscore.
+- A 16-bit entry is rounded. The rounding error of a row, R_n = sum_v (E_nv - stored_nv), is added back in fp32 at the target's
+  row of W: rows of E sum to 0, so the component that all rows of W share must cancel in E @ W.
+
+There are no atomics. Kernel 3 adds up the partial sums of a row, in an order that depends neither on C nor on the row's place.
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +46,7 @@ LOG2_LARGEST_EXP = tl.constexpr(limits.LOG2_LARGEST_EXP)
 
 
 class TileSums(NamedTuple):
-    """The sums of each row over each column tile, (C, tiles), and where E is stored."""
+    """The sums of each row over each column tile, (C, tiles), and the buffer of E."""
 
     S: Any
     Q: Any = None  # sum of E log E, or None
@@ -52,7 +56,7 @@ class TileSums(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """What the epilogue knows of its rows, (ROWS,) each."""
+    """The numbers of each row that the epilogue needs, (ROWS,) each."""
 
     r: Any
     token: Any
@@ -62,8 +66,10 @@ class Lane(NamedTuple):
 
 @triton.jit
 def _epilogue(score, start, mine, rows, head, out, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """Stores E of a tile (ROWS, COLUMNS) that begins at column `start`, or of each of its parts; returns its sums of E, E log E
-    and E - stored, (ROWS,) each."""
+    """Stores E of a tile (ROWS, COLUMNS) that begins at column `start`, part by part.
+
+    Returns the tile's sums of E, E log E and E - stored, (ROWS,) each.
+    """
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
         s, q, r = _epilogue(left, start, mine, rows, head, out, PARTS // 2, TILE)

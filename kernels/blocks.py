@@ -1,7 +1,7 @@
 """Tile sizes of the kernels that multiply matrices: one small table, read off the compile report.
 
-A function of the target, the operands' dtype and the head's bias and softcap, and of nothing else: not of the number of rows,
-nor of whether an entropy is asked for. So a token's log-probability has the same bits in every call.
+The size depends on the target (the GPU's architecture), the operands' dtype and the head's bias and softcap. It depends neither
+on the number of rows nor on whether an entropy is asked for, so a token's log-probability has the same bits in every call.
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ class Blocks(NamedTuple):
     depth: int
     warps: int
     stages: int
-    parts: int = 1  # how many parts an epilogue takes the tile's columns in
-    warp_groups: int = 1  # how many warp groups share a row of the tile
+    parts: int = 1  # the number of parts into which an epilogue divides the tile's columns
+    warp_groups: int = 1  # the number of warp groups that share a row of the tile
     descriptors: bool = False  # tensor descriptors (TMA) where alignment allows, pointers elsewhere
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# 16-bit operands. 128 x 256 is the largest tile whose accumulators leave room for an epilogue, and needs a quarter less L2
-# traffic than 128 x 128. As one piece its anchored exponential spills: 104 bytes with an entropy on sm_90, 0.7 to 1.9 KB with
-# a softcap on sm_90 and sm_100; in parts it does not. With a softcap and an entropy it still does on sm_90 (24 bytes in 16
-# parts): half the tile there. Descriptors use 181 of sm_90's registers where pointers use all 255. sm_100 keeps accumulators
-# in tensor memory, whose columns its two warp groups share. sm_80 serves every other NVIDIA architecture: 64 KiB of shared
-# memory fit the 99 KiB of consumer cards. gfx942 has 64 KiB.
-# In each row: a plain head, one with a bias, one with a softcap (and perhaps a bias).
+# 16-bit operands.
+#
+# 128 x 256 is the largest tile whose accumulators leave room for an epilogue, and it needs a quarter less L2 traffic than
+# 128 x 128. Taken as one piece, its anchored exponential spills registers: 104 bytes with an entropy on sm_90, 0.7 to 1.9 KB
+# with a softcap on sm_90 and sm_100. Taken in parts, it does not. Only a softcap with an entropy still spills on sm_90 (24
+# bytes in 16 parts), so the tile of a softcap is half as large there.
+#
+# sm_80    serves every other NVIDIA architecture too: its 64 KiB of shared memory fit the 99 KiB of consumer cards
+# sm_90    descriptors use 181 registers where pointers use all 255
+# sm_100   accumulators are in tensor memory, whose columns its two warp groups share
+# gfx942   has 64 KiB of shared memory
+#
+# Each entry holds the tile of a plain head, of one with a bias, and of one with a softcap (and perhaps a bias).
 _SIXTEEN_BIT = {
     "cuda:80": (
         Blocks(128, 128, 64, 8, 3, parts=2),
@@ -55,29 +61,29 @@ _SIXTEEN_BIT = {
 }
 # fp32 operands are multiplied in fp32 (no TF32), by ordinary multiply-adds on NVIDIA.
 _SINGLE = Blocks(64, 64, 16, 4, 2)
-# The interpreter's time goes into the number of operations, not into their size.
+# The interpreter's time depends on the number of operations, not on their size: a wide tile.
 _INTERPRETED = Blocks(64, 1024, 64, 4, 1, parts=2)
 
 
 def cdiv(a: int, b: int) -> int:
-    """ceil(a / b). (`triton.cdiv` is written for kernels too, and takes the host several times as long.)"""
+    """ceil(a / b). (`triton.cdiv`, which also has to work in kernels, takes the host several times as long.)"""
     return -(-a // b)
 
 
 def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool) -> Blocks:
-    """target: as `target_of` names it."""
+    """The tile for a target, as `target_of` names it."""
     if target == "interpreter":
         return _INTERPRETED
     return _SINGLE if dtype == torch.float32 else _SIXTEEN_BIT[target][2 if softcap else int(bias)]
 
 
 def fewest_columns(dtype: torch.dtype) -> int:
-    """Of any tile of the table for `dtype`: an upper bound of the number of tiles without asking what device there is."""
+    """The columns of the narrowest tile in the table for `dtype`: a bound on the number of tiles that holds on every device."""
     return 64 if dtype == torch.float32 else 128
 
 
 def target_of(device: torch.device) -> str:
-    """The row of the table that serves a device: the newest architecture that is not newer."""
+    """The entry of the table that serves a device. NVIDIA GPUs without an entry of their own take sm_80's."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip:

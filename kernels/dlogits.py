@@ -1,14 +1,16 @@
-"""Kernel 5: one slice of the gradient of the logits, from logits recomputed in registers: the two-pass schedule's backward.
+"""Kernel 5, the backward of the two-pass schedule: one slice of the gradient of the logits, which are recomputed in registers.
 
-For incoming g (of logp) and h (of the entropy H), with log p_v = z_v - logsumexp and t the log-odds against the target:
+The incoming gradients are g (of logp) and h (of the entropy H). With log p_v = z_v - logsumexp and t the log-odds against the
+target, the gradient of z_v is
 
     v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho)           Ho: entropy of the others alone; the h part is 0 at infinite t
     else    -g p_v - h p_v (log p_v + H)                      0 where p_v = 0
 
-times d z / d score (scale_n; with a softcap also inner and its slope). The target's column is not p_y - 1, which cancels.
+and the kernel stores it times d z / d score (scale_n; with a softcap also inner and its slope). The target's column takes
+sigmoid(t), not p_y - 1, which cancels.
 
-A 16-bit slice is rounded entry by entry; what rounding takes from a row is returned, to be given back at the target's row of
-W (see kernel 2). An fp16 slice is stored times unit_n, a power of two that brings the row's largest entry to fp16's range.
+A 16-bit slice is rounded entry by entry. The rounding error of each row is returned; it is added back at the target's row of W
+(see kernel 2). An fp16 row is stored times unit_n, a power of two that brings its largest entry into fp16's range.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ from .tile import (
 
 
 class Statistics(NamedTuple):
-    """Of a row, (C,) each: `fastpg.row_statistics`."""
+    """The statistics of each row, (C,) each; `fastpg.tiles.row_statistics` defines them."""
 
     LOGP: Any
     ENTROPY: Any  # or None
@@ -45,7 +47,7 @@ class Statistics(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """Incoming gradients, (C,) each, and what fp16 entries are stored times."""
+    """Incoming gradients, (C,) each, and the factor by which fp16 entries are stored."""
 
     G: Any  # of logp
     H: Any = None  # of the entropy, or None
@@ -55,11 +57,11 @@ class Incoming(NamedTuple):
 class Slice(NamedTuple):
     D: Any  # (C, V) out
     stride_d: Any
-    R: Any = None  # (C, column tiles) out, or None where D is not rounded
+    R: Any = None  # rounding errors, (C, column tiles) out, or None where D is not rounded
 
 
 class Lane(NamedTuple):
-    """What the epilogue knows of its rows, (ROWS,) each; gradients are of the score and not of z."""
+    """The numbers of each row that the epilogue needs, (ROWS,) each. Gradients are those of the score and not of z."""
 
     r: Any
     token: Any
@@ -73,7 +75,7 @@ class Lane(NamedTuple):
 
 @triton.jit
 def row_terms(r, inside, token, scale, factor, statistics, incoming):
-    """The Lane of rows r: `factor` turns a gradient of z into one of the score."""
+    """The Lane of rows r. `factor` turns a gradient of z into one of the score."""
     g = tl.load(incoming.G + r, mask=inside, other=0.0) * factor
     t = tl.load(statistics.T + r, mask=inside, other=0.0)
     log_1mp = log_sigmoid(t)
@@ -92,7 +94,7 @@ def row_terms(r, inside, token, scale, factor, statistics, incoming):
 
 @triton.jit
 def gradient_entries(z, columns, mine, HAS_ENTROPY: tl.constexpr):
-    """dL/dz of a tile, times `factor`."""
+    """dL/dz of a tile, times the `factor` of `row_terms`."""
     log_p = z - mine.lse[:, None]
     p = tl.exp2(log_p * LOG2E)
     if HAS_ENTROPY:
@@ -106,7 +108,7 @@ def gradient_entries(z, columns, mine, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """Stores the gradient of a tile (ROWS, COLUMNS), or of each of its parts; returns what rounding took from its rows."""
+    """Stores the gradient of a tile (ROWS, COLUMNS), part by part; returns the rounding error of each of its rows."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
         taken = _epilogue(left, start, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
@@ -145,13 +147,13 @@ def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constex
 
 
 def dlogits(
-    p: Operands,  # weight, bias and B: the slice's rows; tokens: as positions in the slice
+    p: Operands,  # weight, bias and B are the slice's rows; tokens are positions in the slice
     statistics: Statistics,
     incoming: Incoming,
     out: torch.Tensor,  # (C, V)
     blocks: Blocks,
 ) -> torch.Tensor | None:
-    """Writes the slice into `out`; returns what rounding took from each row of it, (C,), or None where it is not rounded."""
+    """Writes the slice into `out`. Returns the rounding error of each of its rows, (C,), or None where it is not rounded."""
     tiles = cdiv(len(p.weight), blocks.columns)
     residual = p.partials(tiles) if out.dtype != torch.float32 else None
     if len(p.tokens):

@@ -1,18 +1,20 @@
-"""Kernel 3: completes a row from its partial sums; with an objective, all the way to its gradient's factor.
+"""Kernel 3: completes each row from its partial sums. With an objective it also computes the loss and the gradient's factor.
 
     S = sum of the partials in a fixed order (Q, R likewise)
     E_y = -S slope_y                                          the gradient of the target's own column, which kernel 2 left at 0
 
-A row whose sum is not below 2^99 has lost its entries to overflow or NaN: it is stored as zeros, so that nothing of it
-reaches products 2 and 3 (the schedule computes it again, or makes the result NaN). With an objective of `objectives` also
+A row whose sum is not below 2^99 has lost its entries to overflow or NaN. It is stored as zeros, so that it adds nothing to
+products 2 and 3; the schedule computes it again, or makes the result NaN.
+
+With an objective from `objectives` the kernel also computes
 
     a = clamp(old, -60, 0)                                    the anchor's log-probability; S e^-a = (1 - p_y) / p_y
     t = log S - a        logp = logsigmoid(-t)                and the entropy, from t, S and Q
     loss, g = token_loss(logp, old, A, ...)                   g = dloss/dlogp
     u = -g logit_scale / (T (S + e^a))                        the row's factor: dX = u (E @ W), dW = E^T (u x)
 
-and whether S and u are in the range where 16-bit exponents and fp32 sums are safe. A user's own objective takes S, Q and R from
-here and does the rest in PyTorch, on vectors.
+and whether S and u are in the range where 16-bit exponents and fp32 sums are safe. With a user's own objective the kernel stops
+at S, Q and R, and PyTorch does the rest on vectors.
 """
 
 from collections.abc import Callable
@@ -36,7 +38,7 @@ SMALLEST_FACTOR, LARGEST_FACTOR = tl.constexpr(limits.SMALLEST_FACTOR), tl.const
 
 
 class RowSums(NamedTuple):
-    """(C,) each: S; Q, or None; what rounding took from the row of E, or None."""
+    """S; Q, or None; the rounding error of the row of E, or None. (C,) each."""
 
     TOTAL: Any
     WEIGHTED: Any
@@ -44,18 +46,18 @@ class RowSums(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The rows' tokens and slopes (C,), None for slopes of 1, and logit_scale / T: (C,) or, where SCALE is None, one number."""
+    """Each row's token, the softcap's slope there, and logit_scale / T."""
 
-    TOKENS: Any
-    SLOPE: Any
-    SCALE: Any
+    TOKENS: Any  # (C,)
+    SLOPE: Any  # (C,), or None where all are 1
+    SCALE: Any  # (C,), or None where `scale` serves all rows
     scale: Any
 
 
 class Terms(NamedTuple):
-    """What a loss knows of its tokens, (C,) each: the fields of `fastpg.losses.TokenTerms`."""
+    """The inputs of a loss, (C,) each: the fields of `fastpg.loss.policy_loss.TokenTerms`."""
 
-    MASKED: Any  # uint8: rows that add nothing; None for none
+    MASKED: Any  # uint8: 1 for rows that add nothing; None where every row counts
     OLD: Any  # None: on-policy
     ADVANTAGES: Any
     WEIGHTS: Any
@@ -64,28 +66,30 @@ class Terms(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Of each row, (C,) each."""
+    """The results of each row, (C,) each."""
 
     LOGP: Any
     LOSS: Any
     ENTROPY: Any  # or None
     FACTOR: Any  # u, 0 where a row is masked or flagged; None without a gradient
-    STATE: Any  # int8: 0 in range, 1 the factor is not, 2 the sum is not
+    STATE: Any  # int8: 0 both are in range, 1 the factor is not, 2 the sum is not
 
 
 class Loss(NamedTuple):
-    """Which loss: device functions of `objectives`, and their numbers."""
+    """The loss to compute: device functions of `objectives`, and their numbers."""
 
     objective: Callable
     bounds: Any
     kl: Callable | None
     kl_coef: float | None
     kl_is_weighted: bool
-    show_lost: bool  # NaN where a row's sum or factor has left its range; else such a row is left to be computed again
+    # True: a row whose sum is not below 2^99, or whose factor is not finite, gets NaN. False: rows out of range are flagged in
+    # STATE, for the schedule to compute again.
+    show_lost: bool
 
 
 class Tile(NamedTuple):
-    """Constants: rows and columns that a program takes at a time."""
+    """Compile-time constants: the rows and columns that a program takes at a time, and switches."""
 
     ROWS: int
     BLOCK: int
@@ -96,12 +100,12 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _complete_exps(sums, total, r, inside, tokens, tiles, V, RESIDUAL, TILE: tl.constexpr):
-    """Writes the target's entry of E, or zeros where the row is lost; stores what rounding took from the row."""
+    """Writes the target's entry of E, or a row of zeros where the row is lost; stores the rounding error of the row."""
     ROWS: tl.constexpr = TILE.ROWS
     BLOCK: tl.constexpr = TILE.BLOCK
     kept = total < LARGEST_SUM
     token = tl.load(tokens.TOKENS + r, mask=inside, other=-1).to(tl.int64)
-    is_here = (token >= 0) & (token < V)  # with a sharded vocabulary another rank may have it
+    is_here = (token >= 0) & (token < V)  # with a sharded vocabulary another rank may hold it
     entry = -total
     if tokens.SLOPE is not None:
         entry = entry * tl.load(tokens.SLOPE + r, mask=inside, other=0.0)
@@ -138,14 +142,14 @@ def log_anchor(old):
 
 @triton.jit
 def _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, SHOW_LOST: tl.constexpr):
-    """u, whether it is in range, and whether it is lost."""
+    """u, whether it is in range, and whether the row is lost."""
     if tokens.SCALE is not None:
         scale = tl.load(tokens.SCALE + r, mask=inside, other=0.0)
     else:
         scale = tl.where(inside, tokens.scale, 0.0)
     factor = -g * scale / (total + tl.exp(anchor))
     size = tl.abs(factor)
-    # g and not u: a u that underflows is no zero
+    # tests g and not u, because a u that underflowed to 0 is out of range
     factor_in_range = (g == 0) | ~keep | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
     lost = ~(total < LARGEST_SUM) | ~(size < float("inf"))
     if SHOW_LOST:
@@ -200,7 +204,7 @@ def finish_kernel(
     tiles,
     V,
     out,
-    terms,  # None without an objective, as all that follows
+    terms,  # None without an objective, as are the parameters after it, TILE apart
     results,
     OBJECTIVE: tl.constexpr,
     bounds,
@@ -224,14 +228,14 @@ def finish_kernel(
 
 
 def finish(sums: TileSums, tokens: Tokens) -> RowSums:
-    """S, Q and what rounding took from the rows of E; completes E in place."""
+    """Completes E in place; returns S, Q and the rounding errors of its rows."""
     out = _row_sums(sums, sums.Q is not None)
     _launch(sums, tokens, out, None, None, None)
     return out
 
 
 def finish_with_loss(sums: TileSums, tokens: Tokens, terms: Terms, loss: Loss) -> tuple[RowSums, Results]:
-    """`finish`, and of each row its log-probability, loss, entropy, factor and state."""
+    """`finish` without Q, and the log-probability, loss, entropy, factor and state of each row."""
     out = _row_sums(sums, False)
     entropy, factor = (None if x is None else torch.empty_like(out.TOTAL) for x in (sums.Q, sums.E))
     state = torch.empty_like(out.TOTAL, dtype=torch.int8)

@@ -3,7 +3,8 @@
 # exp of this is 0 in every dtype, and unlike -inf it can be multiplied by 0.
 EXP_IS_ZERO = -1e4
 
-# The one-pass schedule anchors a row at its old log-probability, but not below this: exp(60) leaves E room on both sides.
+# The one-pass schedule anchors a row at its old log-probability, but not below this: exp(60) leaves E room on both
+# sides, before it overflows or underflows.
 LOWEST_ANCHOR = -60.0
 
 # Kernels cap log2 E here, so that a sum of V <= 2^27 entries stays finite.
@@ -12,5 +13,5 @@ LOG2_LARGEST_EXP = 100.0
 # A row whose sum S is not in [SMALLEST_SUM, LARGEST_SUM) has left the range of fp32, or is about to; it is recomputed.
 SMALLEST_SUM, LARGEST_SUM = 2.0**-90, 2.0**99
 
-# So is a row whose factor u is not 0 and not in this range.
+# So is a row with a gradient (g != 0) whose |u|, the factor of that gradient, is not in this range.
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-110, 2.0**110

@@ -1,17 +1,19 @@
-"""Kernel 4: the two-pass schedule's forward, one online pass over the vocabulary that stores nothing of its width.
+"""Kernel 4, the forward of the two-pass schedule: one pass over the vocabulary that stores nothing of the vocabulary's size.
 
 For each row, over the columns v != y, split by split:
 
     m = max z_v        s = sum exp(z_v - m)        q = sum exp(z_v - m) (z_v - m)
 
-z_y comes from kernel 1: the accumulators of tensor cores lose bits that its dot product keeps, and z_y enters a
-log-probability alone. A split is a fixed number of column tiles, so a row's bits do not depend on the batch size; a program
-keeps m, s, q of its rows in registers (Milakov and Gimelshein, arXiv 1805.02867). Moving the pivot from m to m' by
-d = m - m' turns s into s e^d and q into e^d (q + s d). `combine_kernel` does the same across splits, in their order. Where
-the columns are all there are, it also finishes the row: its log-probability, and its entropy.
+z_y comes from kernel 1. The accumulators of tensor cores lose bits that kernel 1's dot product keeps, and z_y enters a
+log-probability alone, not as one term of many.
 
-A column that counts for nothing (the target, or beyond the vocabulary) enters as z = -inf; while nothing has counted yet the
-pivot is 0, since -inf - -inf would be NaN. NaN logits reach s, whatever the maximum makes of them.
+A split is a fixed number of column tiles, so a row's bits do not depend on the batch size. A program keeps m, s and q of its
+rows in registers (Milakov and Gimelshein, arXiv 1805.02867). When the pivot moves from m to m', by d = m - m', s becomes s e^d
+and q becomes e^d (q + s d). `combine_kernel` does the same across splits, in their order. Unless other ranks hold other
+columns, it also finishes the row: its log-probability and its entropy.
+
+A column that must not count (the target's, or one beyond the vocabulary) enters as z = -inf. The pivot is 0 until a column has
+counted, because -inf - -inf would be NaN. A NaN logit reaches s, whatever the maximum makes of it.
 """
 
 from typing import Any, NamedTuple
@@ -44,7 +46,7 @@ _BLOCK = 128
 
 
 class Running(NamedTuple):
-    """m, s, q of rows: of each split (C, splits), or of all columns (C,). Q is None without an entropy."""
+    """m, s, q of each row, over each split (C, splits) or over all columns (C,). Q is None without an entropy."""
 
     M: Any
     S: Any
@@ -52,7 +54,7 @@ class Running(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What is known of a row, (C,) each: `fastpg.row_statistics`, which has the formulas."""
+    """The statistics of each row, (C,) each; `fastpg.tiles.row_statistics` has the formulas."""
 
     LOGP: Any
     ENTROPY: Any  # or None
@@ -63,7 +65,7 @@ class Finished(NamedTuple):
 
 @triton.jit
 def fold(z, m, s, q, ENTROPY: tl.constexpr):
-    """The running statistics (ROWS,) of the rows after the logits z (ROWS, COLUMNS), in which -inf counts for nothing."""
+    """The running statistics (ROWS,), updated with the logits z (ROWS, COLUMNS). A logit of -inf does not count."""
     larger = tl.maximum(m, tl.max(z, 1), propagate_nan=tl.PropagateNan.ALL)
     pivot = tl.where(larger == float("-inf"), 0.0, larger)
     shift = tl.maximum(m - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
@@ -84,7 +86,7 @@ def others_only(z, columns, token, V):
 
 @triton.jit
 def _fold_parts(score, start, m, s, q, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The running statistics after a tile, or after each of its parts in turn."""
+    """The running statistics, updated with a tile, part by part."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
         m, s, q = _fold_parts(left, start, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
@@ -124,8 +126,11 @@ def logsumexp_kernel(X, W, rows, head, out, TILES: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def finish_row(m, s, q, target, out, r, inside):
-    """Stores what is known of the rows r: from m, s, q of all other columns and z_y, as `fastpg.row_statistics.finish_rows`."""
-    # +inf against others of -inf is no certainty: softmax has no value there
+    """Stores the statistics of the rows r, from m, s, q of all columns but the target's, and z_y.
+
+    The formulas are those of `fastpg.tiles.row_statistics.finish_rows`.
+    """
+    # a z_y of +inf is no certainty, not even where the others are -inf: softmax has no value there
     target = tl.where(target == float("inf"), float("nan"), target)
     pivot = tl.where(m == float("-inf"), 0.0, m)
     some = tl.where(s == 0, 1.0, s)
@@ -144,7 +149,10 @@ def finish_row(m, s, q, target, out, r, inside):
 
 @triton.jit
 def combine_kernel(partials, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """partials: Running of (C, splits). out: with FINISH, which needs z_y in TARGET (C,), Finished; else Running of (C,)."""
+    """Merges the splits of each row.
+
+    partials: Running of (C, splits). out: Finished with FINISH, which needs z_y in TARGET (C,); else Running of (C,).
+    """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_chunk = r < C
     first = r[:, None] * splits
@@ -181,7 +189,7 @@ def split_count(vocab: int, columns: int) -> int:
 
 
 def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
-    """m, s, q of the other columns of each row and split, (C, splits) fp32: for `combine` or `finished`."""
+    """m, s, q of each row over the columns v != y of each split, (C, splits) fp32; `combine` or `finished` merges them."""
     splits = split_count(len(p.weight), blocks.columns)
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if len(p.tokens):
@@ -192,12 +200,12 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
 
 
 def combine(partials: Running) -> Running:
-    """m, s, q (C,) of all splits."""
+    """m, s, q (C,) over all splits."""
     return _combined(partials, None, Running(*_vectors(partials, (True, True, partials.Q is not None))))
 
 
 def finished(partials: Running, target: torch.Tensor) -> Finished:
-    """The rows' statistics, (C,) each, from those of the splits and z_y (C,)."""
+    """The statistics of each row, (C,) each, from those of its splits and z_y (C,)."""
     entropy = partials.Q is not None
     return _combined(partials, target, Finished(*_vectors(partials, (True, entropy, True, True, entropy))))
 

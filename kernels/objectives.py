@@ -1,15 +1,18 @@
-"""What one token adds to the loss, and its gradient, in registers: `fastpg.objectives` as device functions.
+"""The loss of one token and its gradient, in registers: the objectives of `fastpg.loss.objectives` as device functions.
 
     objective(logp, old, advantage, bounds) -> l, dl/dlogp             l is maximised; old and A are constants
     estimator(logp, ref)                    -> k, dk/dlogp, k + dk/dlogp
-    token_loss(...)                         -> -w (rollout l - coef k) and its slope g, of any two of them
+    token_loss(...)                         -> -w (rollout l - coef k) and its slope g, for any two of them
 
-All are elementwise on fp32 registers. A kernel takes objective and estimator as constants, so that it is compiled with these
-and nothing else, and the numbers of an objective as one argument `bounds`: a tuple of its class here, whose fields of None are
-constants too. Slopes are written out in closed form. They are what automatic differentiation of the PyTorch objectives gives,
-but for three cases. In two the loss is NaN: SAPO's clamp hides a NaN from PyTorch's gradient and does not from this one, and a
-NaN in `weight` or `rollout` makes g NaN even where the slope is 0. In the third, k3 weighted by the ratio, PyTorch's fp32
-derivative cancels exp(e) and this one does not.
+All of them are elementwise on fp32 registers. A kernel takes the objective and the estimator as compile-time constants, so it
+is compiled with these two and nothing else. The numbers of an objective are one argument, `bounds`: a NamedTuple of this file,
+whose fields of None are constants too.
+
+Slopes are written out in closed form. They equal automatic differentiation of the PyTorch objectives except in three cases:
+
+    SAPO, NaN                        the loss is NaN; PyTorch's clamp hides the NaN from its gradient, and g here is NaN
+    a NaN in `weight` or `rollout`   the loss is NaN; g here is NaN even where the slope is 0
+    k3 weighted by the ratio         in PyTorch's fp32 derivative exp(e) cancels; here it does not
 """
 
 from typing import NamedTuple
@@ -19,14 +22,14 @@ import triton.language as tl
 
 
 class RatioBounds(NamedTuple):
-    """Of `cispo`, on the ratio itself; None for no bound."""
+    """The bounds of `cispo`, on the ratio itself; None is no bound."""
 
     ratio_min: float | None
     ratio_max: float | None
 
 
 class ClipBounds(NamedTuple):
-    """Of `ppo_clip`: 1 - eps_low, 1 + eps_high, and what bounds the ratio where A < 0, or None."""
+    """The bounds of `ppo_clip`: 1 - eps_low, 1 + eps_high, and an upper bound of the ratio where A < 0, or None."""
 
     ratio_min: float
     ratio_max: float
@@ -34,7 +37,7 @@ class ClipBounds(NamedTuple):
 
 
 class Temperatures(NamedTuple):
-    """Of `sapo`, where A > 0 and elsewhere."""
+    """The temperatures of `sapo`, where A > 0 and elsewhere."""
 
     tau_pos: float
     tau_neg: float
@@ -55,7 +58,7 @@ def importance_weighted(logp, old, advantage, bounds):
 
 @triton.jit
 def clipped(ratio, ratio_min, ratio_max):
-    """clip(ratio, ratio_min, ratio_max), a bound of None being none. NaN stays NaN, which tl.minimum alone would drop."""
+    """clip(ratio, ratio_min, ratio_max); None is no bound. NaN stays NaN, which tl.minimum alone would drop."""
     if ratio_min is not None:
         ratio = tl.maximum(ratio, ratio_min, propagate_nan=tl.PropagateNan.ALL)
     if ratio_max is not None:
@@ -77,13 +80,13 @@ def cispo(logp, old, advantage, bounds):
 def ppo_clip(logp, old, advantage, bounds):
     """l = min(r A, clip(r) A), and with dual_clip c, where A < 0, max(that, c A). bounds: ClipBounds.
 
-    (PPO, arXiv 1707.06347, eq. 7; dual clip: arXiv 1912.09729, eq. 4.) The slope is r A where l is, at a tie too, and exactly 0
-    where a clip holds or A = 0, however large the ratio: 0 * inf would be NaN.
+    (PPO, arXiv 1707.06347, eq. 7; dual clip: arXiv 1912.09729, eq. 4.) The slope is r A where l is r A, also at a tie. It is
+    exactly 0 where a clip holds or A = 0, however large the ratio: a computed 0 * inf would be NaN.
     """
     ratio = tl.exp(logp - old)
     surrogate = ratio * advantage
     constant = clipped(ratio, bounds.ratio_min, bounds.ratio_max) * advantage
-    is_constant = surrogate > constant  # NaN is not: it stays
+    is_constant = surrogate > constant  # False for NaN, which stays in the result
     if bounds.dual_clip is not None:
         beyond = (advantage < 0) & (ratio > bounds.dual_clip)
         constant = tl.where(beyond, bounds.dual_clip * advantage, constant)
@@ -97,8 +100,8 @@ def ppo_clip(logp, old, advantage, bounds):
 def sapo(logp, old, advantage, bounds):
     """l = (4 / tau) s A, slope 4 s (1 - s) r A, with s = sigmoid(x), x = tau (r - 1). (SAPO, arXiv 2511.20347)
 
-    bounds: Temperatures. With q = exp(-|x|), s is 1 or q over 1 + q, and s (1 - s) = q / (1 + q)^2: nothing cancels. The log
-    ratio is clamped at 60, beyond which the slope is 0, so that r stays finite: q is 0 there, for any tau in use.
+    bounds: Temperatures. With q = exp(-|x|), s is 1 / (1 + q) or q / (1 + q), and s (1 - s) = q / (1 + q)^2: nothing cancels.
+    The log ratio is clamped at 60, so that r stays finite. Beyond 60 the slope is 0, as q is 0 there for any tau in use.
     """
     log_ratio = logp - old
     ratio = tl.exp(tl.minimum(log_ratio, 60.0, propagate_nan=tl.PropagateNan.ALL))
@@ -132,8 +135,8 @@ def kl_k2(logp, ref):
 def kl_k3(logp, ref):
     """k = exp(e) - 1 - e with e = ref - logp, slope -(exp(e) - 1), and their sum -e, in which exp(e) would cancel.
 
-    At |e| < 1, where k would cancel too, it is its Taylor polynomial e^2 / 2! + ... + e^11 / 11!, whose first neglected term is
-    below 6e-9 of it, and exp(e) - 1 = e + k.
+    k itself would cancel at |e| < 1. There it is its Taylor polynomial e^2 / 2! + ... + e^11 / 11!, whose first neglected term
+    is below 6e-9 of k, and exp(e) - 1 = e + k.
     """
     e = ref - logp
     series = 1.0
@@ -143,12 +146,12 @@ def kl_k3(logp, ref):
     far = tl.exp(e) - 1.0
     is_near = tl.abs(e) < 1.0
     k = tl.where(is_near, near, far - e)
-    return k, -tl.where(is_near, e + near, far), tl.where(k == k, -e, k)  # inf - inf is NaN, and stays
+    return k, -tl.where(is_near, e + near, far), tl.where(k == k, -e, k)  # a k of NaN (inf - inf) makes the sum NaN too
 
 
 @triton.jit
 def weighted_kl(k, k_and_slope, logp, old):
-    """r k and its slope r (k + dk/dlogp), with r = exp(logp - old), not held constant. (DeepSeek-V3.2)"""
+    """r k and its slope r (k + dk/dlogp). r = exp(logp - old) is not held constant. (DeepSeek-V3.2)"""
     ratio = tl.exp(logp - old)
     return ratio * k, ratio * k_and_slope
 
@@ -167,9 +170,9 @@ def token_loss(
     kl_coef,
     KL_IS_WEIGHTED: tl.constexpr,
 ):
-    """loss = -weight (rollout l - coef k) and g = dloss/dlogp; the caller drops what is masked.
+    """loss = -weight (rollout l - coef k) and g = dloss/dlogp; the caller drops masked tokens.
 
-    As `fastpg.losses.token_losses`. `rollout` multiplies the objective and not the KL term.
+    The formula is that of `fastpg.loss.policy_loss.token_losses`. `rollout` multiplies the objective and not the KL term.
     """
     if old is None:
         old = logp

@@ -1,7 +1,7 @@
-"""What launchers take and what kernels get: structures that are built once and passed whole.
+"""The arguments of launchers and kernels: structures that are built once and passed whole.
 
-A launcher takes `Operands`: the tensors of a chunk and of a head. A kernel gets `Rows`, `Head` and a `Tile`, which go on into
-its device functions. A field of None is a constant to the compiler, so `if head.BIAS is not None` costs nothing. Tensor
+A launcher takes `Operands`: the tensors of a chunk and of a head. A kernel gets `Rows`, `Head` and a `Tile`, and hands them on
+to its device functions. A field of None is a constant to the compiler, so `if head.BIAS is not None` costs nothing. Tensor
 descriptors (X, W) cannot be inside a structure: Triton looks for them among a kernel's own parameters.
 
 Names in capitals are pointers or constants.
@@ -20,15 +20,15 @@ from .tile import INTERPRETED
 
 
 class Operands(NamedTuple):
-    """What every launcher that sees logits takes first: C rows of hidden states, and a head of V rows."""
+    """The first argument of every launcher that computes logits: C rows of hidden states, and a head of V rows."""
 
     hidden: torch.Tensor  # (C, H) with contiguous rows
     weight: torch.Tensor  # (V, H)
     lora: tuple[torch.Tensor, torch.Tensor] | None  # l (C, rank) fp32 with contiguous rows, B (V, rank)
     bias: torch.Tensor | None  # (V,)
     tokens: torch.Tensor  # (C,); anything outside [0, V) has no column here
-    scale: torch.Tensor | float  # (C,) fp32, or one for all rows; of `tile`, as the next
-    inner: float | None
+    scale: torch.Tensor | float  # scale_n in `tile`: (C,) fp32, or one number for all rows
+    inner: float | None  # as in `tile`; None without a softcap
 
     def vector(self) -> torch.Tensor:
         """An empty (C,) fp32."""
@@ -43,14 +43,14 @@ class Rows(NamedTuple):
     TOKENS: Any  # (C,)
     SCALE: Any  # (C,), or None where `scale` serves all rows
     scale: Any
-    L: Any  # (C, rank) or None: of LoRA
+    L: Any  # l of LoRA, (C, rank), or None
     stride_x: Any
     stride_l: Any
     C: Any
 
 
 class Head(NamedTuple):
-    B: Any  # (V, rank) or None: of LoRA
+    B: Any  # B of LoRA, (V, rank), or None
     BIAS: Any  # (V,) or None
     inner: Any  # None without a softcap
     stride_w: Any
@@ -62,7 +62,7 @@ class Head(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A program's tile, all of it constant; see `blocks.Blocks`."""
+    """A program's tile as compile-time constants; see `blocks.Blocks`."""
 
     ROWS: int
     COLUMNS: int
@@ -76,7 +76,7 @@ class Tile(NamedTuple):
 
 
 def tile_arguments(p: Operands, blocks: Blocks) -> tuple[Any, Any, Rows, Head, Tile]:
-    """What every kernel that multiplies matrices gets first, and the tile it gets last."""
+    """The first arguments of every kernel that multiplies matrices, and the tile, its last argument."""
     x, w, depth = p.hidden, p.weight, p.hidden.shape[1]
     assert x.stride(1) == 1 or depth == 1, "rows of hidden must be contiguous"
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, w))
@@ -113,8 +113,8 @@ def _lora_operands(low_rank: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) 
 def _bf16_operands(low_rank: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """l (C, rank) fp32 and B (V, rank) as bf16 operands (C, n rank), (V, n rank) of the same product, exact to fp32.
 
-    With both as sums of three bf16 terms, six of the nine products of terms matter in fp32; three where B is bf16 itself. Zeros
-    fill them up to a multiple of 16 columns, whose rows are aligned for any rank.
+    An fp32 operand becomes a sum of three bf16 terms. Six of the nine products of terms matter in fp32, or three where B is
+    bf16 itself. Zeros pad the operands to a multiple of 16 columns, so that their rows are aligned for any rank.
     """
     x1, x2, x3 = _bf16_terms(low_rank)
     if b.dtype == torch.bfloat16:

@@ -1,8 +1,10 @@
-"""Kernel 6: log-probabilities of ready logits, for callers who hold them: kernels 4 and 5 with a load in the product's place.
+"""Kernel 6: log-probabilities of ready logits, for callers who already hold them.
+
+The two kernels are kernels 4 and 5 with a load in the place of the matrix product.
 
     z_nv = logits_nv scale_n                       read in their dtype, widened in registers; no fp32 copy of them exists
 
-Rows that are masked count as zeros, whatever they hold, and their gradient is exactly 0. A split of a row is a fixed number of
+Masked rows are read as zeros, whatever they hold, and their gradient is exactly 0. A split of a row is a fixed number of
 columns, so that a row's bits do not depend on the batch.
 """
 
@@ -23,7 +25,7 @@ _TILES_PER_SPLIT = 16
 
 
 class ReadyLogits(NamedTuple):
-    """Ready logits (C, V) with contiguous rows, and what belongs to their rows."""
+    """Ready logits (C, V) with contiguous rows, and the token, mask and scale of each row."""
 
     LOGITS: Any
     KEEP: Any  # (C,) bool; masked rows have no gradient
@@ -36,7 +38,7 @@ class ReadyLogits(NamedTuple):
 
 @triton.jit
 def _load(ready, r, start, COLUMNS: tl.constexpr):
-    """A tile of logits, fp32; zeros where the row is masked or out of range."""
+    """A tile of logits, fp32; zeros in rows that are masked or out of range."""
     columns = start + tl.arange(0, COLUMNS)
     inside = r < ready.C
     keep = tl.load(ready.KEEP + r, mask=inside, other=0) != 0
@@ -60,7 +62,8 @@ def selective_logsumexp_kernel(ready, out, TARGET, ROWS: tl.constexpr, COLUMNS: 
     r = (tl.program_id(0) // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(0) % splits
     in_chunk = r < ready.C
-    column = tl.load(ready.TOKENS + r, mask=in_chunk, other=-1).to(tl.int64)  # 32 bits would make a far one near
+    # in 32 bits a token far outside the vocabulary could wrap around to one inside
+    column = tl.load(ready.TOKENS + r, mask=in_chunk, other=-1).to(tl.int64)
     scale = _scale(ready, r, in_chunk)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
@@ -108,7 +111,7 @@ def ready_logits(
 
 
 def selective_logsumexp(ready: ReadyLogits, entropy: bool) -> Finished:
-    """What is known of each row, (C,) fp32 each."""
+    """The statistics of each row, (C,) fp32 each."""
     splits = cdiv(ready.V, _COLUMNS * _TILES_PER_SPLIT)
     m, s, q = (ready.LOGITS.new_empty(ready.C, splits, dtype=torch.float32) if wanted else None for wanted in (1, 1, entropy))
     target, out = ready.LOGITS.new_empty(ready.C, dtype=torch.float32), Running(m, s, q)
@@ -120,7 +123,7 @@ def selective_logsumexp(ready: ReadyLogits, entropy: bool) -> Finished:
 
 
 def selective_dlogits(ready: ReadyLogits, statistics: Statistics, incoming: Incoming, out: torch.Tensor) -> None:
-    """Writes the gradient into `out` (C, V); exactly 0 in masked rows, whatever comes in there."""
+    """Writes the gradient into `out` (C, V). It is exactly 0 in masked rows, whatever their incoming gradient."""
     if ready.C:
         selective_dlogits_kernel[(cdiv(ready.C, _ROWS) * cdiv(ready.V, _COLUMNS),)](
             ready, statistics, incoming, out, out.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, WIDEN=INTERPRETED

@@ -2,7 +2,8 @@
 
     z_n,y = logits(x_n . w_y + l_n . B_y + b_y)              2 N H flops, against 2 N H V of a matrix product
 
-It is what the one-pass schedule anchors a row's sum with, before any other logit is known. Also the softcap's slope there.
+The one-pass schedule anchors each row's sum with this logit, before any other logit is known. The forward of two passes takes
+it from here too (see kernel 4). The kernel also stores the softcap's slope there.
 """
 
 import torch
@@ -18,7 +19,7 @@ _BLOCK = 512
 
 @triton.jit
 def target_kernel(X, W, rows, head, stride_r, TARGET, SLOPE, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """stride_r: of B along its rank."""
+    """stride_r: the stride of B along its rank."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_chunk = r < rows.C
     token = row_token(rows, r, in_chunk).to(tl.int64)
@@ -42,14 +43,14 @@ def target_kernel(X, W, rows, head, stride_r, TARGET, SLOPE, ROWS: tl.constexpr,
     if head.BIAS is not None:
         score += tl.load(head.BIAS + column).to(tl.float32)
     z, slope = logits(score, row_scale(rows, r, in_chunk), head.inner)
-    # an infinite anchor would turn a row of other infinities into an ordinary one
+    # +inf becomes NaN: as an anchor it would make all other entries of E 0, and the row would look certain
     tl.store(TARGET + r, tl.where(inside & (z != float("inf")), z, float("nan")), mask=in_chunk)
     if SLOPE is not None:
         tl.store(SLOPE + r, slope, mask=in_chunk)
 
 
 def target_logits(p: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z_y (C,) fp32, NaN for a token outside the vocabulary; and the softcap's slope there, or None without one."""
+    """z_y (C,) fp32, NaN where it is +inf or the token is outside the vocabulary; the softcap's slope there, or None."""
     target, slope = p.vector(), None if p.inner is None else p.vector()
     if len(p.tokens):
         low_rank, b = (None, None) if p.lora is None else p.lora

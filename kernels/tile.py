@@ -1,12 +1,12 @@
-"""What every kernel that multiplies matrices shares: one tile of logits, from operands to z, and how results are stored.
+"""The code that all kernels share which multiply matrices: one tile of logits, from operands to z, and rounding of results.
 
     score = x . w_v + l . B_v + b_v                           fp32 accumulators, operands in their own dtype
     z     = score * scale_n                                   scale_n = logit_scale / T_n
     z     = tanh(score * inner) * scale_n                     with a softcap c: inner = logit_scale / c, scale_n = c / T_n
 
-l . B_v is a LoRA update of few columns: l = scale A x (fp32) and B's rows, read a second time after x and w.
+l . B_v is the update of a LoRA adapter, with l = scale A x in fp32: a second loop over a few columns, after that over x and w.
 
-So in both cases d z / d score = scale_n * (1, or inner * slope), with slope = 1 - tanh^2.
+In both cases d z / d score = scale_n * (1, or inner * slope with a softcap), with slope = 1 - tanh^2.
 
 Everything after `product_tile` is elementwise on fp32 registers; logits are never rounded to 16 bits.
 """
@@ -21,17 +21,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 EXP_IS_ZERO = tl.constexpr(limits.EXP_IS_ZERO)
 
 # Under TRITON_INTERPRET=1 kernels run on CPU tensors in numpy, which has no bf16: there tl.dot would multiply bit patterns and
-# casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied, and rounded by `round_to`.
+# casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied; `round_to` rounds results.
 INTERPRETED = triton.knobs.runtime.interpret
-# Rows of a program of the kernels that work row by row. The interpreter's time goes into the number of programs.
+# Rows per program of the kernels that work row by row. The interpreter's time depends on the number of programs.
 ROWS_PER_PROGRAM = 64 if INTERPRETED else 4
-# rows of tiles that share their columns of W in the L2 cache
+# row tiles that run side by side and so share their columns of W in the L2 cache
 _ROW_TILES_SIDE_BY_SIDE = tl.constexpr(8)
 
 
 @triton.jit
 def tile_position(pid, row_tiles, column_tiles):
-    """(row tile, column tile) of a program of a 1-D grid; neighbours share operands, so that these are read from the cache."""
+    """(row tile, column tile) of a program of a 1-D grid. Neighbours share operands, which they then read from the cache."""
     width = _ROW_TILES_SIDE_BY_SIDE * column_tiles
     first = (pid // width) * _ROW_TILES_SIDE_BY_SIDE
     rows = tl.minimum(row_tiles - first, _ROW_TILES_SIDE_BY_SIDE)
@@ -40,14 +40,16 @@ def tile_position(pid, row_tiles, column_tiles):
 
 @triton.jit
 def product_tile(X, W, row_start, column_start, rows, head, TILE: tl.constexpr):
-    """x @ w^T of one tile, (ROWS, COLUMNS) fp32, with LoRA's update. Rows and columns beyond the edge hold anything: the caller
-    masks them. X (C, H) and W (V, H) are pointers or descriptors."""
+    """x @ w^T of one tile, (ROWS, COLUMNS) fp32, with LoRA's update. X (C, H) and W (V, H) are pointers or descriptors.
+
+    Rows and columns beyond the edge hold arbitrary numbers, which the caller masks.
+    """
     ROWS: tl.constexpr = TILE.ROWS
     COLUMNS: tl.constexpr = TILE.COLUMNS
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     depth = tl.arange(0, TILE.DEPTH)
     if not TILE.DESCRIPTORS:
-        # wrapped around instead of masked, which keeps the loop free of masks
+        # indices beyond the edge wrap around, so that the loop needs no masks
         r = (row_start + tl.arange(0, TILE.ROWS)) % rows.C
         v = (column_start + tl.arange(0, TILE.COLUMNS)) % head.V
         x_pointers = X + r.to(tl.int64)[:, None] * rows.stride_x + depth[None, :]
@@ -76,8 +78,10 @@ def product_tile(X, W, row_start, column_start, rows, head, TILE: tl.constexpr):
 
 @triton.jit
 def tile_of(X, W, rows, head, TILE: tl.constexpr):
-    """A program's tile of a grid over all of them: x @ w^T, its rows and whether they are in the chunk, which column tile it is
-    and how many there are."""
+    """One program's tile, in a grid over all tiles.
+
+    Returns x @ w^T, the rows, whether each is in the chunk, the index of the column tile, and the number of column tiles.
+    """
     column_tiles = tl.cdiv(head.V, TILE.COLUMNS)
     row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), column_tiles)
     score = product_tile(X, W, row_tile * TILE.ROWS, column_tile * TILE.COLUMNS, rows, head, TILE)
@@ -115,17 +119,17 @@ def row_scale(rows, r, inside):
 
 @triton.jit
 def row_token(rows, r, inside):
-    """The token of the rows r, -1 for a row beyond the edge."""
+    """The tokens of the rows r, -1 for a row beyond the edge."""
     return tl.load(rows.TOKENS + r, mask=inside, other=-1)
 
 
 @triton.jit
 def halves(tile, WARP_GROUPS: tl.constexpr):
-    """A tile (ROWS, COLUMNS) in two parts, each half of every one of WARP_GROUPS runs of its columns.
+    """Splits a tile (ROWS, COLUMNS) into two parts. Its columns are WARP_GROUPS runs, and each part has one half of every run.
 
-    Epilogues work through a tile part by part, so that what they compute on the way is as small as a part: a thread holds
-    128 accumulators of a 128 x 256 tile, and has 255 registers. WARP_GROUPS is how many warp groups share a row: every one of
-    them is to have its share of each part.
+    Epilogues work through a tile part by part, so that their temporaries are as small as a part: a thread holds 128
+    accumulators of a 128 x 256 tile, and has 255 registers. WARP_GROUPS is the number of warp groups that share a row; each of
+    them gets its share of each part.
     """
     half: tl.constexpr = tile.shape[1] // (2 * WARP_GROUPS)
     left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], WARP_GROUPS, 2, half)), (0, 1, 3, 2)))
@@ -135,7 +139,7 @@ def halves(tile, WARP_GROUPS: tl.constexpr):
 
 @triton.jit
 def part_columns(start, WIDTH: tl.constexpr, RUN: tl.constexpr, WARP_GROUPS: tl.constexpr):
-    """The columns (WIDTH,) of a part that begins at `start`: WIDTH / WARP_GROUPS of each of WARP_GROUPS runs of RUN columns."""
+    """The columns (WIDTH,) of a part that begins at `start`: a WARP_GROUPS-th from each of WARP_GROUPS runs of RUN columns."""
     lane = tl.arange(0, WIDTH)
     share: tl.constexpr = WIDTH // WARP_GROUPS
     return start + (lane // share) * RUN + lane % share
@@ -183,7 +187,7 @@ def add_bias(score, head, columns):
 def log_sigmoid(x):
     """log(1 / (1 + exp(-x))) = min(x, 0) - log1p(exp(-|x|)), exact to a few ulp for every x; NaN for NaN."""
     y = tl.exp(-tl.abs(x))
-    # log1p by Kahan's correction: what rounding did to 1 + y it did to the numerator and to the denominator alike
+    # log1p by Kahan's correction: the rounding of 1 + y changes the numerator and the denominator alike
     u = 1.0 + y
     rounded = u - 1.0
     log1p = tl.where(rounded == 0, y, tl.log(u) * (y / tl.where(rounded == 0, 1.0, rounded)))
@@ -192,7 +196,7 @@ def log_sigmoid(x):
 
 @triton.jit
 def entropy_from_log_odds(t, others):
-    """H = p softplus(t) + (1 - p) (Ho + softplus(-t)), p = sigmoid(-t); at an infinite t the share with p = 0 is 0."""
+    """H = p softplus(t) + (1 - p) (Ho + softplus(-t)), p = sigmoid(-t). At an infinite t the share of probability 0 is 0."""
     log_p = tl.where(t == float("inf"), 0.0, log_sigmoid(-t))
     log_1mp = tl.where(t == float("-inf"), 0.0, log_sigmoid(t))
     target_share = tl.where(t == float("inf"), 0.0, tl.exp(log_p) * -log_p)
@@ -213,7 +217,7 @@ def row_sums(P, rows, inside, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """fp32 -> dtype, to nearest even. EMULATE: by integers, for bf16 in the interpreter; NaN stays NaN, inf inf."""
+    """fp32 -> dtype, to nearest even. EMULATE: by integers, for bf16 in the interpreter; NaN stays NaN, and inf stays inf."""
     if EMULATE and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
