@@ -15,7 +15,9 @@ from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, de
 from ..loss.policy_loss import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
 from ..loss.reductions import Reduction, check_reduction, token_weights
 from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
-from ..tiles import large_pages
+from ..tiles import large_pages, torch_tiles
+from ..tiles.backend import tiles_of
+from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
 from ..tiles.structures import Gradients, Head, Wanted
 from .anchored import Options, TokenLosses, loss_gradient, one_pass
@@ -335,22 +337,25 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _scaled(gradient: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
-    """gradient * grad_loss: in place where this backward is the last, as without retain_graph; a copy otherwise.
+def _scaled(gradients: Gradients, grad_loss: torch.Tensor, backend: str) -> Gradients:
+    """gradients * grad_loss: in place where this backward is the last, as without retain_graph; copies otherwise.
 
     The factor stays in fp32: rounded to bf16 it would give all of dX and dW one common error of up to 2^-9.
     """
-    factor = grad_loss.to(accumulation_dtype(gradient.dtype))
-    if torch.compiler.is_compiling():
-        return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
-    out = gradient
+    found = [g for g in gradients if g is not None]
+    factor = grad_loss.to(accumulation_dtype(found[0].dtype))
+    if is_opaque(factor):  # a compiled program cannot tell whether it is the last backward
+        return Gradients(*(None if g is None else (g.to(factor.dtype) * factor).to(g.dtype) for g in gradients))
     if _graph_is_kept():
-        out = large_pages.empty(gradient.shape, gradient.dtype, gradient.device)
-    if gradient.device.type != "cpu":
-        # On a GPU, torch casts a 0-d factor to the gradient's dtype first; a factor with a dimension counts in type promotion.
-        # On a CPU it takes a 0-d factor as it is, and would widen the whole gradient for one with a dimension.
-        factor = factor.reshape((1,) * gradient.dim())
-    return torch.mul(gradient, factor, out=out)
+        gradients = Gradients(*(None if g is None else _copy_times(g, factor) for g in gradients))
+    else:
+        tiles_of(backend).scale_(found, factor)
+    return gradients
+
+
+def _copy_times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    out = large_pages.empty(gradient.shape, gradient.dtype, gradient.device)
+    return torch_tiles.times(gradient, factor, out)
 
 
 def _graph_is_kept() -> bool:
@@ -382,7 +387,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         result = one_pass(call.rows, call.head, call.terms, call.losses, call.options)
         loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)
-        ctx.weight_grad = call.weight_grad
+        ctx.weight_grad, ctx.backend = call.weight_grad, call.options.backend
         others = result.logprobs, result.recomputed, *(() if result.entropy is None else (result.entropy,))
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
@@ -396,5 +401,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             grad_loss = next(g for g in found if g is not None).new_zeros(())
         if found.weight is not None and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
-            found = found._replace(weight=None)
-        return *(None if g is None else _scaled(g, grad_loss) for g in found), None
+            found = Gradients(*found[:2], None, *found[3:])
+            if not any(g is not None for g in found):
+                return (None,) * 6
+        return *_scaled(found, grad_loss, ctx.backend), None

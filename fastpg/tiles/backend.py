@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -45,6 +46,8 @@ class TileOps(Protocol):
     def anchored_exp(
         self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
     ) -> RowSums: ...
+
+    def scale_(self, gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None: ...
 
     # two passes
     def online_logsumexp(self, chunk: Chunk, head: Head, entropy: bool) -> Partials: ...

@@ -9,7 +9,7 @@ the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +289,23 @@ def anchored_exp(
         _zero_rows_(out, lost)
         residual = torch.where(lost, 0, residual) if is_rounded else None
     return RowSums(total, weighted, residual)
+
+
+def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """gradients times factor () in the accumulation dtype, in place. On a CPU they are left alone where the factor is 1."""
+    if factor.device.type == "cpu" and factor == 1:  # on other devices the host would have to wait for it
+        return
+    for gradient in gradients:
+        times(gradient, factor, gradient)
+
+
+def times(gradient: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = gradient * factor (), formed in the dtype of the factor and rounded once."""
+    if gradient.device.type != "cpu":
+        # On a GPU, torch casts a 0-d factor to the gradient's dtype first; a factor with a dimension counts in type promotion.
+        # On a CPU it takes a 0-d factor as it is, and would widen the whole gradient for one with a dimension.
+        factor = factor.reshape((1,) * gradient.dim())
+    return torch.mul(gradient, factor, out=out)
 
 
 def store_target(exps: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

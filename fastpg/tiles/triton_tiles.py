@@ -6,6 +6,7 @@ Operands keep their dtype, bf16 and fp16 included. A row's bits do not depend on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from ..kernels import dlogits as dlogits_kernel
 from ..kernels import finish as finish_kernel
 from ..kernels import objectives
+from ..kernels import scale as scale_kernel
 from ..kernels import selective as selective_kernel
 from ..kernels.anchored_exp import anchored_exp as anchored_tiles
 from ..kernels.blocks import Blocks, blocks_for, cdiv, fewest_columns, target_of
@@ -36,6 +38,7 @@ __all__ = [
     "online_logsumexp",
     "operand_dtype",
     "row_statistics",
+    "scale_",
     "selective_dlogits",
     "selective_statistics",
     "target_logits",
@@ -147,6 +150,11 @@ def anchored_exp(
     with _device_of(chunk.hidden):
         sums = anchored_tiles(_operands(chunk, head), target.logit - log_anchor, entropy, out, _blocks(head))
         return RowSums(*finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None)))
+
+
+def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    with _device_of(factor):
+        scale_kernel.scale(gradients, factor)
 
 
 def anchored_loss(

@@ -48,6 +48,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "combine": (("float32",), ("entropy", "finish")),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
+    "scale": (("bfloat16", "float32"), ()),
     "selective_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
     "selective_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
 }
@@ -138,6 +139,7 @@ def _launch(variant: Variant) -> None:
     from ..kernels.dlogits import Incoming, Statistics, dlogits
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
+    from ..kernels.scale import scale as scale_gradients
     from ..kernels.selective import ready_logits, selective_dlogits, selective_logsumexp
     from ..kernels.target import target_logits
 
@@ -173,6 +175,8 @@ def _launch(variant: Variant) -> None:
         finished(parts, vector()) if "finish" in flags else combine(parts)
     elif variant.kernel == "dlogits":
         dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
+    elif variant.kernel == "scale":
+        scale_gradients([meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype)], meta())
     else:
         logits = meta(_ROWS, vocab, dtype=dtype)
         ready = ready_logits(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags))
