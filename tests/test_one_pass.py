@@ -691,7 +691,7 @@ def test_opcheck(dtype, entropy):
         into = Sums(
             torch.zeros(256, 8, dtype=dtype), lora[0], torch.zeros(33, 8, dtype=of_weight), lora[1], torch.zeros(33, dtype=wide)
         )
-        opcheck(gradient_products, exps, factor, sums.residual, chunk, head, into, of_weight == wide)
+        opcheck(gradient_products, exps, factor, sums.residual, chunk, head, into, of_weight == wide, "torch")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

@@ -251,13 +251,11 @@ class _Sweep:
             # several chunks are summed in the accumulation dtype; one alone needs no such copy of dW
             self._allocate_sums(weight.dtype if once and not self.options.wide_weight else self.dtype)
         # rows of dX are written and never added to: a flagged row is overwritten by its second chunk
-        sums = Sums(
-            _rows_to_write(self.dhidden, rows, span), _rows_to_write(self.dlora_hidden, rows, span), self.dweight,
-            self.dlora_weight, self.dbias,
+        dhidden, dlora_hidden = (_rows_to_write(x, rows, span) for x in (self.dhidden, self.dlora_hidden))
+        sums = Sums(dhidden, dlora_hidden, self.dweight, self.dlora_weight, self.dbias)
+        operators.gradient_products(
+            self.exps[:count], vectors.factor, vectors.residual, chunk, self.head, sums, add, self.options.backend
         )  # fmt: skip
-        operators.gradient_products(self.exps[:count], vectors.factor, vectors.residual, chunk, self.head, sums, add)
-        _write_back(self.dhidden, rows, span, sums.hidden)
-        _write_back(self.dlora_hidden, rows, span, sums.lora_hidden)
 
     def _allocate_sums(self, dtype: torch.dtype) -> None:
         head, device = self.head, self.head.weight.device
@@ -316,18 +314,8 @@ def _joined(chunks: list[_RowVectors], name: str) -> torch.Tensor | None:
 
 
 def _rows_to_write(sums: torch.Tensor | None, rows: Rows, span: slice) -> torch.Tensor | None:
-    """The tensor that a chunk's rows of a gradient (N, ...) are written to.
-
-    A view of the gradient, or a new tensor where the rows are gathered: `_write_back` then copies it.
-    """
-    if sums is None or rows.indices is None:
-        return None if sums is None else sums[span]
-    return sums.new_empty(span.stop - span.start, sums.shape[1])
-
-
-def _write_back(sums: torch.Tensor | None, rows: Rows, span: slice, values: torch.Tensor | None) -> None:
-    if values is not None and rows.indices is not None:
-        sums.index_copy_(0, rows.indices[span], values)
+    """The part of a gradient (N, ...) that a chunk writes to: its rows, or all of it where these are gathered."""
+    return sums if sums is None or rows.indices is not None else sums[span]
 
 
 def _summed(sums: torch.Tensor | None, rows: Rows, group: ProcessGroup) -> torch.Tensor | None:

@@ -166,10 +166,11 @@ def one_pass_tiles(backend: str, hidden: torch.Tensor) -> TileOps | _Opaque:
 
 @operator(_no_result, mutates=("sums",))
 def gradient_products(
-    exps: torch.Tensor, factor: torch.Tensor, residual: torch.Tensor | None, chunk: Chunk, head: Head, sums: Sums, add: bool
-) -> None:
+    exps: torch.Tensor, factor: torch.Tensor, residual: torch.Tensor | None, chunk: Chunk, head: Head, sums: Sums, add: bool,
+    backend: str,
+) -> None:  # fmt: skip
     """Products 2 and 3 of a chunk (`products.gradient_products`)."""
-    products.gradient_products(exps, factor, residual, chunk, head, sums, add)
+    products.gradient_products(exps, factor, residual, chunk, head, sums, add, tiles_of(backend).gradient_rows)
 
 
 def _fake_selective(ready: ReadyLogits, entropy: bool, backend: str) -> RowStatistics:

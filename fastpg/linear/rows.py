@@ -43,7 +43,8 @@ class Rows(NamedTuple):
             tokens = torch.cat([tokens, tokens.new_full((padding,), -1)])
             if temperature is not None:
                 temperature = torch.cat([temperature, temperature.new_ones(padding)])
-        return Chunk(hidden, lora_hidden, tokens, None if temperature is None else temperature[:, None])
+        places = None if self.indices is None else self.indices[start:stop]
+        return Chunk(hidden, lora_hidden, tokens, None if temperature is None else temperature[:, None], places)
 
     def _gather(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         x = x[start:stop] if self.indices is None else x[self.indices[start:stop]]

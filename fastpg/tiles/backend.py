@@ -47,6 +47,16 @@ class TileOps(Protocol):
         self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
     ) -> RowSums: ...
 
+    def gradient_rows(
+        self,
+        of_rows: torch.Tensor | None,
+        chunk: Chunk,
+        head: Head,
+        factor: torch.Tensor,
+        residual: torch.Tensor | None,
+        out: torch.Tensor | None,
+        weighted: torch.Tensor | None,
+    ) -> None: ...
     def scale_(self, gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None: ...
 
     # two passes

@@ -19,6 +19,7 @@ memory there by 0, which gives NaN where it holds NaN or infinity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -175,12 +176,13 @@ def tile_columns(hidden_size: int) -> int:
 class Sums(NamedTuple):
     """The tensors that a chunk's products are written or added to; None where a gradient is not wanted.
 
-    hidden and lora_hidden are the chunk's own rows. A weight in the head's dtype is written once, with one rounding; one in the
-    accumulation dtype may be added to. lora_weight and bias are in the accumulation dtype.
+    hidden and lora_hidden have the chunk's rows, or with `chunk.places` those of the call. A weight in the head's dtype is
+    written once, with one rounding; one in the accumulation dtype may be added to. lora_weight and bias are in the accumulation
+    dtype.
     """
 
-    hidden: torch.Tensor | None  # (C, H)
-    lora_hidden: torch.Tensor | None  # (C, r) in the accumulation dtype
+    hidden: torch.Tensor | None  # (C, H), or (N, H)
+    lora_hidden: torch.Tensor | None  # (C, r), or (N, r), in the accumulation dtype
     weight: torch.Tensor | None  # (V, H)
     lora_weight: torch.Tensor | None  # (V, r)
     bias: torch.Tensor | None  # (V,)
@@ -194,6 +196,7 @@ def gradient_products(
     head: Head,
     sums: Sums,
     add: bool,
+    gradient_rows: Callable[..., None],  # of the backend
 ) -> None:
     """Products 2 and 3: hidden = u (E @ W);  weight = or += E^T @ (u x);  bias likewise E^T u.
 
@@ -202,13 +205,17 @@ def gradient_products(
     The rounding error of each row of E is added back at its target's row of W, in fp32. add: weight, lora_weight and bias are
     added to; otherwise they are overwritten.
     """
-    x, tokens = chunk.hidden[: len(factor)], chunk.tokens[: len(factor)]
+    of_rows = weighted = None
     if sums.hidden is not None:
-        _hidden_gradient(exps, factor, residual, tokens, head.weight, sums.hidden)
+        of_rows = _hidden_product(exps, head.weight, rounds=sums.hidden.dtype == exps.dtype)
+    if sums.weight is not None:
+        weighted = chunk.hidden.new_empty(len(factor), head.weight.shape[1], dtype=exps.dtype)
+    if sums.hidden is not None or sums.weight is not None:
+        gradient_rows(of_rows, chunk, head, factor, residual, sums.hidden, weighted)
+        del of_rows
     # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
     widens = exps.device.type == "cpu" and exps.dtype != factor.dtype
     if sums.weight is not None:
-        weighted = torch.mul(x, factor[:, None], out=x.new_empty(x.shape, dtype=exps.dtype))
         if widens and sums.weight.dtype != exps.dtype:
             _widened_products(sums.weight, exps, weighted.to(sums.weight.dtype), add, holds_bf16=True)
         else:
@@ -219,32 +226,32 @@ def gradient_products(
         _store(sums.bias, skinny_product(exps.T, factor[:, None])[:, 0], add)
     if sums.lora_hidden is not None:
         of_rows = skinny_product(exps, head.lora_weight)
-        _add_residual(of_rows, residual, tokens, head.lora_weight)
-        torch.mul(of_rows, factor[:, None], out=sums.lora_hidden)
+        add_residual(of_rows, residual, chunk.tokens[: len(factor)], head.lora_weight)
+        store_rows(sums.lora_hidden, chunk.places, of_rows, factor)
     if sums.lora_weight is not None:
         z = chunk.lora_hidden[: len(factor)]
         _store(sums.lora_weight, skinny_product(exps.T, z * factor[:, None]), add)
 
 
-def _hidden_gradient(
-    exps: torch.Tensor,
-    factor: torch.Tensor,
-    residual: torch.Tensor | None,
-    tokens: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """out (C, H) = u (E @ W)."""
-    # A bf16 product on a CPU is rounded here and again after the row factor. Where other ranks' sums are to be added, it must
-    # not be rounded yet.
-    adds_ranks = out.dtype != exps.dtype
-    tiled = exps.device.type == "cpu" and (adds_ranks or has_gaps(weight))
-    of_rows = _tiled_product(exps, weight) if tiled else multiply(exps, weight)
-    _add_residual(of_rows, residual, tokens, weight)
-    torch.mul(of_rows, factor[:, None], out=out)
+def _hidden_product(exps: torch.Tensor, weight: torch.Tensor, rounds: bool) -> torch.Tensor:
+    """E @ W in the accumulation dtype.
+
+    rounds: dX is rounded to the dtype of E at once, so that a bf16 product on a CPU may be rounded here already. It may not
+    where other ranks' sums are to be added.
+    """
+    tiled = exps.device.type == "cpu" and (not rounds or has_gaps(weight))
+    return _tiled_product(exps, weight) if tiled else multiply(exps, weight)
 
 
-def _add_residual(out: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor, weight: torch.Tensor) -> None:
+def store_rows(out: torch.Tensor, places: torch.Tensor | None, values: torch.Tensor, factor: torch.Tensor) -> None:
+    """out (C, ...) = values * factor (C,), rounded once; with places (C,) these rows of out."""
+    if places is None:
+        torch.mul(values, factor[:, None], out=out)
+    else:
+        out.index_copy_(0, places, torch.mul(values, factor[:, None], out=out.new_empty(values.shape)))
+
+
+def add_residual(out: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor, weight: torch.Tensor) -> None:
     """out (C, ...) += residual (C,) times the token's row of the weight.
 
     For a token on another rank any row will do: the correction only has to cancel the component that all rows share.

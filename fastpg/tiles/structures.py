@@ -33,6 +33,7 @@ class Chunk(NamedTuple):
     lora_hidden: torch.Tensor | None  # (C, r) in the accumulation dtype
     tokens: torch.Tensor  # (C,) int64
     temperature: torch.Tensor | None  # (C, 1) in the accumulation dtype; None is 1
+    places: torch.Tensor | None = None  # int64, the rows of hidden that these are, padding left out; None: consecutive ones
 
 
 class TileShape(NamedTuple):

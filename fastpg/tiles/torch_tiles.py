@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
-from .products import accumulation_dtype, has_gaps, inner_size, product, tile_columns, to_inner_size
+from .products import (
+    accumulation_dtype,
+    add_residual,
+    has_gaps,
+    inner_size,
+    product,
+    store_rows,
+    tile_columns,
+    to_inner_size,
+)
 from .row_statistics import finish_rows
 from .structures import Chunk, Head, Incoming, Partials, ReadyLogits, RowStatistics, RowSums, Target, TileShape, lora_rank
 
@@ -289,6 +298,29 @@ def anchored_exp(
         _zero_rows_(out, lost)
         residual = torch.where(lost, 0, residual) if is_rounded else None
     return RowSums(total, weighted, residual)
+
+
+def gradient_rows(
+    of_rows: torch.Tensor | None,
+    chunk: Chunk,
+    head: Head,
+    factor: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    weighted: torch.Tensor | None,
+) -> None:
+    """Rows of dX from product 2, and the operand u x of product 3. None where hidden, or the weight, is frozen.
+
+        out = u (of_rows + R w_y)      of_rows: E @ W (C, H) in the accumulation dtype, which is overwritten
+        weighted = u x                 (C, H)
+
+    factor: u (C,). residual: R (C,), or None. out: in its places, see `Sums`.
+    """
+    if out is not None:
+        add_residual(of_rows, residual, chunk.tokens[: len(factor)], head.weight)
+        store_rows(out, chunk.places, of_rows, factor)
+    if weighted is not None:
+        torch.mul(chunk.hidden[: len(factor)], factor[:, None], out=weighted)
 
 
 def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import dlogits as dlogits_kernel
 from ..kernels import finish as finish_kernel
+from ..kernels import gradient_rows as rows_kernel
 from ..kernels import objectives
 from ..kernels import scale as scale_kernel
 from ..kernels import selective as selective_kernel
@@ -33,6 +34,7 @@ __all__ = [
     "anchored_exp",
     "anchored_loss",
     "dlogits",
+    "gradient_rows",
     "most_column_tiles",
     "most_splits",
     "online_logsumexp",
@@ -150,6 +152,26 @@ def anchored_exp(
     with _device_of(chunk.hidden):
         sums = anchored_tiles(_operands(chunk, head), target.logit - log_anchor, entropy, out, _blocks(head))
         return RowSums(*finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None)))
+
+
+def gradient_rows(
+    of_rows: torch.Tensor | None,
+    chunk: Chunk,
+    head: Head,
+    factor: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    weighted: torch.Tensor | None,
+) -> None:
+    weight, x, hidden = head.weight, chunk.hidden, None
+    if out is not None:
+        vocab, strides = weight.shape[0], weight.stride()
+        hidden = rows_kernel.HiddenRows(
+            of_rows.contiguous(), residual, chunk.tokens, weight, vocab, *strides, chunk.places, out, out.stride(0)
+        )  # fmt: skip
+    into = None if weighted is None else rows_kernel.WeightedRows(x, x.stride(0), weighted)
+    with _device_of(factor):
+        rows_kernel.gradient_rows(factor.contiguous(), hidden, into, weight.shape[1])
 
 
 def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:

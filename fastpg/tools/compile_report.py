@@ -48,6 +48,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "combine": (("float32",), ("entropy", "finish")),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
+    "gradient_rows": (("bfloat16", "float32"), ("frozen_weight", "frozen_hidden", "places")),
     "scale": (("bfloat16", "float32"), ()),
     "selective_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
     "selective_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
@@ -100,6 +101,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
 
     combine          plain, entropy, finish, both
     finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
+    gradient_rows    plain, and in bf16 each flag alone
     other kernels    plain, in bf16 each flag alone but temperature, all flags
     """
     for kernel in kernels or KERNELS:
@@ -110,6 +112,8 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
                 chosen = [(), *alone, flags]
                 if kernel == "combine":
                     chosen = [(), ("entropy",), ("finish",), flags]
+                elif kernel == "gradient_rows":
+                    chosen = [(), *alone]
                 elif kernel == "finish":
                     chosen = [(), *alone, *_WITH_KL, _WHOLE_LOSS] if alone else [_WHOLE_LOSS]
                 yield from (Variant(kernel, target, dtype, combination) for combination in dict.fromkeys(chosen))
@@ -137,6 +141,7 @@ def _launch(variant: Variant) -> None:
     from ..kernels.anchored_exp import anchored_exp
     from ..kernels.blocks import blocks_for
     from ..kernels.dlogits import Incoming, Statistics, dlogits
+    from ..kernels.gradient_rows import HiddenRows, WeightedRows, gradient_rows
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
     from ..kernels.scale import scale as scale_gradients
@@ -175,6 +180,14 @@ def _launch(variant: Variant) -> None:
         finished(parts, vector()) if "finish" in flags else combine(parts)
     elif variant.kernel == "dlogits":
         dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
+    elif variant.kernel == "gradient_rows":
+        rows = meta(_ROWS, _SIZE, dtype=dtype)
+        residual, places = vector(dtype != torch.float32), tokens if "places" in flags else None
+        hidden = HiddenRows(meta(_ROWS, _SIZE), residual, tokens, p.weight, vocab, _SIZE, 1, places, rows, _SIZE)
+        weighted = WeightedRows(p.hidden, _SIZE, rows)
+        gradient_rows(
+            vector(), None if "frozen_hidden" in flags else hidden, None if "frozen_weight" in flags else weighted, _SIZE
+        )  # fmt: skip
     elif variant.kernel == "scale":
         scale_gradients([meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype)], meta())
     else:
