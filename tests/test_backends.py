@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import opcheck, oracle, random_problem, relative_error, row_errors
-from test_parity import KERNEL_DEVICE, moderate_problem, one_pass_triton
+from schedules import KERNEL_DEVICE, moderate_problem, one_pass_triton
 from torch.profiler import ProfilerActivity, profile
 
 from fastpg import (

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from objectives import INF, NAN, OBJECTIVES, OF_SEQUENCES, SEQUENCE, TRAJECTORY
 from problems import Problem, Result, check_result, logprob_tolerance, oracle, random_problem
-from test_parity import coefficient_conditioning, one_pass, one_pass_triton, two_pass, two_pass_triton
-from test_sequence_objectives import INF, NAN, OBJECTIVES, OF_SEQUENCES, SEQUENCE, TRAJECTORY
+from schedules import coefficient_conditioning, one_pass, one_pass_triton, two_pass, two_pass_triton
 
 from fastpg import (
     CISPO,

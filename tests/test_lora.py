@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import check_result, oracle, random_problem
-from test_parity import ALL_DTYPES, SCHEDULES
+from schedules import ALL_DTYPES, SCHEDULES
 
 from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, reference
 from fastpg.tools.memory import transient_bytes

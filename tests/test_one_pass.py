@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import Problem, check_result, opcheck, oracle, random_problem, relative_error, row_errors
-from test_parity import ALL_DTYPES, BACKENDS, coefficient_conditioning, one_pass, one_pass_triton, two_pass
+from schedules import ALL_DTYPES, BACKENDS, coefficient_conditioning, one_pass, one_pass_triton, two_pass
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from problems import opcheck
-from test_parity import KERNEL_DEVICE
+from schedules import KERNEL_DEVICE
 
 from fastpg import linear_logprobs, reference, selective_logprobs
 from fastpg.linear.operators import selective_dlogits, selective_statistics

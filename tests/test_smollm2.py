@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from problems import Problem, check_result, oracle
-from test_parity import TORCH_SCHEDULES
+from schedules import TORCH_SCHEDULES
 
 from fastpg import CISPO, LMHead, reference
 
