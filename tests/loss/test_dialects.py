@@ -15,7 +15,7 @@ import fastpg
 import fastpg.advantages
 
 F64 = torch.float64
-PAGE = (Path(__file__).resolve().parents[1] / "fastpg" / "OBJECTIVES.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "fastpg" / "OBJECTIVES.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # | id | setting | `call` |, of the tables whose last column is called CALL
 TABLES = [

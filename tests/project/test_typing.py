@@ -14,7 +14,7 @@ import fastpg
 from fastpg import CISPO
 from fastpg.linear.linear_policy_loss import CallOptions, LossOptions, PolicyLossOptions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 USE = """
 import torch

@@ -13,7 +13,7 @@ from fastpg.linear.rows import Rows
 from fastpg.tiles import products
 from fastpg.tiles.products import dense, has_gaps
 
-PACKAGE = Path(__file__).resolve().parents[1] / "fastpg"
+PACKAGE = Path(__file__).resolve().parents[2] / "fastpg"
 PRODUCTS = {"mm", "addmm", "addmm_", "matmul", "bmm", "baddbmm", "einsum", "mv", "addmv", "dot", "inner", "tensordot", "linear"}
 # plain code of the oracle, of what is compared with it, and of the demo; and three rows that a layer is asked about
 ON_FULL_LOGITS = {"reference", "cases", "train", "estimators", "casting_heads"}

@@ -1,12 +1,10 @@
-"""The list of `mutations.py` does not rot: every old text is in its file exactly once. Run that file to see them caught."""
+"""The list in `tests/mutations` does not rot: every old text is in its file exactly once. `python tests/mutations` runs it."""
 
 import ast
-from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS
-
-ROOT = Path(__file__).resolve().parents[1]
+from all_mutations import MUTATIONS
+from mutation import ROOT, file_of
 
 
 def test_there_are_enough_and_their_names_differ():
@@ -22,4 +20,4 @@ def test_applies(mutation):
     assert mutation.new != mutation.old
     ast.parse(text.replace(mutation.old, mutation.new))
     for name in mutation.tests.split():
-        assert (ROOT / "tests" / f"test_{name}.py").is_file()
+        assert (ROOT / file_of(name)).is_file()

@@ -13,7 +13,7 @@ from fastpg import CISPO, linear_cispo_loss, policy_loss
 from fastpg.linear import linear_logprobs, linear_policy_loss, lora, selective_logprobs
 from fastpg.tiles import triton_tiles
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [
     linear_logprobs._LinearLogprobs,
     linear_policy_loss._LinearPolicyLoss,

@@ -14,7 +14,7 @@ import fastpg
 from fastpg.crosscheck import accuracy
 from fastpg.crosscheck.accuracy import SMALLEST_RANGE, TENSOR_CORE_TERMS, UNIT, logprob_tolerance
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

@@ -21,7 +21,7 @@ import torch
 from cases import HEADS, LOSSES, Cell, Head, batch, cpu_cells, exact_logprobs, gpu_cells, tiny_cells
 from goals import goals
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 TINY = Cell("step", "tiny", Head(300, 32), 64, "float32", ())
 
 

@@ -12,7 +12,7 @@ import gpu as program
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOUND = {"gpu": "a stand-in", "torch": "2.11.0", "triton": "3.6.0", "missing": [], "xdist": False}
 CELLS = [
     {"name": f"{head}, bfloat16", "method": "fastpg one pass", "over_products": ratio}

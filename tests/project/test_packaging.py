@@ -12,7 +12,7 @@ from imports import imports
 
 import fastpg
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess:

@@ -64,7 +64,7 @@ def test_the_loss_of_the_liger_guide_is_ligers():
 
 
 def test_the_block_of_the_distributed_page():
-    """On one process; tests/test_data_parallel.py has several."""
+    """On one process; tests/distributed/test_data_parallel.py has several."""
     (block,) = re.findall(r"```python\n(.*?)```", (FOLDER / "DISTRIBUTED.md").read_text(), re.DOTALL)
     names = {
         "linear_cispo_loss": fastpg.linear_cispo_loss, "hidden": torch.randn(4, 8), "head": torch.randn(20, 8),

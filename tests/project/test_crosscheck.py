@@ -17,7 +17,7 @@ from fastpg import CISPO, GSPO, KLPenalty, LMHead, PPOClip
 from fastpg.crosscheck import assert_matches_oracle, cases, command, judge
 from fastpg.tools.memory import transient_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
 
 

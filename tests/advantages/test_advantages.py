@@ -1,6 +1,6 @@
 """`fastpg.advantages` over time and in groups: against loops in Python, numbers by hand, and what must not matter.
 
-tests/test_vineppo_gigpo.py has the estimators of multi-step environments, and the proofs by enumeration.
+tests/advantages/test_vineppo_gigpo.py has the estimators of multi-step environments, and the proofs by enumeration.
 """
 
 import math

@@ -14,7 +14,7 @@ from fastpg.tiles import torch_tiles
 from fastpg.tiles.backend import tiles_of
 from fastpg.tiles.structures import Chunk
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 HALF = [torch.bfloat16, torch.float16]
 
 
