@@ -16,11 +16,9 @@ from torch import nn
 pytest.importorskip("trl.trainer.utils", reason="needs the extra [trl]")
 peft = pytest.importorskip("peft")
 
-import datasets
-import trl
 import trl.trainer.utils as trl_utils
 from ranks import run_on_ranks
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_trl import STEPS, VOCAB, fused, stub, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -29,16 +27,11 @@ from transformers import (
     Gemma2ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
-from fastpg import linear_logprobs
-from fastpg.integrations import trl as fastpg_trl
 from fastpg.integrations.trl import build_trainer, use_fastpg
 
 # Of trl 1.16 under transformers 5.23, and of peft's prompt tuning.
@@ -47,71 +40,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning"),
 ]
 
-VOCAB, STEPS = 61, 4
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-
-
-def tiny_model(model_class=Qwen3ForCausalLM, config_class=Qwen3Config, **changes):
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "head_dim": 16, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3,
-        "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": False,
-    }  # fmt: skip
-    model = model_class(config_class(**{**settings, **changes}))
-    with torch.no_grad():
-        model.get_output_embeddings().weight[1] *= 3  # completions end at different lengths
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, VOCAB))]
-    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w2"))
-    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-
-
-def reward(completion_ids, **_):
-    return [sum(ids) % 7 / 3 + len(ids) / 5 for ids in completion_ids]
-
-
-@pytest.fixture
-def make(tokenizer, tmp_path):
-    """A trainer on `model`, with settings of its config; `build` is the class, or what is called in its stead."""
-
-    def make(trainer_class=GRPOTrainer, model=None, build=None, peft_config=None, **settings):
-        config = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[trainer_class]
-        options = {
-            "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no",
-            "disable_tqdm": True, "logging_steps": 1, "seed": 3, "max_steps": STEPS, "per_device_train_batch_size": 4,
-            "num_generations": 4, "steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 6, "beta": 0.0,
-            "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant",
-        }  # fmt: skip
-        return (build or trainer_class)(
-            model=tiny_model() if model is None else model,
-            reward_funcs=reward,
-            args=config(**{**options, **settings}),
-            train_dataset=datasets.Dataset.from_dict({"prompt": ["w3 w4 w5", "w6 w7", "w8", "w9 w10 w11 w12"]}),
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
-
-    return make
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of each call of linear_logprobs by the integration."""
-    made = []
-
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return linear_logprobs(*args, **kwargs)
-
-    monkeypatch.setattr(fastpg_trl, "linear_logprobs", counted)
-    return made
 
 
 def run(trainer):
@@ -270,12 +200,6 @@ def test_lora_on_the_lm_head(make, calls, trainer_class):
 
 
 # One call of the model
-
-
-def stub(model, ref_model=None, **args):
-    """What use_fastpg reads of a trainer."""
-    accelerator = types.SimpleNamespace(autocast=contextlib.nullcontext, state=types.SimpleNamespace())
-    return types.SimpleNamespace(model=model, ref_model=ref_model, args=types.SimpleNamespace(**args), accelerator=accelerator)
 
 
 ARCHITECTURES = {
@@ -484,113 +408,6 @@ def test_the_check_draws_no_random_numbers(calls):
     assert torch.equal(torch.get_rng_state(), state)
     assert len(calls) == 1
     assert model.training
-
-
-# What is refused
-
-
-def refused(trainer, error, match):
-    before = dict(vars(trainer.model))
-    with pytest.raises(error, match=match):
-        use_fastpg(trainer)
-    assert vars(trainer.model) == before
-
-
-def fused(model, **options):
-    trl_utils.add_fused_lm_head(model, **options)
-    return model
-
-
-def test_a_trl_without_the_contract(monkeypatch):
-    trainer = stub(fused(tiny_model()))
-    monkeypatch.setattr(trl, "__version__", "1.7.0")
-    monkeypatch.delattr(trl_utils, "FusedCausalLMOutput")
-    refused(trainer, ImportError, re.escape("needs trl >= 1.16") + ".*found trl 1.7.0")
-
-
-def test_another_contract(monkeypatch):
-    trainer = stub(fused(tiny_model()))
-    monkeypatch.setattr(fastpg_trl._Settings, "_fields", ("temperature", "something_new"))
-    refused(trainer, ImportError, "has no 'something_new'")
-
-
-def test_what_is_no_trainer_of_trls():
-    with pytest.raises(TypeError, match="a trainer of TRL's; got Qwen3ForCausalLM"):
-        use_fastpg(tiny_model())
-    refused(stub(tiny_model()), ValueError, "have no fused lm_head")
-    with pytest.raises(TypeError, match="the model itself, loaded before; got str"):
-        build_trainer(GRPOTrainer, "Qwen/Qwen3-0.6B")
-
-
-def test_liger_and_zero3():
-    refused(stub(fused(tiny_model()), use_liger_kernel=True), ValueError, "use_liger_kernel=True")
-    trainer = stub(fused(tiny_model()))
-    trainer.accelerator.state.deepspeed_plugin = types.SimpleNamespace(zero_stage=3)
-    refused(trainer, ValueError, "ZeRO-3")
-
-
-class Cosine(nn.Linear):
-    def forward(self, hidden):
-        return nn.functional.linear(nn.functional.normalize(hidden, dim=-1), self.weight)
-
-
-class Packed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(VOCAB, 32))
-
-    def forward(self, hidden):
-        return hidden @ self.weight.T
-
-
-class Scaled(Qwen3ForCausalLM):
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * 1.3
-        return output
-
-
-def test_heads_that_are_no_linear_layer():
-    for head in (Packed(), Cosine(32, VOCAB, bias=False)):
-        model = tiny_model()
-        model.lm_head = head
-        refused(stub(fused(model)), ValueError, f"{type(head).__name__}, whose forward is not that of torch.nn.Linear")
-    refused(stub(fused(tiny_model(Scaled))), ValueError, "own logits are not those of")
-
-
-@pytest.mark.parametrize(("changes", "match"), [({"use_dora": True}, "DoRA"), ({"lora_dropout": 0.1}, "dropout 0.1")])
-def test_adapters_that_would_train_something_else(changes, match):
-    model = peft.get_peft_model(fused(tiny_model()), peft.LoraConfig(r=2, target_modules=["lm_head"], **changes)).eval()
-    refused(stub(model), ValueError, match)
-    assert not model.get_output_embeddings().training
-
-
-def test_the_reference_is_checked_before_anything_changes():
-    reference = fused(tiny_model())
-    reference.lm_head = Packed()
-    refused(stub(fused(tiny_model()), reference), ValueError, "Packed")
-
-
-@pytest.mark.parametrize("outputs", [("is_top1",), ("mean_logits", "log_sum_sq_probs")])
-def test_trainers_that_read_more_keep_trls_head(calls, outputs):
-    trainer = stub(fused(tiny_model(), outputs=("log_probs", "entropy", *outputs)), fused(tiny_model()))
-    before = [dict(vars(m)) for m in (trainer.model, trainer.ref_model)]
-    with pytest.warns(UserWarning, match=f"{', '.join(sorted(outputs))} of TRL's .*TRL's own head stays"):
-        heads = use_fastpg(trainer)
-    assert not heads.models
-    assert [vars(m) for m in (trainer.model, trainer.ref_model)] == before
-    assert not calls
-
-
-def test_sft_keeps_trls_head(tokenizer, tmp_path):
-    rows = datasets.Dataset.from_dict({"prompt": ["w3 w4", "w5"], "completion": [" w6", " w7 w8"]})
-    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=tokenizer)
-    with pytest.warns(UserWarning, match="SFTTrainer reads is_top1"):
-        use_fastpg(trainer)
-    options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": peft.LoraConfig(target_modules=["lm_head"])}
-    with pytest.warns(UserWarning, match="is_top1"), pytest.raises(ValueError, match="would not train the adapter"):
-        build_trainer(trl.SFTTrainer, tiny_model(), args, **options)
 
 
 def test_import_fastpg_imports_no_trl(tmp_path):

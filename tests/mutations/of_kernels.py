@@ -96,7 +96,7 @@ MUTATIONS = [
         "kernels/target.py",
         'tl.where(inside & (z != float("inf")), z, float("nan"))',
         'tl.where(inside, z, float("nan"))',
-        "one_pass",
+        "one_pass_masks",
         "infinite_hidden_states",
     ),
     Mutation(

@@ -56,7 +56,7 @@ MUTATIONS = [
         "fastpg/linear/rows.py",
         "return x if self.masked is None else x.masked_fill(self.masked[start:stop, None], 0)",
         "return x",
-        "one_pass lora",
+        "one_pass_masks lora",
         "garbage or without_host_reads",
     ),
     Mutation(

@@ -53,6 +53,12 @@ TORCH, TRITON = [two_pass, one_pass], [two_pass_triton, one_pass_triton]
 TORCH_SCHEDULES = pytest.mark.parametrize("schedule", TORCH, ids=lambda f: f.__name__)
 SCHEDULES = pytest.mark.parametrize("schedule", TORCH + TRITON, ids=lambda f: f.__name__)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# names what a test calls `one_pass`
+ONE_PASS = pytest.mark.parametrize("one_pass", [one_pass, one_pass_triton], ids=["torch", "triton"])
+
+
+def logprobs_of(problem: Problem) -> torch.Tensor:
+    return oracle(problem, reference.reinforce)[0].logprobs
 
 
 def moderate_problem(rows: int, dtype: torch.dtype) -> Problem:
