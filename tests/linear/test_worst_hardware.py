@@ -2,11 +2,10 @@
 
 import ast
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from worst_hardware import each_value_once, memory_around, worst_product
+from worst_hardware import memory_around, worst_product
 
 from fastpg import linear_cispo_loss
 from fastpg.linear.rows import Rows
@@ -103,18 +102,6 @@ def test_chunks_have_their_rows_side_by_side():
             assert chunk.hidden.shape == (256, 16)
             assert chunk.hidden.stride(1) == 1
             assert torch.equal(chunk.hidden[:stop], hidden[:stop].float())
-
-
-def test_every_value_once():
-    def item(**params):
-        return SimpleNamespace(callspec=SimpleNamespace(params=params))
-
-    a, b, c = "a", "b", "c"
-    items = [item(x=x, y=y) for x in (a, b, c) for y in (True, False)]
-    kept = each_value_once(items)
-    assert len(kept) == 3
-    assert {i.callspec.params["x"] for i in kept} == {a, b, c}
-    assert {i.callspec.params["y"] for i in kept} == {True, False}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -1,5 +1,5 @@
-"""All trajectories of a small policy listed, so that expectations are exact sums; then the objectives of
-test_sequence_objectives from hidden states, compiled, and given bad input.
+"""All trajectories of a small policy listed, so that expectations are exact sums; then the objectives of sequences
+from hidden states, compiled, and given bad input.
 """
 
 import re

@@ -16,7 +16,7 @@ MUTATIONS = [
         "fastpg/loss/objectives.py",
         "constant = ratio.clamp(ratio_min, ratio_max) * advantages",
         "constant = ratio.clamp(ratio_max, ratio_min) * advantages",
-        "sequence_objectives objectives",
+        "objective_values",
         "by_hand or equals_the_formula",
     ),
     Mutation(
@@ -24,7 +24,7 @@ MUTATIONS = [
         "fastpg/loss/policy_loss.py",
         "values = values - kl.coef * kl(",
         "values = values + kl.coef * kl(",
-        "objectives",
+        "objective_values",
         "kl",
     ),
     Mutation(
@@ -32,7 +32,7 @@ MUTATIONS = [
         "fastpg/loss/reductions.py",
         "count = weights.sum() if",
         "count = torch.ones_like(weights).sum() if",
-        "objectives",
+        "objective_values",
         "equal_the_oracle",
     ),
     Mutation(

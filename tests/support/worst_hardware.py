@@ -7,7 +7,7 @@ and LoRA suites run a second time on a product that
               kernels read there, and multiply what they find by 0
     rounds    fp32 operands to bf16 wherever torch's switch allows it, as AMX does and other CPUs do not
 
-In that second run each test function gets every value of each of its parameters once, and not every combination.
+In that second run each test function gets every value of each of its parameters once, and not every combination (`pairs`).
 """
 
 from collections.abc import Iterator
@@ -54,26 +54,3 @@ def product_of(hardware: str) -> Iterator[None]:
         if hardware == WORST:
             patch.setattr(products, "_multiply", worst_product(products._multiply))
         yield
-
-
-def each_value_once(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of the items of one test function, few enough in which every value of every parameter occurs."""
-
-    def values(item: pytest.Item) -> set[tuple]:
-        return {(name, id(value)) for name, value in item.callspec.params.items()}
-
-    missing, kept = set().union(*map(values, items)), []
-    while missing:
-        best = max(items, key=lambda item: len(values(item) & missing))
-        kept.append(best)
-        missing -= values(best)
-    return kept
-
-
-def unneeded(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The items on the worst hardware that bring no new value of a parameter."""
-    functions: dict[tuple, list[pytest.Item]] = {}
-    for item in items:
-        if getattr(item, "callspec", None) is not None and item.callspec.params.get("hardware") == WORST:
-            functions.setdefault((item.module, item.originalname), []).append(item)
-    return [item for group in functions.values() for item in set(group) - set(each_value_once(group))]
