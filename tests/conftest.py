@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--full"):
         return
-    dropped = pairs.unneeded(items)
+    dropped = pairs.unneeded(items) + [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=dropped)
     kept = set(items) - set(dropped)
     items[:] = [item for item in items if item in kept]

@@ -2,40 +2,60 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from pairs import cover
 
 from fastpg.tools import compile_report
 from fastpg.tools.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, Variant
 
-# the matrix in parts that take seconds each
-PARTS = {
-    "one-pass": ("target", "anchored_exp", "finish"),
-    "logsumexp": ("logsumexp", "combine"),
-    "dlogits": ("dlogits", "selective_logsumexp", "selective_dlogits"),
-}
+README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from fastpg.tools.compile_report import Variant, compile_variant
+
+for kernel, target, dtype, flags in json.load(sys.stdin):
+    print(json.dumps(asdict(compile_variant(Variant(kernel, target, dtype, tuple(flags))))))
+"""
 
 
 def fastpg(*arguments: str, folder, **environment: str) -> subprocess.CompletedProcess:
-    """The command, compiling from scratch, in a process that has no interpreter in the compiler's place."""
+    return run_without_interpreter("-m", "fastpg", *arguments, folder=folder, **environment)
+
+
+def run_without_interpreter(*arguments: str, folder, said: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Compiling from scratch, in a process that has no interpreter in the compiler's place."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "fastpg", *arguments], cwd=folder, capture_output=True, text=True,
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, input=said,
         env=inherited | {"TRITON_CACHE_DIR": str(folder / "cache")} | environment,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_whole_matrix(tmp_path, target, part):
-    kernels = PARTS[part]
-    done = fastpg("compile-report", "--json", *(f"--kernel={k}" for k in kernels), "--target", target, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    compiled = [Compiled(**c) for c in json.loads(done.stdout)]
-    assert {(c.kernel, c.target) for c in compiled} == {(k, target) for k in kernels}
+def brings(variant: Variant) -> set[tuple]:
+    """What of the matrix a variant shows: every kernel on every target, in every dtype, with each set of flags; of those that
+    multiply, every tile that the table has for 16-bit operands of a target, and all flags at once on every target.
+    """
+    kernel, target, flags = variant.kernel, variant.target, variant.flags
+    found = {(kernel, target), (kernel, variant.dtype), (kernel, flags)}
+    if kernel in MULTIPLIES and variant.dtype != "float32":
+        found |= {(kernel, target, "softcap" in flags, "softcap" in flags or "bias" in flags)}
+        found |= {(kernel, target, flags)} if flags == KERNELS[kernel][1] else set()
+    return found
+
+
+def few() -> list[Variant]:
+    """A quarter of the matrix that brings all of it, with the most telling variants first."""
+    return cover(list(compile_report.variants()), brings)
+
+
+def judge(compiled: list[Compiled]) -> None:
     for c in compiled:
         assert c.spill_bytes == 0, c
         assert c.shared_bytes <= c.shared_limit, c
@@ -46,8 +66,42 @@ def test_the_whole_matrix(tmp_path, target, part):
             assert c.mma_instructions == 0, c
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_part_of_the_matrix_in_which_everything_occurs(tmp_path, target):
+    """The whole of it: `pytest --full`, `fastpg compile-report`."""
+    chosen = [v for v in few() if v.target == target]
+    done = run_without_interpreter("-c", COMPILE, folder=tmp_path, said=json.dumps([[*vars(v).values()] for v in chosen]))
+    assert done.returncode == 0, done.stderr
+    compiled = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+    assert [(c.kernel, c.target, c.dtype, tuple(c.flags)) for c in compiled] == [tuple(vars(v).values()) for v in chosen]
+    judge(compiled)
+
+
+def test_what_that_part_holds():
+    every, chosen = list(compile_report.variants()), few()
+    assert len(chosen) <= len(every) / 3
+    for show in (lambda v: (v.kernel, v.target), lambda v: (v.kernel, v.dtype), lambda v: (v.kernel, v.flags)):
+        assert {show(v) for v in chosen} == {show(v) for v in every}
+    for kernel in MULTIPLIES:
+        for target in TARGETS:
+            sixteen = [v.flags for v in chosen if (v.kernel, v.target) == (kernel, target) and v.dtype != "float32"]
+            assert KERNELS[kernel][1] in sixteen
+            assert ("bias",) in sixteen
+            assert any("bias" not in flags and "softcap" not in flags for flags in sixteen)
+
+
+@pytest.mark.full
+def test_the_whole_matrix_is_the_table_of_the_readme(tmp_path):
+    done = fastpg("compile-report", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    compiled = [Compiled(**c) for c in json.loads(done.stdout)]
+    assert len(compiled) == len(list(compile_report.variants()))
+    judge(compiled)
+    (table,) = re.findall(r"<!-- compile-report -->\n(.*?)\n<!-- /compile-report -->", README, re.DOTALL)
+    assert table == compile_report.markdown(compiled)
+
+
 def test_what_the_matrix_asks_for():
-    assert sorted(kernel for part in PARTS.values() for kernel in part) == sorted(KERNELS)
     assert len(list(compile_report.variants())) <= 276
     count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
     assert count["anchored_exp", "bfloat16"] == 7  # plain, five flags alone, all

@@ -118,7 +118,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
 def test_a_frozen_weight_costs_no_gradient_of_its_size(trained, schedule):
     """What a call takes beyond its workspace stays below one (V, H) tensor; the gradients are the oracle's."""
-    vocab, size, rows = 30_000, 1024, 512
+    vocab, size, rows = 30_000, 256, 512
     hidden, weight = torch.randn(rows, size), torch.randn(vocab, size) * 0.1
     a, b = torch.randn(8, size) * 0.1, torch.randn(vocab, 8) * 0.1
     hidden.requires_grad_(trained == "hidden")

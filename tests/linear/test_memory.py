@@ -38,8 +38,8 @@ SCHEDULES = pytest.mark.parametrize("schedule", [one_pass, two_pass], ids=lambda
 
 
 def peak(schedule, rows, vocab, dtype, workspace=None, masked=False) -> tuple[int, int, int]:
-    hidden = torch.randn(rows, 576).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, 576) * 0.05).to(dtype).requires_grad_()
+    hidden = torch.randn(rows, 128).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, 128) * 0.05).to(dtype).requires_grad_()
     tokens = torch.randint(0, vocab, (rows,))
     if masked:
         tokens[::2] = -100
@@ -74,7 +74,7 @@ def test_a_small_workspace_is_kept_too(schedule, masked):
 
 
 def test_no_grad_needs_tiles_only():
-    hidden, weight = torch.randn(2048, 576), torch.randn(49152, 576) * 0.05
+    hidden, weight = torch.randn(2048, 128), torch.randn(49152, 128) * 0.05
     tokens = torch.randint(0, 49152, (2048,))
     with torch.no_grad():
         used = transient_bytes(lambda: linear_logprobs(hidden, weight, tokens, entropy=True))
