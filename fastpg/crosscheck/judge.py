@@ -98,8 +98,8 @@ def deviations(
     row_limit = torch.full_like(tolerance, ROW_TOLERANCE[dtype]) if dtype in ROW_TOLERANCE else row_limit
     if settings.objective is not None:
         coefficient, slope = _coefficient(want["logp"], x, settings, of_logprobs)
-        # an error of the log-probability is amplified where the coefficient is steep
-        row_limit = row_limit + slope / coefficient.clamp(min=SMALLEST_ROW)
+        # an error of the log-probability is amplified where the coefficient is steeper than the ratio itself
+        row_limit = row_limit + (slope / coefficient.clamp(min=SMALLEST_ROW) - of_logprobs).clamp(min=0)
     found = []
     for name, value in got.items():
         value, exact = value.to(logprobs), want[name].to(logprobs)
@@ -109,7 +109,7 @@ def deviations(
         elif name == "entropy":
             found.append(_worst(name, (value - exact).abs().flatten(), tolerance))
         elif name == "loss":
-            terms = _absolute_loss(want["logp"], x, settings)
+            terms = absolute_loss(want["logp"], x, settings)
             limit = tolerance.amax() * terms + (coefficient * of_logprobs).sum() if len(tolerance) else terms
             limit = limit + smallest
             found.append(_worst(name, (value - exact).abs()[None], limit[None]))
@@ -178,7 +178,7 @@ def _coefficient(
     return c.abs(), torch.maximum((at(logprobs + step) - c).abs(), (at(logprobs - step) - c).abs())
 
 
-def _absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> torch.Tensor:
+def absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> torch.Tensor:
     """The loss with the absolute value of every term of its sum."""
     wide, keep = x.leaves(torch.float64), x.keep()
     objective, kl = cases.reference_objective(settings.objective), settings.kl
@@ -271,7 +271,7 @@ def _check_policy_loss(case: Case, x: Inputs, settings: Settings) -> Checked:
     got = cases.loss_only(ready, x, settings, cases.policy_loss)
     wide = x.leaves(torch.float64)
     want = cases.loss_only(ready.double(), wide, settings, reference.policy_loss)
-    terms, size = _absolute_loss(ready.double(), x, settings), want["dlogp"].abs().clamp(min=SMALLEST_ROW)
+    terms, size = absolute_loss(ready.double(), x, settings), want["dlogp"].abs().clamp(min=SMALLEST_ROW)
     errors = (got["dlogp"].double() - want["dlogp"]).abs() / size
     found = [
         _worst("loss", (got["loss"].double() - want["loss"]).abs()[None], tolerance * terms[None]),

@@ -16,10 +16,11 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.distributed as dist
-from problems import Problem, Result, check_result, oracle, random_problem, relative_error
+from problems import Result, check_result, logprobs_of, oracle, random_problem, relative_error
 from ranks import run_on_ranks
 
 from fastpg import CISPO, LMHead, PPOClip, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, reference
+from fastpg.crosscheck.cases import Inputs, Settings
 
 pytestmark = pytest.mark.xdist_group("vocab-parallel ranks")  # its ranks are started once, not in every process
 
@@ -31,7 +32,7 @@ SCHEDULES = ("one-pass", "two-pass", "entropy")
 class Case:
     """One call. Test and ranks make its problem each for itself, from the same seed."""
 
-    make: Callable[[], Problem]
+    make: Callable[[], Inputs]
     edges: tuple[int, ...]  # rank r has the rows [edges[r], edges[r + 1]) of the weight
     schedule: str  # "one-pass", "two-pass", or "entropy": two-pass with a gradient through the entropy
     objective: object = CISPO()
@@ -41,11 +42,11 @@ class Case:
     autocast: bool = False
 
     @cached_property
-    def problem(self) -> Problem:
+    def problem(self) -> Inputs:
         torch.manual_seed(0)
         return self.make()
 
-    def on_rank(self, rank: int, group) -> Problem:
+    def on_rank(self, rank: int, group) -> Inputs:
         """The rank's rows of weight, bias and B. Masked rows of hidden hold NaN."""
         rows, head, hidden = slice(*self.edges[rank : rank + 2]), self.problem.head, self.problem.hidden
         if self.problem.mask is not None:
@@ -56,7 +57,7 @@ class Case:
         return replace(self.problem, head=head, hidden=hidden)
 
 
-def outcome(case: Case, problem: Problem, **options) -> tuple[Result, torch.Tensor | None]:
+def outcome(case: Case, problem: Inputs, **options) -> tuple[Result, torch.Tensor | None]:
     """What the case's schedule makes of the problem, and the entropies where they take part."""
     leaves, entropies = problem.leaves(), None
     for name in case.frozen:
@@ -67,18 +68,18 @@ def outcome(case: Case, problem: Problem, **options) -> tuple[Result, torch.Tens
         out = linear_policy_loss(
             *inputs, leaves.old_logprobs, leaves.advantages, objective=case.objective, reduction="sum", **options
         )
-        return Result.of(leaves, out.logprobs, out.loss, out.metrics), None
+        return Result.of(leaves, Settings(case.objective), out.logprobs, out.loss, out.metrics), None
     if case.schedule == "entropy":
         logprobs, entropies = linear_logprobs(*inputs, entropy=True, **options)
         loss = entropy_loss(problem, logprobs, entropies)
-        return Result.of(leaves, logprobs, loss), entropies.detach()
+        return Result.of(leaves, Settings(Reinforce()), logprobs, loss), entropies.detach()
     logprobs = linear_logprobs(*inputs, **options).logprobs
     old, advantages = leaves.old_logprobs, leaves.advantages
     loss = policy_loss(logprobs, old, advantages, objective=case.objective, mask=leaves.mask, reduction="sum").loss
-    return Result.of(leaves, logprobs, loss), None
+    return Result.of(leaves, Settings(case.objective), logprobs, loss), None
 
 
-def entropy_loss(problem: Problem, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+def entropy_loss(problem: Inputs, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
     return -(problem.advantages.to(logprobs) * (logprobs + 0.3 * entropies)).sum()
 
 
@@ -94,12 +95,12 @@ def run_cases(rank: int, ranks: int) -> dict:
     return results
 
 
-def plain_problem(dtype: torch.dtype) -> Problem:
+def plain_problem(dtype: torch.dtype) -> Inputs:
     problem = random_problem(60, 333, dtype)
     return moderate(problem) if dtype == f16 else problem
 
 
-def everything(dtype: torch.dtype, rows: int = 90, vocab: int = 701, hidden_size: int = 64) -> Problem:
+def everything(dtype: torch.dtype, rows: int = 90, vocab: int = 701, hidden_size: int = 64) -> Inputs:
     """Every feature of a head at once; per-token temperatures."""
     problem = random_problem(
         rows, vocab, dtype, hidden_size=hidden_size, bias=True, softcap=20.0, logit_scale=0.7, temperature="per-token",
@@ -108,25 +109,25 @@ def everything(dtype: torch.dtype, rows: int = 90, vocab: int = 701, hidden_size
     return moderate(problem) if dtype == f16 else problem
 
 
-def with_fp32_head(problem: Problem) -> Problem:
+def with_fp32_head(problem: Inputs) -> Inputs:
     return replace(problem, head=replace(problem.head, fp32_head=True))
 
 
-def moderate(problem: Problem) -> Problem:
+def moderate(problem: Inputs) -> Inputs:
     """For float16, whose range ends at 6e-8: ratios and 1 - p of order 1."""
-    logprobs = oracle(problem, reference.reinforce)[0].logprobs.float()
+    logprobs = logprobs_of(problem).float()
     mask = (logprobs < -0.01) if problem.mask is None else problem.mask & (logprobs < -0.01)
     return replace(problem, old_logprobs=logprobs - torch.randn(len(logprobs)), mask=mask)
 
 
-def wild(*arguments, **options) -> Problem:
+def wild(*arguments, **options) -> Inputs:
     """Old log-probabilities of which some are far too low, so that sums leave the range."""
     problem = random_problem(*arguments, **options)
     rows = torch.arange(len(problem.tokens))
     return replace(problem, old_logprobs=torch.where(rows % 5 == 0, problem.old_logprobs - 55, problem.old_logprobs))
 
 
-def with_common_component(lora: int | None) -> Problem:
+def with_common_component(lora: int | None) -> Inputs:
     """The rows of a trained embedding have much in common, which cancels in dX: over all ranks, not on one."""
     problem = random_problem(64, 333, bf16, lora=lora)
     weight = 0.2 * torch.randn(333, 64) + 2.0 * torch.randn(64)
@@ -135,10 +136,10 @@ def with_common_component(lora: int | None) -> Problem:
         factors = problem.head.lora._replace(b=b.to(bf16))
     head = replace(problem.head, weight=weight.to(bf16), lora=factors if lora else None)
     problem = replace(problem, hidden=torch.randn(64, 64).to(bf16), head=head)
-    return replace(problem, old_logprobs=oracle(problem, reference.reinforce)[0].logprobs.float())
+    return replace(problem, old_logprobs=logprobs_of(problem).float())
 
 
-def all_masked(make: Callable[[], Problem]) -> Problem:
+def all_masked(make: Callable[[], Inputs]) -> Inputs:
     problem = make()
     return replace(problem, mask=torch.zeros_like(problem.tokens, dtype=torch.bool))
 
@@ -206,26 +207,19 @@ def results_of(parity: dict, ranks: int, name: str) -> list[tuple[Result, torch.
 
 def put_together(results: list[Result]) -> Result:
     """Rank 0's result with the rows of all ranks."""
-
-    def rows(name: str) -> torch.Tensor | None:
-        parts = [getattr(r, name) for r in results]
-        return None if parts[0] is None else torch.cat(parts)
-
-    return replace(results[0], dweight=rows("dweight"), dbias=rows("dbias"), db=rows("db"))
+    rows = {name: torch.cat([r[name] for r in results]) for name in ("dW", "db", "dB") if name in results[0]}
+    return Result(results[0] | rows, results[0].settings)
 
 
-def want_of(case: Case) -> tuple[Result, float]:
+def want_of(case: Case) -> Result:
     """The float64 oracle's, on the whole weight."""
     if case.schedule != "entropy":
-        theirs = {CISPO: reference.cispo(5.0), PPOClip: reference.ppo_clip(0.2, 0.2), Reinforce: reference.reinforce}
-        theirs = theirs[type(case.objective)]
-        return oracle(case.problem, theirs)
+        return oracle(case.problem, case.objective)
     wide = case.problem.leaves(torch.float64)
     logprobs, entropies = reference.linear_logprobs(
         wide.hidden, wide.head, wide.tokens, mask=wide.mask, temperature=wide.temperature
     )
-    scale = entropy_loss(replace(wide, advantages=wide.advantages.abs()), logprobs.abs(), -entropies)
-    return Result.of(wide, logprobs, entropy_loss(wide, logprobs, entropies)), scale.abs().item()
+    return Result.of(wide, Settings(Reinforce()), logprobs, entropy_loss(wide, logprobs, entropies))
 
 
 @pytest.mark.parametrize(("ranks", "name"), NAMES, ids=[f"{n}, {r} ranks" for r, n in NAMES])
@@ -235,18 +229,18 @@ def test_like_one_process(parity, ranks, name):
     case = CASES[ranks][name]
     results = [result for result, _ in results_of(parity, ranks, name)]
     for other in results[1:]:
-        for same in ("logprobs", "loss", "dhidden", "da"):
-            mine, theirs = getattr(results[0], same), getattr(other, same)
-            assert (mine is None) == (theirs is None)
-            assert mine is None or torch.equal(mine, theirs), same
+        assert other.keys() == results[0].keys()
+        for same in {"logp", "loss", "dX", "dA"} & other.keys():
+            assert torch.equal(results[0][same], other[same]), same
     for result, (start, stop) in zip(results, pairwise(case.edges), strict=True):
-        assert result.dweight is None or len(result.dweight) == stop - start
-    got, (want, scale) = put_together(results), want_of(case)
-    if case.problem.mask is not None:
-        assert got.dhidden is None or (got.dhidden[~case.problem.mask] == 0).all()
-    assert (got.dhidden is None, got.dweight is None) == ("hidden" in case.frozen, "weight" in case.frozen)
-    got = replace(got, **{"d" + name: getattr(want, "d" + name).to(case.problem.hidden.dtype) for name in case.frozen})
-    check_result(case.problem, got, want, scale)
+        assert len(result.get("dW", range(stop - start))) == stop - start
+    got, want = put_together(results), want_of(case)
+    if case.problem.mask is not None and "dX" in got:
+        assert (got["dX"][~case.problem.mask] == 0).all()
+    assert ("dX" not in got, "dW" not in got) == ("hidden" in case.frozen, "weight" in case.frozen)
+    frozen = {"hidden": "dX", "weight": "dW"}
+    got = Result(got | {frozen[name]: want[frozen[name]].to(case.problem.hidden.dtype) for name in case.frozen}, got.settings)
+    check_result(case.problem, got, want)
 
 
 @pytest.mark.parametrize("name", ["one-pass wild", "one-pass wild triton"])

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import check_result, opcheck, oracle, random_problem
-from schedules import logprobs_of, one_pass
+from problems import check_result, logprobs_of, opcheck, random_problem
+from schedules import one_pass
 from torch.utils.checkpoint import checkpoint
 
 from fastpg import (
@@ -15,7 +15,6 @@ from fastpg import (
     LMHead,
     linear_cispo_loss,
     linear_policy_loss,
-    reference,
 )
 from fastpg.linear.operators import anchored_exp, gradient_products, target_logits
 from fastpg.tiles.products import Sums
@@ -125,8 +124,7 @@ def test_float16_takes_two_passes():
     problem = random_problem(100, 300, torch.float16)
     logprobs = logprobs_of(problem)
     problem = replace(problem, old_logprobs=logprobs.float(), mask=logprobs < -1e-3)
-    want, scale = oracle(problem, reference.cispo(5.0))
-    check_result(problem, one_pass(problem, CISPO()), want, scale)
+    check_result(problem, one_pass(problem, CISPO()))
 
 
 def test_the_module_and_the_cispo_function_are_the_same_loss():

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import WEIGHT_TOLERANCE, Problem, oracle, random_problem, relative_error
+from problems import logprobs_of, oracle, random_problem, relative_error
 
 from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, policy_loss, reference
+from fastpg.crosscheck.accuracy import WEIGHT_TOLERANCE
+from fastpg.crosscheck.cases import Inputs
 from fastpg.tools.memory import transient_bytes
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
@@ -22,13 +24,13 @@ def buffer_for(weight: torch.Tensor) -> torch.Tensor:
     return torch.zeros(weight.shape, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def with_buffer(problem: Problem) -> tuple[Problem, torch.Tensor]:
+def with_buffer(problem: Inputs) -> tuple[Inputs, torch.Tensor]:
     leaves = problem.leaves()
     buffer = buffer_for(problem.head.weight)
     return replace(leaves, head=replace(leaves.head, weight_grad=buffer)), buffer
 
 
-def loss_of(schedule: str, problem: Problem, **options) -> torch.Tensor:
+def loss_of(schedule: str, problem: Inputs, **options) -> torch.Tensor:
     inputs = problem.hidden, problem.head, problem.tokens
     options |= {"mask": problem.mask, "temperature": problem.temperature}
     if schedule == "one-pass":
@@ -38,10 +40,10 @@ def loss_of(schedule: str, problem: Problem, **options) -> torch.Tensor:
     return policy_loss(*arguments, objective=CISPO(), mask=problem.mask, reduction="sum").loss
 
 
-def small(dtype: torch.dtype, rows: int = 50, vocab: int = 203, **options) -> Problem:
+def small(dtype: torch.dtype, rows: int = 50, vocab: int = 203, **options) -> Inputs:
     problem = random_problem(rows, vocab, dtype, hidden_size=32, **options)
     if dtype == torch.float16:  # whose range ends at 6e-8: ratios and 1 - p of order 1
-        logprobs = oracle(problem, reference.reinforce)[0].logprobs.float()
+        logprobs = logprobs_of(problem).float()
         problem = replace(problem, old_logprobs=logprobs - torch.randn(rows), mask=logprobs < -0.01)
     return problem
 
@@ -52,13 +54,13 @@ def test_gradients_are_added(backend, schedule, dtype):
     """Twice the call: twice the oracle's gradient, unrounded; a loss times 3: three times; weight.grad stays None; the other
     gradients have the bits they have without a buffer."""
     problem = small(dtype, bias=True, lora=2, temperature="per-token")
-    want, _ = oracle(problem, reference.cispo(5.0))
+    want = oracle(problem, CISPO())
     given, buffer = with_buffer(problem)
     for _ in range(2):
         loss_of(schedule, given, backend=backend).backward()
-    assert relative_error(buffer, 2 * want.dweight) <= WEIGHT_TOLERANCE[dtype]
+    assert relative_error(buffer, 2 * want["dW"]) <= WEIGHT_TOLERANCE[dtype]
     (3 * loss_of(schedule, given, backend=backend)).backward()
-    assert relative_error(buffer, 5 * want.dweight) <= WEIGHT_TOLERANCE[dtype]
+    assert relative_error(buffer, 5 * want["dW"]) <= WEIGHT_TOLERANCE[dtype]
     assert given.head.weight.grad is None
 
     once, _ = with_buffer(problem)
@@ -69,7 +71,7 @@ def test_gradients_are_added(backend, schedule, dtype):
         assert torch.equal(mine.grad, other.grad)
 
 
-def inputs_of(problem: Problem) -> list[torch.Tensor]:
+def inputs_of(problem: Inputs) -> list[torch.Tensor]:
     return [problem.hidden, problem.head.bias, *problem.head.lora[:2]]
 
 
@@ -78,13 +80,13 @@ def inputs_of(problem: Problem) -> list[torch.Tensor]:
 def test_several_chunks(schedule, dtype):
     """Chunks of 256 rows, checked or not, on top of what the buffer had."""
     problem = random_problem(1100, 300, dtype, masked=True)
-    want, _ = oracle(problem, reference.cispo(5.0))
+    want = oracle(problem, CISPO())
     for check in (True, False):
         given, buffer = with_buffer(problem)
         start = torch.randn(buffer.shape)
         buffer.copy_(start)
         loss_of(schedule, given, workspace=2_100_000, check=check).backward()
-        assert relative_error(buffer - start, want.dweight) <= WEIGHT_TOLERANCE[dtype]
+        assert relative_error(buffer - start, want["dW"]) <= WEIGHT_TOLERANCE[dtype]
 
 
 @SCHEDULES
@@ -105,7 +107,7 @@ def test_many_micro_batches(schedule):
     buffer = torch.zeros(200, 32)
     for _ in range(64):
         tokens = torch.randint(0, 20, (16,))
-        problem = Problem(torch.randn(16, 32).add(1).bfloat16(), LMHead(weight), tokens, torch.zeros(16), torch.ones(16))
+        problem = Inputs(torch.randn(16, 32).add(1).bfloat16(), LMHead(weight), tokens, torch.zeros(16), torch.ones(16))
         logprobs = reference.linear_logprobs(problem.hidden.double(), wide, tokens)[0]
         problem = replace(problem, old_logprobs=logprobs.detach().float())
         logprobs.sum().neg().backward()
@@ -125,7 +127,7 @@ def test_tied_embeddings(schedule):
 
     def loss(weight_of_embedding: torch.Tensor, head: LMHead) -> torch.Tensor:
         hidden = weight_of_embedding[tokens].tanh()
-        return loss_of(schedule, Problem(hidden, head, tokens, old, advantages))
+        return loss_of(schedule, Inputs(hidden, head, tokens, old, advantages))
 
     loss(weight, LMHead(weight, weight_grad=buffer)).backward()
     of_embedding, of_head = (weight.detach().clone().requires_grad_() for _ in range(2))
@@ -155,7 +157,7 @@ def test_autocast(schedule):
         loss = loss_of(schedule, given)
     loss.backward()
     assert given.head.weight.grad is None
-    assert relative_error(buffer, oracle(rounded, reference.cispo(5.0))[0].dweight) < WEIGHT_TOLERANCE[torch.bfloat16]
+    assert relative_error(buffer, oracle(rounded, CISPO())["dW"]) < WEIGHT_TOLERANCE[torch.bfloat16]
 
 
 @SCHEDULES
@@ -166,7 +168,7 @@ def test_memory(schedule, dtype):
     weight = (torch.randn(vocab, size) * 0.1).to(dtype).requires_grad_()
     hidden = torch.randn(rows, size).to(dtype).requires_grad_()
     tokens, buffer = torch.randint(0, vocab, (rows,)), torch.zeros(vocab, size)
-    problem = Problem(hidden, LMHead(weight, weight_grad=buffer), tokens, torch.full((rows,), -10.0), torch.randn(rows))
+    problem = Inputs(hidden, LMHead(weight, weight_grad=buffer), tokens, torch.full((rows,), -10.0), torch.randn(rows))
     of_weight = buffer.nbytes if schedule == "one-pass" else 0
 
     def step() -> None:

@@ -9,7 +9,7 @@ MUTATIONS = [
         "terms = max(1.0, hidden_size / TENSOR_CORE_TERMS) if on_tensor_cores else 1.0",
         "terms = 1.0",
         "accuracy crosscheck",
-        "promise or tolerances_are_those",
+        "promise or tolerances_are_the_stated",
     ),
     Mutation(
         "bench: a peer may raise a RuntimeError and nothing else",

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from objectives import OBJECTIVES
 from problems import random_problem
 
 import fastpg
-from fastpg import CISPO, GSPO, KLPenalty, LMHead, PPOClip
+from fastpg import CISPO, GSPO, ImportanceWeighted, KLPenalty, LMHead, PPOClip, reference
 from fastpg.crosscheck import assert_matches_oracle, cases, command, judge
 from fastpg.tools.memory import transient_bytes
 
@@ -271,14 +272,30 @@ def test_an_fp32_head_on_16_bit_states():
     assert_matches_oracle(problem.hidden, head, problem.tokens, problem.old_logprobs, problem.advantages)
 
 
-def test_the_tolerances_are_those_of_the_tests():
-    import problems
+@pytest.mark.parametrize("known", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_judges_formula_of_an_objective_is_the_oracles(known):
+    """The judge is given the library's objectives, and finds the oracle's by itself."""
+    logprobs, old, advantages = -torch.rand(6, dtype=torch.float64), -torch.rand(6), torch.randn(6)
+    ids = () if known.level == "token" else (torch.tensor([0, 1, 0, 2, 1, 0]),)
+    found = cases.reference_objective(known.objective)(logprobs, old.double(), advantages.double(), *ids)
+    assert torch.equal(found, known.oracle(logprobs, old.double(), advantages.double(), *ids))
 
+
+def test_its_tolerances_are_the_stated_ones():
+    """Relative to a small |logp|; wider with H on tensor cores; no wider where a coefficient is as steep as the ratio."""
     problem = random_problem(10, 30, torch.bfloat16, hidden_size=4096)
-    want, _ = problems.oracle(problem, fastpg.reference.reinforce)
-    x = cases.Inputs(*arguments_of(problem))
-    outcome = {"logp": want.logprobs + 1.0}
-    for device in ("cpu", "cuda"):
-        (found,) = judge.deviations(x, cases.Settings(), outcome, {"logp": want.logprobs}, device)
-        promised = problems.logprob_tolerance(problem, device) * want.logprobs.abs().clamp(max=1)
-        assert min(abs(found.tolerance / promised - 1)) < 1e-9
+    settings, want = cases.Settings(ImportanceWeighted()), cases.oracle(problem, cases.Settings(ImportanceWeighted()))
+    wide = problem.leaves(torch.float64)
+    largest = reference.logits(wide.hidden, wide.head, 1.0).detach().abs().amax(1)
+    wrong = want | {"logp": want["logp"] + 1.0, "dX": want["dX"] * 2}
+    for device, factor in (("cpu", 1), ("cuda", 4)):
+        found = {d.quantity: d for d in judge.deviations(problem, settings, wrong, want, device)}
+        promised = factor * 1e-6 * largest.clamp(min=10) * want["logp"].abs().clamp(max=1)
+        assert min(abs(found["logp"].tolerance / promised - 1)) < 1e-6
+        assert found["dX, a row"].tolerance == pytest.approx(8e-3, rel=1e-4)
+    fp32 = random_problem(10, 30, torch.float32)
+    want = cases.oracle(fp32, settings)
+    found = {d.quantity: d for d in judge.deviations(fp32, settings, want | {"dX": want["dX"] * 2}, want)}
+    wide = fp32.leaves(torch.float64)
+    promised = 1e-6 * reference.logits(wide.hidden, wide.head, 1.0).detach().abs().amax(1).clamp(min=10)
+    assert min(abs(found["dX, a row"].tolerance / promised - 1)) < 1e-4
