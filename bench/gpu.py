@@ -30,6 +30,7 @@ METHODS = (
     "fastpg one pass", "fastpg two passes", "fastpg one pass, half zero weights", "fastpg one pass, frozen weight",
     "fastpg one pass, one chunk", "full logits", "full logits, compiled",
 )  # fmt: skip
+TESTS = ("kernels/test_kernels", "kernels/test_finish_kernel", "linear/test_parity")
 SHARES = {"tests": 0.34, "check": 0.26, "bench": 0.40}  # of the seconds
 
 # The probe that each candidate Python runs. It prints one line of JSON and imports nothing of fastpg.
@@ -140,7 +141,7 @@ def parts(python: str, found: dict, out: Path) -> list[Part]:
     tests = [python, "-m", "pytest", "-v", "-rN", "--tb=short", "--color=no", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     tests += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     tests += ["-k", "(test_kernels or test_finish or triton or fp16) and not worst"]
-    tests += [str(ROOT / "tests" / f"test_{name}.py") for name in ("kernels", "finish_kernel", "parity")]
+    tests += [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
     if found["xdist"]:
         tests += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
     check = [python, "-m", "fastpg", "check", "--device", "cuda", "--hidden", "4096", "--vocab", "151936", "--dtype", "bf16"]

@@ -11,6 +11,7 @@ from pathlib import Path
 # numpy and torch are imported, which read it then, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pairs
 import pytest
 import torch
 import worst_hardware
@@ -33,6 +34,10 @@ def _nan_in_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every combination of parameters, everything that is compiled")
+
+
 def pytest_generate_tests(metafunc):
     suite = metafunc.module.__name__.rpartition(".")[2]
     if suite in worst_hardware.SUITES and not metafunc.definition.get_closest_marker("this_cpu"):
@@ -40,7 +45,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    dropped = worst_hardware.unneeded(items)
+    if config.getoption("--full"):
+        return
+    dropped = pairs.unneeded(items) + [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=dropped)
     kept = set(items) - set(dropped)
     items[:] = [item for item in items if item in kept]

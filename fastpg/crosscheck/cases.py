@@ -74,7 +74,7 @@ class Inputs:
         head, lora = self.head, self.head.lora
         weight = head.weight.detach().to(dtype or head.weight.dtype).requires_grad_(not self.frozen)
         factors = None if lora is None else (leaf(lora.a), leaf(lora.b), lora.scale)
-        head = LMHead(weight, leaf(head.bias), head.softcap, head.logit_scale, factors, fp32_head=head.fp32_head)
+        head = replace(head, weight=weight, bias=leaf(head.bias), lora=factors, weight_grad=None)
         names = ("old_logprobs", "advantages", "temperature", "ref_logprobs", "rollout_weights")
         return replace(self, hidden=leaf(self.hidden), head=head, **{name: number(getattr(self, name)) for name in names})
 
@@ -84,7 +84,7 @@ class Inputs:
 
         head = self.head
         lora = None if head.lora is None else tuple(moved(x) for x in head.lora)
-        head = LMHead(moved(head.weight), moved(head.bias), head.softcap, head.logit_scale, lora, fp32_head=head.fp32_head)
+        head = replace(head, weight=moved(head.weight), bias=moved(head.bias), lora=lora, weight_grad=None)
         return Inputs(**{f.name: moved(getattr(self, f.name)) for f in fields(self)} | {"head": head})
 
     def gradients(self, loss: torch.Tensor) -> Outcome:

@@ -101,8 +101,8 @@ def deviations(
     row_limit = torch.full_like(tolerance, ROW_TOLERANCE[dtype]) if dtype in ROW_TOLERANCE else row_limit
     if settings.objective is not None:
         coefficient, slope = _coefficient(want["logp"], x, settings, of_logprobs)
-        # a steep coefficient amplifies an error of the log-probability
-        row_limit = row_limit + slope / coefficient.clamp(min=SMALLEST_ROW)
+        # a coefficient that is steeper than the ratio amplifies an error of the log-probability
+        row_limit = row_limit + (slope / coefficient.clamp(min=SMALLEST_ROW) - of_logprobs).clamp(min=0)
     found = []
     for name, value in got.items():
         value, exact = value.to(logprobs), want[name].to(logprobs)
@@ -112,7 +112,7 @@ def deviations(
         elif name == "entropy":
             found.append(_worst(name, (value - exact).abs().flatten(), tolerance))
         elif name == "loss":
-            terms = _absolute_loss(want["logp"], x, settings)
+            terms = absolute_loss(want["logp"], x, settings)
             limit = tolerance.amax() * terms + (coefficient * of_logprobs).sum() if len(tolerance) else terms
             limit = limit + smallest
             found.append(_worst(name, (value - exact).abs()[None], limit[None]))
@@ -181,7 +181,7 @@ def _coefficient(
     return c.abs(), torch.maximum((at(logprobs + step) - c).abs(), (at(logprobs - step) - c).abs())
 
 
-def _absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> torch.Tensor:
+def absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> torch.Tensor:
     """The loss with every term of its sum replaced by its absolute value."""
     wide, keep = x.leaves(torch.float64), x.keep()
     objective, kl = cases.reference_objective(settings.objective), settings.kl
@@ -274,7 +274,7 @@ def _check_policy_loss(case: Case, x: Inputs, settings: Settings) -> Checked:
     got = cases.loss_only(ready, x, settings, cases.policy_loss)
     wide = x.leaves(torch.float64)
     want = cases.loss_only(ready.double(), wide, settings, reference.policy_loss)
-    terms, size = _absolute_loss(ready.double(), x, settings), want["dlogp"].abs().clamp(min=SMALLEST_ROW)
+    terms, size = absolute_loss(ready.double(), x, settings), want["dlogp"].abs().clamp(min=SMALLEST_ROW)
     errors = (got["dlogp"].double() - want["dlogp"]).abs() / size
     found = [
         _worst("loss", (got["loss"].double() - want["loss"]).abs()[None], tolerance * terms[None]),

@@ -1,0 +1,198 @@
+"""Every kernel compiles for every target without a spilled register, within its shared memory, onto the tensor cores."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pairs import cover
+
+from fastpg.tools import compile_report
+from fastpg.tools.compile_report import KERNELS, MULTIPLIES, TARGETS, Compiled, Variant
+
+README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from fastpg.tools.compile_report import Variant, compile_variant
+
+for kernel, target, dtype, flags in json.load(sys.stdin):
+    print(json.dumps(asdict(compile_variant(Variant(kernel, target, dtype, tuple(flags))))))
+"""
+
+
+def fastpg(*arguments: str, folder, **environment: str) -> subprocess.CompletedProcess:
+    return run_without_interpreter("-m", "fastpg", *arguments, folder=folder, **environment)
+
+
+def run_without_interpreter(*arguments: str, folder, said: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Compiling from scratch, in a process that has no interpreter in the compiler's place."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, input=said,
+        env=inherited | {"TRITON_CACHE_DIR": str(folder / "cache")} | environment,
+    )  # fmt: skip
+
+
+def brings(variant: Variant) -> set[tuple]:
+    """What of the matrix a variant shows: every kernel on every target, in every dtype, with each set of flags; of those that
+    multiply, every tile that the table has for 16-bit operands of a target, and all flags at once on every target.
+    """
+    kernel, target, flags = variant.kernel, variant.target, variant.flags
+    found = {(kernel, target), (kernel, variant.dtype), (kernel, flags)}
+    if kernel in MULTIPLIES and variant.dtype != "float32":
+        found |= {(kernel, target, "softcap" in flags, "softcap" in flags or "bias" in flags)}
+        found |= {(kernel, target, flags)} if flags == KERNELS[kernel][1] else set()
+    return found
+
+
+def few() -> list[Variant]:
+    """A quarter of the matrix that brings all of it, with the most telling variants first."""
+    return cover(list(compile_report.variants()), brings)
+
+
+def judge(compiled: list[Compiled]) -> None:
+    for c in compiled:
+        assert c.spill_bytes == 0, c
+        assert c.shared_bytes <= c.shared_limit, c
+        assert 16 <= c.registers <= 512, c  # a number was read
+        if c.kernel in MULTIPLIES and c.dtype != "float32":
+            assert c.mma_instructions > 0, c
+        if c.kernel not in MULTIPLIES:
+            assert c.mma_instructions == 0, c
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_part_of_the_matrix_in_which_everything_occurs(tmp_path, target):
+    """The whole of it: `pytest --full`, `fastpg compile-report`."""
+    chosen = [v for v in few() if v.target == target]
+    done = run_without_interpreter("-c", COMPILE, folder=tmp_path, said=json.dumps([[*vars(v).values()] for v in chosen]))
+    assert done.returncode == 0, done.stderr
+    compiled = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+    assert [(c.kernel, c.target, c.dtype, tuple(c.flags)) for c in compiled] == [tuple(vars(v).values()) for v in chosen]
+    judge(compiled)
+
+
+def test_what_that_part_holds():
+    every, chosen = list(compile_report.variants()), few()
+    assert len(chosen) <= len(every) / 3
+    for show in (lambda v: (v.kernel, v.target), lambda v: (v.kernel, v.dtype), lambda v: (v.kernel, v.flags)):
+        assert {show(v) for v in chosen} == {show(v) for v in every}
+    for kernel in MULTIPLIES:
+        for target in TARGETS:
+            sixteen = [v.flags for v in chosen if (v.kernel, v.target) == (kernel, target) and v.dtype != "float32"]
+            assert KERNELS[kernel][1] in sixteen
+            assert ("bias",) in sixteen
+            assert any("bias" not in flags and "softcap" not in flags for flags in sixteen)
+
+
+@pytest.mark.full
+def test_the_whole_matrix_is_the_table_of_the_readme(tmp_path):
+    done = fastpg("compile-report", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    compiled = [Compiled(**c) for c in json.loads(done.stdout)]
+    assert len(compiled) == len(list(compile_report.variants()))
+    judge(compiled)
+    (table,) = re.findall(r"<!-- compile-report -->\n(.*?)\n<!-- /compile-report -->", README, re.DOTALL)
+    assert table == compile_report.markdown(compiled)
+
+
+def test_what_the_matrix_asks_for():
+    assert len(list(compile_report.variants())) <= 304
+    count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
+    assert count["anchored_exp", "bfloat16"] == 7  # plain, five flags alone, all
+    assert count["logsumexp", "float16"] == count["dlogits", "float32"] == 2  # plain, all
+    assert len(set(compile_report.variants())) == sum(count.values()) * len(TARGETS)
+
+
+def test_a_variant_is_what_its_launcher_would_compile():
+    """Flags reach the kernel as arguments that are there, and nothing is left without a type."""
+    for variant in compile_report.variants(targets=["cuda:80", "cuda:90"]):
+        kernel, arguments, _ = compile_report.launched(variant)
+        given = dict(zip(kernel.arg_names, arguments, strict=True))
+        source = compile_report.source_of(kernel, arguments)
+        assert list(source.signature) == list(kernel.arg_names)
+        if "head" in given:
+            assert (given["head"].BIAS is not None) == ("bias" in variant.flags)
+            assert (given["head"].inner is not None) == ("softcap" in variant.flags)
+            assert (given["head"].B is not None) == ("lora" in variant.flags)
+            assert (given["rows"].SCALE is not None) == ("temperature" in variant.flags)
+        if variant.kernel in MULTIPLIES:
+            assert source.signature["W"].startswith("tensordesc") == given["TILE"].DESCRIPTORS
+            assert (variant.target == "cuda:90" and variant.dtype != "float32") == given["TILE"].DESCRIPTORS
+            assert given["TILE"].EVEN_H
+        if variant.kernel == "finish":
+            named = [flag for flag in variant.flags if flag in compile_report.OBJECTIVES]
+            assert (given["OBJECTIVE"] is None) == (not named)
+            assert given["sums"].E is None or "exps" in variant.flags
+
+
+def test_no_kernel_has_more_than_14_parameters():
+    names = {}
+    for variant in compile_report.variants(targets=["cuda:90"]):
+        kernel, *_ = compile_report.launched(variant)
+        names[variant.kernel] = kernel.arg_names
+    assert set(names) == set(KERNELS)
+    assert max(len(arguments) for arguments in names.values()) <= 14
+
+
+def test_pointers_and_multiples_of_16_are_known_and_1_is_a_constant():
+    (variant,) = [v for v in compile_report.variants(["dlogits"], ["cuda:80"]) if v.dtype == "bfloat16" and not v.flags]
+    kernel, arguments, options = compile_report.launched(variant)
+    source = compile_report.source_of(kernel, arguments)
+    position = {name: i for i, name in enumerate(kernel.arg_names)}
+    head, place = source.signature["head"], position["head"]
+    fields = {field: (place, i) for i, field in enumerate(type(head)._fields)}
+    assert head.H == head.stride_w == "i32"
+    assert fields["H"] in source.attributes
+    assert source.constants[fields["stride_h"]] == 1
+    assert source.constants[fields["BIAS"]] is None
+    rows = source.signature["rows"]
+    assert (rows.TOKENS, rows.C, rows.SCALE, rows.scale) == ("*i64", "i32", "constexpr", "fp32")
+    assert (position["rows"], type(rows)._fields.index("C")) not in source.attributes
+    assert options == {"num_warps": 8, "num_stages": 3}
+
+
+def test_problems_are_named():
+    good = Compiled("dlogits", "cuda:90", "bfloat16", [], 200, 0, 1000, 2000, 4)
+    assert good.problems() == []
+    bad = Compiled("dlogits", "cuda:90", "bfloat16", [], 255, 8, 3000, 2000, 0)
+    assert bad.problems() == ["spills 8 bytes", "3000 bytes of shared memory", "no tensor-core instruction"]
+    assert Compiled("dlogits", "cuda:90", "float32", [], 200, 0, 1000, 2000, 0).problems() == []
+
+
+def test_tables(tmp_path):
+    options = ("--kernel", "combine", "--target", "cuda:90", "--target", "hip:gfx942")
+    printed = fastpg("compile-report", *options, folder=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    assert "combine" in printed.stdout
+    assert "entropy" in printed.stdout
+    markdown = fastpg("compile-report", *options, "--markdown", folder=tmp_path).stdout.splitlines()
+    assert markdown[0].startswith("| kernel | dtype | flags | cuda:80 |")
+    assert len(markdown) == 6  # plain, entropy, finish, both
+    assert all(line.count("|") == 8 for line in markdown)
+
+
+def test_the_interpreter_is_refused(tmp_path):
+    done = fastpg("compile-report", folder=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+def test_a_bad_result_fails_the_command(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    bad = Compiled("dlogits", "cuda:90", "bfloat16", ["bias"], 255, 8, 1000, 2000, 4)
+    monkeypatch.setattr(compile_report, "compile_all", lambda chosen, progress: [bad])
+    from fastpg.__main__ import main
+
+    with pytest.raises(SystemExit, match="dlogits cuda:90 bfloat16 bias: spills 8 bytes"):
+        main(["compile-report", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["spill_bytes"] == 8
+
+
+def test_variants_are_hashable_values():
+    assert Variant("dlogits", "cuda:90", "bfloat16", ()) in set(compile_report.variants())

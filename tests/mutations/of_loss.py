@@ -1,0 +1,92 @@
+"""Mutations of objectives, reductions, metrics and advantages."""
+
+from mutation import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "objectives: a subclass takes its parent's formula",
+        "fastpg/loss/objectives.py",
+        "            cls.device_function = None\n",
+        "            pass\n",
+        "backends",
+        "which_losses",
+    ),
+    Mutation(
+        "clip: bounds swapped",
+        "fastpg/loss/objectives.py",
+        "constant = ratio.clamp(ratio_min, ratio_max) * advantages",
+        "constant = ratio.clamp(ratio_max, ratio_min) * advantages",
+        "objective_values",
+        "by_hand or equals_the_formula",
+    ),
+    Mutation(
+        "KL penalty: wrong sign",
+        "fastpg/loss/policy_loss.py",
+        "values = values - kl.coef * kl(",
+        "values = values + kl.coef * kl(",
+        "objective_values",
+        "kl",
+    ),
+    Mutation(
+        "token-mean: divided by all positions, masked ones too",
+        "fastpg/loss/reductions.py",
+        "count = weights.sum() if",
+        "count = torch.ones_like(weights).sum() if",
+        "objective_values",
+        "equal_the_oracle",
+    ),
+    Mutation(
+        "metrics: the caller's log-probabilities instead of a copy",
+        "fastpg/loss/policy_loss.py",
+        "logprobs, old = torch.stack([logprobs, terms.old(logprobs)])",
+        "old = terms.old(logprobs)",
+        "metrics",
+        "in_place",
+    ),
+    Mutation(
+        "metrics: to_dict reads the host for each",
+        "fastpg/loss/metrics.py",
+        "numbers = torch.stack([x.detach().double() for x in values]).tolist() if values else []",
+        "numbers = [x.item() for x in values]",
+        "metrics",
+        "reads_the_host_once",
+    ),
+    Mutation(
+        "grpo: std without eps",
+        "fastpg/advantages.py",
+        "return centred / (std + eps) if scale else centred",
+        "return centred / std if scale else centred",
+        "advantages",
+    ),
+    Mutation(
+        "grpo: std divides by n where n - 1 is asked for",
+        "fastpg/advantages.py",
+        "std = (squares / (count - int(unbiased)).clamp(min=1)).sqrt()",
+        "std = (squares / count.clamp(min=1)).sqrt()",
+        "advantages",
+    ),
+    Mutation(
+        "gae: lambda ignored",
+        "fastpg/advantages.py",
+        "_discounted_sums(delta, sequence, gamma * lam)",
+        "_discounted_sums(delta, sequence, gamma)",
+        "advantages",
+        "gae",
+    ),
+    Mutation(
+        "reductions: a masked token weighs 0 / D",
+        "fastpg/loss/reductions.py",
+        "return torch.where(mask, weights / denominator, 0).to(dtype)",
+        "return (weights / denominator).to(dtype)",
+        "nothing_kept",
+        "weigh_nothing",
+    ),
+    Mutation(
+        "reductions: masked_mean multiplies masked values by 0",
+        "fastpg/loss/reductions.py",
+        "(torch.where(mask, values, 0).to(dtype) *",
+        "(values.to(dtype) *",
+        "nothing_kept",
+        "reach_neither",
+    ),
+]

@@ -1,0 +1,80 @@
+"""Every block of GUIDES.md and DISTRIBUTED.md runs as printed: in a process of its own, in an empty directory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpg
+
+FOLDER = Path(fastpg.__file__).parent
+GUIDES = (FOLDER / "GUIDES.md").read_text()
+SECTIONS = {
+    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDES, re.DOTALL | re.MULTILINE)
+}
+
+
+def run(folder: Path, code: str, *launcher: str) -> None:
+    (folder / "guide.py").write_text(code)
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, *launcher, "guide.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | settings,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_guide_runs(title, tmp_path):
+    (code,) = SECTIONS[title]  # one block each
+    if title == "TRL":
+        pytest.importorskip("trl")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2") if title == "Vocab-parallel heads" else ()
+    run(tmp_path, code, *launcher)
+
+
+def test_every_guide_is_in_the_list_of_contents():
+    listed = re.findall(r"^- \[(.*?)\]\(#(.*?)\)", GUIDES, re.MULTILINE)
+    assert [title for title, _ in listed] == list(SECTIONS)
+    for title, anchor in listed:
+        assert anchor == re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def test_the_loss_of_the_liger_guide_is_ligers():
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    names = {}
+    exec(SECTIONS["Coming from Liger's GRPO loss"][0], names)
+    hidden, weight = (names[name].detach().clone().requires_grad_() for name in ("hidden", "weight"))
+    loss_of = liger.LigerFusedLinearGRPOLoss(beta=0.0, loss_type="cispo", epsilon_high=5.0, use_ref_model=False, compiled=False)
+    given = (names[name] for name in ("tokens", "attention_mask", "advantages"))
+    loss, *_ = loss_of(hidden, weight, *given, old_per_token_logps=names["old_logprobs"])
+    loss.backward()
+    torch.testing.assert_close(names["loss"].detach(), loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(names["hidden"].grad, hidden.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(names["weight"].grad, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_block_of_the_distributed_page():
+    """On one process; tests/distributed/test_data_parallel.py has several."""
+    (block,) = re.findall(r"```python\n(.*?)```", (FOLDER / "DISTRIBUTED.md").read_text(), re.DOTALL)
+    names = {
+        "linear_cispo_loss": fastpg.linear_cispo_loss, "hidden": torch.randn(4, 8), "head": torch.randn(20, 8),
+        "tokens": torch.randint(0, 20, (4,)), "old_logprobs": -torch.rand(4), "advantages": torch.randn(4),
+        "mask": torch.tensor([True, False, True, True]), "world_size": 1,
+    }  # fmt: skip
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        exec(block, names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["count"] == 3
+    assert names["loss"].isfinite()

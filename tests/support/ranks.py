@@ -1,0 +1,141 @@
+"""Runs a function on several ranks of a torch.distributed group: processes of their own, gloo, and a file to meet at.
+
+A rank is forked from a process that has imported what every rank needs and has done nothing else: importing takes seconds, and
+a suite starts dozens of ranks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+# A rank that has failed leaves the others waiting for it; they get this long to fail as well, so that all can be read.
+_GRACE = 3.0
+
+
+def run_on_ranks(function: Callable, ranks: int, *arguments: object, timeout: float = 60.0) -> list:
+    """function(rank, *arguments) on every rank, in rank order; it must be at the top level of its module.
+
+    Raises AssertionError with what the ranks printed where one fails or has not returned within `timeout` seconds: then
+    with the stack of every thread that hangs.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        call = function.__code__.co_filename, function.__name__, ranks, timeout, arguments
+        (folder / "call").write_bytes(pickle.dumps(call))
+        server = _server()
+        server.stdin.write(json.dumps([name, ranks, timeout]) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline() or "[1]")
+        if any(codes):
+            outputs = [folder / f"output{rank}" for rank in range(len(codes))]
+            printed = [output.read_text() if output.exists() else "no such process" for output in outputs]
+            said = [f"rank {r}, exit status {c}:\n{text}" for r, (c, text) in enumerate(zip(codes, printed, strict=True))]
+            raise AssertionError(f"{function.__name__} on {ranks} ranks failed\n" + "\n".join(said))
+        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(ranks)]
+
+
+@cache
+def _server() -> subprocess.Popen:
+    """Of this process; it ends when its input does."""
+    # One thread each, as everywhere in these tests; the kernels run in Triton's interpreter.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+
+
+def _serve() -> None:
+    """A line of input is a folder, a number of ranks and a time limit; its answer is their exit statuses."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print is no answer
+
+    import pytest  # noqa: F401 - for the modules that functions are in
+    import torch
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+
+    import fastpg.kernels.tile  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # as conftest: NaN in torch.empty
+    for line in sys.stdin:
+        folder, ranks, timeout = json.loads(line)
+        processes = [_fork(Path(folder), rank) for rank in range(ranks)]
+        answers.write(json.dumps(_wait(processes, timeout)) + "\n")
+        answers.flush()
+
+
+def _fork(folder: Path, rank: int) -> int:
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        output = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT)
+        for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+            os.dup2(target, stream)
+        _run_rank(folder, rank)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(processes: list[int], timeout: float) -> list[int]:
+    """Exit statuses; of a rank that had to be killed, minus the signal."""
+    end, codes = time.monotonic() + timeout, {}
+    while len(codes) < len(processes):
+        if time.monotonic() > end:
+            for process in set(processes) - set(codes):
+                os.kill(process, 9)
+        for process in set(processes) - set(codes):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                if codes[process]:
+                    end = min(end, time.monotonic() + _GRACE)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
+def _run_rank(folder: Path, rank: int) -> None:
+    import torch.distributed as dist
+
+    file, name, ranks, timeout, arguments = pickle.loads((folder / "call").read_bytes())
+    faulthandler.dump_traceback_later(max(timeout - 2, 1))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+    )
+    result = getattr(_module(Path(file)), name)(rank, *arguments)
+    (folder / f"result{rank}").write_bytes(pickle.dumps(result))
+    dist.barrier()  # whoever leaves first would close the connections of the others
+    dist.destroy_process_group()
+
+
+def _module(path: Path) -> ModuleType:
+    """The file as a module. Its folder stays off sys.path: folders of tests have names that packages have too."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    _serve()
