@@ -180,10 +180,11 @@ def test_gradient_equals_the_formula_token_by_token(name, reduction):
 # ---- the fast path against the oracle
 
 
-@pytest.mark.parametrize("denominator", [None, 7.5, torch.tensor(7.5)], ids=["own-count", "number", "tensor"])
-@pytest.mark.parametrize("spread", [1.0, 3.0], ids=["near", "far"])
-@pytest.mark.parametrize("per_sequence", [False, True], ids=["advantage-per-token", "advantage-per-sequence"])
-@pytest.mark.parametrize("penalised", [False, True], ids=["plain", "kl-and-rollout-weights"])
+@pytest.mark.parametrize(
+    ("penalised", "per_sequence", "spread", "denominator"),
+    [(False, False, 1.0, None), (False, True, 3.0, 7.5), (True, True, 1.0, torch.tensor(7.5)), (True, False, 3.0, None)],
+    ids=["plain", "far-with-advantage-per-sequence", "kl-rollout-weights-and-advantage-per-sequence", "kl-rollout-weights-far"],
+)
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["fp32", "fp64"])
 @every_layout
 @every_reduction
