@@ -30,7 +30,13 @@ METHODS = (
     "fastpg one pass", "fastpg two passes", "fastpg one pass, half zero weights", "fastpg one pass, frozen weight",
     "fastpg one pass, one chunk", "full logits", "full logits, compiled",
 )  # fmt: skip
-TESTS = ("kernels/test_kernels", "kernels/test_finish_kernel", "linear/test_parity")
+TESTS = (
+    "kernels/test_kernels",
+    "kernels/test_finish_kernel",
+    "kernels/test_gradient_rows",
+    "kernels/test_scale_kernel",
+    "linear/test_parity",
+)
 SHARES = {"tests": 0.34, "check": 0.26, "bench": 0.40}  # of the seconds
 
 # The probe that each candidate Python runs. It prints one line of JSON and imports nothing of fastpg.
@@ -140,7 +146,7 @@ def importable_package() -> Iterator[Path]:
 def parts(python: str, found: dict, out: Path) -> list[Part]:
     tests = [python, "-m", "pytest", "-v", "-rN", "--tb=short", "--color=no", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     tests += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    tests += ["-k", "(test_kernels or test_finish or triton or fp16) and not worst"]
+    tests += ["-k", "(test_kernels or test_finish or test_gradient_rows or test_scale_kernel or triton or fp16) and not worst"]
     tests += [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
     if found["xdist"]:
         tests += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpg import CISPO, LMHead
-from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, target
+from fastpg.kernels import anchored_exp, dlogits, finish, gradient_rows, logsumexp, target
 from fastpg.linear import online
 from fastpg.linear.anchored import Options, one_pass
 from fastpg.linear.call import head_of
@@ -67,7 +67,7 @@ class NoKernel:
 def _without_kernels_and_products(monkeypatch):
     names = {
         anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finish: ["finish_kernel"],
-        logsumexp: ["logsumexp_kernel", "combine_kernel"], target: ["target_kernel"],
+        gradient_rows: ["gradient_rows_kernel"], logsumexp: ["logsumexp_kernel", "combine_kernel"], target: ["target_kernel"],
     }  # fmt: skip
     for module, kernels in names.items():
         for name in kernels:
