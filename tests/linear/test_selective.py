@@ -81,6 +81,17 @@ def test_masked_rows_reach_nothing(backend):
 
 
 @BACKENDS
+def test_masked_rows_count_as_zeros(backend):
+    """Not only in the end, where they are masked once more."""
+    logits, tokens = given(9, 40, torch.float32)
+    keep, temperature = torch.arange(9, device=tokens.device) % 2 == 0, torch.ones(9, 1, device=tokens.device)
+    garbage, zeros = (torch.where(keep[:, None], logits, value) for value in (torch.nan, 0.0))
+    got, want = (selective_statistics(ReadyLogits(z, tokens, temperature, keep), True, backend) for z in (garbage, zeros))
+    for name, value in want._asdict().items():
+        assert torch.equal(getattr(got, name), value), name
+
+
+@BACKENDS
 @pytest.mark.parametrize("temperature", [0.7, "per-token"])
 def test_shapes_strides_and_temperatures(backend, temperature):
     logits, tokens = given(12, 400, torch.float32)

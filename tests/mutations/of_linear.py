@@ -112,8 +112,8 @@ MUTATIONS = [
         "fastpg/tiles/torch_tiles.py",
         "(weight.stride(1) == 1 and not has_gaps(weight))",
         "(weight.stride(1) == 1)",
-        "properties",
-        "worst and torch_backend",
+        "parity",
+        "worst and operands_in",
     ),
     Mutation(
         "one pass: fp16 gradients rounded before the incoming factor is known",
