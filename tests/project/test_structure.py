@@ -86,3 +86,14 @@ def test_no_host_function_has_more_than_8_positional_arguments():
         if len(names) - (names[:1] in (["self"], ["cls"], ["ctx"])) > 8:
             long.append(f"{path.name}: {node.name}")
     assert not long
+
+
+def test_no_function_is_longer_than_60_lines():
+    """Its docstring apart."""
+    for path in [*(ROOT / "fastpg").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                docstring = first.end_lineno - first.lineno + 1 if has_docstring else 0
+                assert node.end_lineno - node.lineno + 1 - docstring <= 60, f"{path.name}: {node.name}"
