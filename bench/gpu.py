@@ -34,6 +34,8 @@ TESTS = (
     "kernels/test_kernels",
     "kernels/test_finish_kernel",
     "kernels/test_gradient_rows",
+    "kernels/test_keep_kernel",
+    "kernels/test_loss_kernels",
     "kernels/test_scale_kernel",
     "linear/test_parity",
 )

@@ -1,7 +1,7 @@
 """Checks of arguments. Their errors name the argument, the wanted form and the given one.
 
-Checks of shapes and dtypes cost nothing. Checks of values raise at once on a CPU. On a GPU they are asynchronous assertions,
-since a host read (a copy of a number to the CPU) would wait for the GPU.
+Checks of shapes and dtypes cost nothing. A check of values is a host read (a copy of a number to the CPU): on a GPU the host
+waits until the values are there. Functions with `check=False` make none.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .kernels.limits import IGNORED_TOKEN
+
 if TYPE_CHECKING:
     from .lm_head import LMHead
 
-IGNORED_TOKEN = -100
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -146,12 +147,9 @@ def check_values(tokens: torch.Tensor, keep: torch.Tensor, vocab_size: int | Non
 
 
 def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
-    """Asserts that all of `holds` is True: a ValueError with the message on a CPU, an asynchronous assertion on a GPU."""
-    if holds.device.type == "cpu":
-        if not bool(holds.all()):
-            raise ValueError(message())
-    else:
-        torch._assert_async(holds.all())
+    """Raises a ValueError with the message unless all of `holds` is True. The host waits for its device."""
+    if not bool(holds.all()):
+        raise ValueError(message())
 
 
 def check_policy_inputs(

@@ -57,6 +57,7 @@ class Incoming(NamedTuple):
 class Slice(NamedTuple):
     D: Any  # (C, V) out
     stride_d: Any
+    start: Any  # the slice's first column: tokens count from it
     R: Any = None  # rounding errors, (C, column tiles) out, or None where D is not rounded
 
 
@@ -131,7 +132,7 @@ def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PA
 @triton.jit
 def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constexpr):
     score, r, inside, column_tile, column_tiles = tile_of(X, W, rows, head, TILE)
-    token = row_token(rows, r, inside).to(tl.int32)
+    token = (row_token(rows, r, inside) - out.start).to(tl.int32)
     scale = row_scale(rows, r, inside)
     factor = scale
     if head.inner is not None:
@@ -147,18 +148,22 @@ def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constex
 
 
 def dlogits(
-    p: Operands,  # weight, bias and B are the slice's rows; tokens are positions in the slice
+    p: Operands,  # weight, bias and B are the slice's rows
     statistics: Statistics,
     incoming: Incoming,
     out: torch.Tensor,  # (C, V)
     blocks: Blocks,
+    start: int = 0,
 ) -> torch.Tensor | None:
-    """Writes the slice into `out`. Returns the rounding error of each of its rows, (C,), or None where it is not rounded."""
+    """Writes the slice into `out`. start: its first column, from which tokens are counted.
+
+    Returns the rounding error of each of its rows, (C,), or None where it is not rounded.
+    """
     tiles = cdiv(len(p.weight), blocks.columns)
     residual = p.partials(tiles) if out.dtype != torch.float32 else None
     if len(p.tokens):
         *first, tile = tile_arguments(p, blocks)
         grid = (cdiv(len(p.tokens), blocks.rows) * tiles,)
-        into = Slice(out, out.stride(0), residual)
+        into = Slice(out, out.stride(0), start, residual)
         dlogits_kernel[grid](*first, statistics, incoming, into, tile, **blocks.options())
     return None if residual is None else residual.sum(1)

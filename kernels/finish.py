@@ -13,11 +13,11 @@ With an objective from `objectives` the kernel also computes
     loss, g = token_loss(logp, old, A, ...)                   g = dloss/dlogp
     u = -g logit_scale / (T (S + e^a))                        the row's factor: dX = u (E @ W), dW = E^T (u x)
 
-and whether S and u are in the range where 16-bit exponents and fp32 sums are safe. With a user's own objective the kernel stops
-at S, Q and R, and PyTorch does the rest on vectors.
+and whether S and u are in the range where 16-bit exponents and fp32 sums are safe. Every program also leaves sums of its rows,
+which kernel 11 reduces to the loss and the metrics. With a user's own objective the kernel stops at S, Q and R, and PyTorch
+does the rest on vectors.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +27,20 @@ import triton.language as tl
 from . import limits
 from .anchored_exp import TileSums
 from .blocks import cdiv
-from .objectives import token_loss
-from .tile import INTERPRETED, ROWS_PER_PROGRAM, entropy_from_log_odds, log_sigmoid, round_to, row_sums
+from .objectives import Loss, numbers_of, token_loss
+from .summary import FIELDS, Sums, store_sums
+from .tile import (
+    INTERPRETED,
+    ROWS_PER_PROGRAM,
+    entropy_from_log_odds,
+    log_anchor,
+    log_sigmoid,
+    round_to,
+    row_sums,
+)
 
 _BLOCK = 512
 
-LOWEST_ANCHOR = tl.constexpr(limits.LOWEST_ANCHOR)
 SMALLEST_SUM, LARGEST_SUM = tl.constexpr(limits.SMALLEST_SUM), tl.constexpr(limits.LARGEST_SUM)
 SMALLEST_FACTOR, LARGEST_FACTOR = tl.constexpr(limits.SMALLEST_FACTOR), tl.constexpr(limits.LARGEST_FACTOR)
 
@@ -60,7 +68,7 @@ class Terms(NamedTuple):
     MASKED: Any  # uint8: 1 for rows that add nothing; None where every row counts
     OLD: Any  # None: on-policy
     ADVANTAGES: Any
-    WEIGHTS: Any
+    WEIGHTS: Any  # or () where all rows share it
     ROLLOUT: Any  # or None
     REF: Any  # or None
 
@@ -75,19 +83,6 @@ class Results(NamedTuple):
     STATE: Any  # int8: 0 both are in range, 1 the factor is not, 2 the sum is not
 
 
-class Loss(NamedTuple):
-    """The loss to compute: device functions of `objectives`, and their numbers."""
-
-    objective: Callable
-    bounds: Any
-    kl: Callable | None
-    kl_coef: float | None
-    kl_is_weighted: bool
-    # True: a row whose sum is not below 2^99, or whose factor is not finite, gets NaN. False: rows out of range are flagged in
-    # STATE, for the schedule to compute again.
-    show_lost: bool
-
-
 class Tile(NamedTuple):
     """Compile-time constants: the rows and columns that a program takes at a time, and switches."""
 
@@ -96,6 +91,7 @@ class Tile(NamedTuple):
     EMULATE: bool
     KL_IS_WEIGHTED: bool
     SHOW_LOST: bool
+    SAME_WEIGHT: bool
 
 
 @triton.jit
@@ -134,13 +130,6 @@ def _load(P, r, inside):
 
 
 @triton.jit
-def log_anchor(old):
-    """clamp(old, -60, 0); NaN stays."""
-    a = tl.maximum(old, LOWEST_ANCHOR, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, SHOW_LOST: tl.constexpr):
     """u, whether it is in range, and whether the row is lost."""
     if tokens.SCALE is not None:
@@ -160,8 +149,16 @@ def _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, SHOW_LOST: 
 
 
 @triton.jit
-def _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bounds, KL, kl_coef, TILE: tl.constexpr):
-    """Log-probability, entropy, loss, factor and state of the rows r, from their sums."""
+def _row_weights(terms, r, inside, SAME: tl.constexpr):
+    if SAME:
+        return tl.load(terms.WEIGHTS)
+    else:
+        return tl.load(terms.WEIGHTS + r, mask=inside, other=0.0)
+
+
+@triton.jit
+def _add_loss(total, weighted, r, inside, tokens, terms, results, into, OBJECTIVE, KL, numbers, TILE: tl.constexpr):
+    """Log-probability, entropy, loss, factor and state of the rows r, from their sums; and the sums of this program."""
     keep = inside
     if terms.MASKED is not None:
         keep = tl.load(terms.MASKED + r, mask=inside, other=1) == 0
@@ -174,8 +171,9 @@ def _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bou
     t = log_total - anchor
     logp = log_sigmoid(-t)
     loss, g = token_loss(
-        logp, old, _load(terms.ADVANTAGES, r, inside), _load(terms.WEIGHTS, r, inside), _load(terms.ROLLOUT, r, inside),
-        _load(terms.REF, r, inside), OBJECTIVE, bounds, KL, kl_coef, TILE.KL_IS_WEIGHTED,
+        logp, old, _load(terms.ADVANTAGES, r, inside), _row_weights(terms, r, inside, TILE.SAME_WEIGHT),
+        _load(terms.ROLLOUT, r, inside), _load(terms.REF, r, inside), OBJECTIVE, numbers.bounds, KL, numbers.kl_coef,
+        TILE.KL_IS_WEIGHTED,
     )  # fmt: skip
     in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
     factor_in_range = inside
@@ -189,11 +187,15 @@ def _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bou
     tl.store(results.LOGP + r, tl.where(keep, logp, 0.0), mask=inside)
     tl.store(results.LOSS + r, tl.where(keep, loss, 0.0), mask=inside)
     tl.store(results.STATE + r, tl.where(in_range, tl.where(factor_in_range, 0, 1), 2).to(tl.int8), mask=inside)
+    entropy = None
     if results.ENTROPY is not None:
         entropy = entropy_from_log_odds(t, tl.where(total == 0, 0.0, log_total - weighted / some))
         if TILE.SHOW_LOST:
             entropy = tl.where(lost, float("nan"), entropy)
         tl.store(results.ENTROPY + r, tl.where(keep, entropy, 0.0), mask=inside)
+    if terms.OLD is None:
+        old = logp
+    store_sums(into, keep, loss, logp, old, entropy, ~(in_range & factor_in_range), numbers.ratio_range)
 
 
 @triton.jit
@@ -206,10 +208,10 @@ def finish_kernel(
     out,
     terms,  # None without an objective, as are the parameters after it, TILE apart
     results,
+    into,
     OBJECTIVE: tl.constexpr,
-    bounds,
     KL: tl.constexpr,
-    kl_coef,
+    numbers,
     TILE: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * TILE.ROWS + tl.arange(0, TILE.ROWS)
@@ -224,26 +226,39 @@ def finish_kernel(
     if sums.E is not None:
         _complete_exps(sums, total, r, inside, tokens, tiles, V, out.RESIDUAL, TILE)
     if OBJECTIVE is not None:
-        _add_loss(total, weighted, r, inside, tokens, terms, results, OBJECTIVE, bounds, KL, kl_coef, TILE)
+        _add_loss(total, weighted, r, inside, tokens, terms, results, into, OBJECTIVE, KL, numbers, TILE)
 
 
 def finish(sums: TileSums, tokens: Tokens) -> RowSums:
     """Completes E in place; returns S, Q and the rounding errors of its rows."""
     out = _row_sums(sums, sums.Q is not None)
-    _launch(sums, tokens, out, None, None, None)
+    _launch(sums, tokens, out, None, None, None, None)
     return out
 
 
-def finish_with_loss(sums: TileSums, tokens: Tokens, terms: Terms, loss: Loss) -> tuple[RowSums, Results]:
-    """`finish` without Q, and the log-probability, loss, entropy, factor and state of each row."""
+def finish_with_loss(
+    sums: TileSums, tokens: Tokens, terms: Terms, loss: Loss, into: Sums | None = None
+) -> tuple[RowSums, Results]:
+    """`finish` without Q, and the log-probability, loss, entropy, factor and state of each row.
+
+    into: where the sums of the launch go, a number of each field for each of its `programs`; None: nobody wants them.
+    """
     out = _row_sums(sums, False)
+    if into is None:
+        count = programs(len(sums.S))
+        into = Sums(sums.S.new_empty(FIELDS, count), count, 0)
     entropy, factor = (None if x is None else torch.empty_like(out.TOTAL) for x in (sums.Q, sums.E))
     state = torch.empty_like(out.TOTAL, dtype=torch.int8)
     results = Results(torch.empty_like(out.TOTAL), torch.empty_like(out.TOTAL), entropy, factor, state)
     if terms.MASKED is not None:
         terms = terms._replace(MASKED=terms.MASKED.view(torch.uint8))
-    _launch(sums, tokens, out, terms, results, loss)
+    _launch(sums, tokens, out, terms, results, into, loss)
     return out, results
+
+
+def programs(count: int) -> int:
+    """The number of programs of a launch for `count` rows."""
+    return cdiv(count, ROWS_PER_PROGRAM)
 
 
 def _row_sums(sums: TileSums, weighted: bool) -> RowSums:
@@ -252,14 +267,23 @@ def _row_sums(sums: TileSums, weighted: bool) -> RowSums:
 
 
 def _launch(
-    sums: TileSums, tokens: Tokens, out: RowSums, terms: Terms | None, results: Results | None, loss: Loss | None
+    sums: TileSums,
+    tokens: Tokens,
+    out: RowSums,
+    terms: Terms | None,
+    results: Results | None,
+    into: Sums | None,
+    loss: Loss | None,
 ) -> None:
     count, tiles = sums.S.shape
     if not count:
         return
-    loss = Loss(None, None, None, None, False, False) if loss is None else loss
-    tile = Tile(ROWS_PER_PROGRAM, _BLOCK, INTERPRETED, loss.kl_is_weighted, loss.show_lost)
+    objective = kl = numbers = None
+    tile = Tile(ROWS_PER_PROGRAM, _BLOCK, INTERPRETED, False, False, False)
+    if loss is not None:
+        objective, kl, numbers = loss.objective, loss.kl, numbers_of(loss)
+        tile = tile._replace(KL_IS_WEIGHTED=loss.kl_is_weighted, SHOW_LOST=loss.show_lost, SAME_WEIGHT=terms.WEIGHTS.dim() == 0)
     vocab = 1 if sums.E is None else sums.E.shape[1]
-    finish_kernel[(cdiv(count, ROWS_PER_PROGRAM),)](
-        sums, tokens, count, tiles, vocab, out, terms, results, loss.objective, loss.bounds, loss.kl, loss.kl_coef, tile
-    )
+    finish_kernel[(programs(count),)](
+        sums, tokens, count, tiles, vocab, out, terms, results, into, objective, kl, numbers, tile
+    )  # fmt: skip

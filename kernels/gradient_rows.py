@@ -1,10 +1,12 @@
-"""Kernel 9: after product 2, the rows of dX; before product 3, its operand u x. One launch and one pass for both.
+"""Kernel 9: rows of dX from their product with W, and in one pass also u x, the operand of product 3: one launch for both.
 
     dX_n = u_n ((E @ W)_n + R_n w_y)                          rounded once, and stored where row n of the gradient is
     (u x)_n = u_n x_n                                         in the dtype of E
 
 R is the rounding error of the row of E. It is added back at the target's row of W, because the component that all rows of W
 share must cancel in E @ W. A token on another rank takes any row of this rank's W, which has that component too.
+
+In two passes D stands in the place of E, for all rows and slices of the vocabulary, and u is 1 (for fp16, 1 / unit).
 """
 
 from typing import Any, NamedTuple
@@ -49,7 +51,9 @@ def gradient_rows_kernel(FACTOR, hidden, weighted, C, H, ROWS: tl.constexpr, BLO
     h = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK))[None, :]
     in_chunk = r < C
     mask = in_chunk[:, None] & (h < H)
-    factor = tl.load(FACTOR + r, mask=in_chunk, other=0.0)[:, None]
+    factor = 1.0
+    if FACTOR is not None:
+        factor = tl.load(FACTOR + r, mask=in_chunk, other=0.0)[:, None]
     if hidden is not None:
         d = tl.load(hidden.PRODUCT + r[:, None] * H + h, mask=mask, other=0.0)
         if hidden.RESIDUAL is not None:
@@ -67,10 +71,12 @@ def gradient_rows_kernel(FACTOR, hidden, weighted, C, H, ROWS: tl.constexpr, BLO
         tl.store(weighted.OUT + r[:, None] * H + h, round_to(x * factor, weighted.OUT.dtype.element_ty, WIDEN), mask=mask)
 
 
-def gradient_rows(factor: torch.Tensor, hidden: HiddenRows | None, weighted: WeightedRows | None, size: int) -> None:
-    """factor: u (C,) fp32. size: H. Writes the OUT of both."""
-    if len(factor):
-        grid = (cdiv(len(factor), ROWS_PER_PROGRAM) * cdiv(size, _BLOCK),)
+def gradient_rows(
+    factor: torch.Tensor | None, hidden: HiddenRows | None, weighted: WeightedRows | None, count: int, size: int
+) -> None:
+    """factor: u (C,) fp32, or None where it is 1. count: C. size: H. Writes the OUT of both."""
+    if count:
+        grid = (cdiv(count, ROWS_PER_PROGRAM) * cdiv(size, _BLOCK),)
         gradient_rows_kernel[grid](
-            factor, hidden, weighted, len(factor), size, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK, WIDEN=INTERPRETED
+            factor, hidden, weighted, count, size, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK, WIDEN=INTERPRETED
         )

@@ -11,11 +11,12 @@ whose fields of None are constants too.
 Slopes are written out in closed form. They equal automatic differentiation of the PyTorch objectives except in three cases:
 
     SAPO, NaN                        the loss is NaN; PyTorch's clamp hides the NaN from its gradient, and g here is NaN
-    a NaN in `weight` or `rollout`   the loss is NaN; g here is NaN even where the slope is 0
+    a NaN in a weight, or in old     the loss is NaN; g here is NaN even where the slope is 0
     k3 weighted by the ratio         in PyTorch's fp32 derivative exp(e) cancels; here it does not
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -41,6 +42,39 @@ class Temperatures(NamedTuple):
 
     tau_pos: float
     tau_neg: float
+
+
+class RatioRange(NamedTuple):
+    """The bounds of the ratio that `clip_fraction` counts by; None is no bound."""
+
+    low: Any = None
+    high: Any = None
+
+
+class Loss(NamedTuple):
+    """A loss to compute: device functions of this file, and their numbers."""
+
+    objective: Callable
+    bounds: Any
+    kl: Callable | None
+    kl_coef: float | None
+    kl_is_weighted: bool
+    # Of kernel 3. True: a row whose sum is not below 2^99, or whose factor is not finite, gets NaN. False: rows out of range
+    # are flagged, for the schedule to compute again.
+    show_lost: bool
+    ratio_range: RatioRange = RatioRange()
+
+
+class Numbers(NamedTuple):
+    """The numbers of a loss that a kernel is given when it is launched."""
+
+    bounds: Any
+    kl_coef: Any
+    ratio_range: Any
+
+
+def numbers_of(loss: Loss) -> Numbers:
+    return Numbers(loss.bounds, loss.kl_coef, loss.ratio_range)
 
 
 @triton.jit
@@ -172,10 +206,13 @@ def token_loss(
 ):
     """loss = -weight (rollout l - coef k) and g = dloss/dlogp; the caller drops masked tokens.
 
-    The formula is that of `fastpg.loss.policy_loss.token_losses`. `rollout` multiplies the objective and not the KL term.
+    The formula is that of `fastpg.loss.policy_loss.token_losses`. `rollout` multiplies the objective and not the KL term. An
+    old log-probability that is not finite makes both NaN: a ratio of 0 or inf is never meant, and a clip would hide it.
     """
     if old is None:
         old = logp
+    else:
+        weight = tl.where(tl.abs(old) < float("inf"), weight, float("nan"))
     value, slope = OBJECTIVE(logp, old, advantage, bounds)
     if rollout is not None:
         value, slope = value * rollout, slope * rollout

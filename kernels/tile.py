@@ -19,6 +19,7 @@ from . import limits
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 EXP_IS_ZERO = tl.constexpr(limits.EXP_IS_ZERO)
+LOWEST_ANCHOR = tl.constexpr(limits.LOWEST_ANCHOR)
 
 # Under TRITON_INTERPRET=1 kernels run on CPU tensors in numpy, which has no bf16: there tl.dot would multiply bit patterns and
 # casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied; `round_to` rounds results.
@@ -115,6 +116,13 @@ def row_scale(rows, r, inside):
     else:
         scale = tl.where(inside, rows.scale, 0.0)
     return scale
+
+
+@triton.jit
+def log_anchor(old):
+    """clamp(old, -60, 0); NaN stays."""
+    a = tl.maximum(old, LOWEST_ANCHOR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

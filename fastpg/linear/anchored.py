@@ -43,14 +43,24 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import vocab_parallel
-from ..kernels.limits import LARGEST_FACTOR, LARGEST_SUM, LOWEST_ANCHOR, SMALLEST_FACTOR, SMALLEST_SUM
-from ..loss.objectives import DeviceLoss
-from ..loss.policy_loss import TokenTerms
+from ..kernels.limits import LARGEST_FACTOR, LARGEST_SUM, LOWEST_ANCHOR, SMALLEST_FACTOR, SMALLEST_SUM, SUMMARY
 from ..tiles import large_pages
 from ..tiles.backend import tiles_of
+from ..tiles.host_read import HostRead
 from ..tiles.products import Sums, accumulation_dtype
 from ..tiles.row_statistics import entropy_of
-from ..tiles.structures import Chunk, Gradients, Head, RowSums, Target, Wanted
+from ..tiles.structures import (
+    Chunk,
+    DeviceLoss,
+    Gradients,
+    Head,
+    LossSummary,
+    LossSums,
+    RowSums,
+    Target,
+    TokenTerms,
+    Wanted,
+)
 from ..tiles.torch_tiles import store_target
 from . import operators
 from .rows import Rows
@@ -67,11 +77,20 @@ TokenLosses = Callable[[torch.Tensor, TokenTerms], torch.Tensor]
 class OnePass(NamedTuple):
     """The results of a sweep over K rows."""
 
+    loss: torch.Tensor  # ()
     logprobs: torch.Tensor  # (K,)
-    losses: torch.Tensor  # (K,), 0 where masked; the loss is their sum
     entropy: torch.Tensor | None  # (K,)
-    recomputed: torch.Tensor  # (): how many rows were flagged
+    summary: torch.Tensor | None  # metrics, where kernels have computed the loss of all rows
+    again: torch.Tensor | None  # (2,) int64: how many rows were computed again, and whether dW was too; None: none
     gradients: Gradients  # of the loss
+
+
+class RowResults(NamedTuple):
+    """Results of rows, (K,) each."""
+
+    logprobs: torch.Tensor
+    losses: torch.Tensor | None  # 0 where masked; None: not computed yet
+    entropy: torch.Tensor | None
 
 
 class Options(NamedTuple):
@@ -94,45 +113,68 @@ class _RowVectors(NamedTuple):
     losses: torch.Tensor | None  # None: computed at the end, of all rows at once
     entropy: torch.Tensor | None
     factor: torch.Tensor | None  # u, 0 where a row adds nothing; None if no gradient is wanted
+    state: torch.Tensor  # int8: 0: S and u are in range, 1: u is not, 2: S is not. The row is flagged unless it is 0
     residual: torch.Tensor | None  # R, the rounding error of each row of E (`RowSums`); None if they are not rounded
-    sum_in_range: torch.Tensor | None  # bool, as `flagged`; both are read with host_reads only, and may be None without
-    flagged: torch.Tensor | None
 
 
 def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
     """Log-probabilities, losses, entropies and gradients of the loss for K rows.
 
-    With `options.host_reads` the host waits for the device once, after product 1 of the last chunk, to find the flagged rows of
-    all chunks. They are then recomputed. Without it nothing is read: a row whose sum S is NaN or not below 2^99, or whose u is
-    not finite, gets a NaN log-probability and makes the gradients NaN.
+    With `options.host_reads` the number of flagged rows is read once all products are enqueued, so that the device is busy
+    while the host waits. If there are any, they are computed again. Without it nothing is read: a row whose sum S is NaN or not
+    below 2^99, or whose u is not finite, gets a NaN log-probability and makes the gradients NaN.
     """
     count, length = len(rows.tokens), options.plan.sweep_rows
     sweep = _Sweep(head, token_losses, options, rows, min(count, length))
-    found, flagged = [], None
+    found, summary, flagged = [], None, None
     for span in _spans(count, length):
         chunk, vectors = sweep.first_product(rows, span, terms if span.stop - span.start == count else terms.select(span))
         found.append(vectors)
-        if options.host_reads and span.stop == count:
-            flagged = _joined(found, "flagged").nonzero()[:, 0]  # the host read
-            flagged = flagged if len(flagged) else None
-        sweep.add_gradients(rows, span, chunk, vectors, once=count <= length and flagged is None)
+        if span.stop == count:
+            summary = sweep.summary()
+            flagged = _number_of_flagged(found, summary) if options.host_reads else None
+        sweep.add_gradients(rows, span, chunk, vectors, once=count <= length)
 
-    logprobs, losses, entropies = (_joined(found, name) for name in ("logprobs", "losses", "entropy"))
-    if flagged is not None:
-        again, again_terms = rows.select(flagged), terms.select(flagged)
-        anchors, again_entropies = sweep.recompute(again, _joined(found, "sum_in_range")[flagged], flagged, logprobs, entropies)
-        logprobs = logprobs.index_copy(0, flagged, anchors)
-        entropies = None if entropies is None else entropies.index_copy(0, flagged, again_entropies)
-        losses = None if losses is None else losses.index_copy(0, flagged, token_losses(anchors, again_terms))
-        for span in _spans(len(flagged), length) if any(options.wanted) else []:
-            chunk, vectors = sweep.first_product(again, span, again_terms.select(span), anchors[span])
-            sweep.add_gradients(again, span, chunk, vectors, once=False)
+    results = RowResults(*(_joined(found, name) for name in ("logprobs", "losses", "entropy")))
+    if flagged is not None and flagged.item():
+        repeats = sweep.widen_weight(chunk, vectors)
+        results, again = _computed_again(sweep, rows, terms, found, results)
+        numbers = rows.tokens.new_tensor([again, repeats], dtype=torch.int64)
+        return OnePass(results.losses.sum(), *results[::2], None, numbers, sweep.gradients(rows))
+    if summary is not None:
+        return OnePass(summary.loss, *results[::2], summary.metrics, None, sweep.gradients(rows))
+    logprobs, losses, entropies = results
     if losses is None:
-        logprobs = terms.kept(logprobs)
+        logprobs, entropies = terms.kept(logprobs), None if entropies is None else terms.kept(entropies)
         losses = token_losses(logprobs, terms)
-        entropies = None if entropies is None else terms.kept(entropies)
-    recomputed = rows.tokens.new_full((), 0 if flagged is None else len(flagged))
-    return OnePass(logprobs, losses, entropies, recomputed, sweep.gradients(rows))
+    return OnePass(losses.sum(), logprobs, entropies, None, None, sweep.gradients(rows))
+
+
+def _number_of_flagged(found: list[_RowVectors], summary: LossSummary | None) -> HostRead:
+    if summary is not None:
+        return HostRead(summary.metrics[SUMMARY.index("flagged")])
+    return HostRead((_joined(found, "state") > 0).sum())
+
+
+def _computed_again(
+    sweep: _Sweep, rows: Rows, terms: TokenTerms, found: list[_RowVectors], results: RowResults
+) -> tuple[RowResults, int]:
+    """The results with those of the flagged rows, in chunks of their own, and how many these are."""
+    logprobs, losses, entropies = results
+    state = _joined(found, "state")
+    flagged = state.nonzero()[:, 0]
+    again, again_terms = rows.select(flagged), terms.select(flagged)
+    anchors, again_entropies = sweep.recompute(again, state[flagged] < 2, flagged, logprobs, entropies)
+    logprobs = logprobs.index_copy(0, flagged, anchors)
+    entropies = None if entropies is None else entropies.index_copy(0, flagged, again_entropies)
+    if losses is None:
+        losses = sweep.token_losses(logprobs, terms)
+    else:
+        losses = losses.index_copy(0, flagged, sweep.token_losses(anchors, again_terms))
+    for span in _spans(len(flagged), sweep.options.plan.sweep_rows) if any(sweep.wanted) else []:
+        chunk, vectors = sweep.first_product(again, span, again_terms.select(span), anchors[span])
+        sweep.add_gradients(again, span, chunk, vectors, once=False)
+    return RowResults(logprobs, losses, entropies), len(flagged)
 
 
 class _Sweep:
@@ -160,6 +202,9 @@ class _Sweep:
             self.dlora_hidden = torch.zeros_like(rows.lora_hidden)
         # the first chunk allocates these: it knows whether there are other chunks
         self.dweight = self.dlora_weight = self.dbias = None
+        self.sums = None
+        if options.device_loss is not None:
+            self.sums = tiles.loss_sums(len(rows.tokens), hidden.device)
 
     def first_product(
         self, rows: Rows, span: slice, terms: TokenTerms, anchors: torch.Tensor | None = None
@@ -170,13 +215,12 @@ class _Sweep:
         """
         chunk = rows.chunk(span.start, span.stop, self.operand_dtype, multiple=self.padding)
         exps = None if self.exps is None else self.exps[: span.stop - span.start]
-        loss, checks = self.options.device_loss, self.options.host_reads
+        loss = self.options.device_loss
         if loss is None or anchors is not None:
             return chunk, self._any_objective(chunk, exps, terms, anchors)
-        found = self.tiles.anchored_loss(chunk, self.head, terms, loss, exps, self.options.entropy)
-        in_range = found.state < 2 if checks else None
-        flagged = found.state > (1 if exps is None else 0) if checks else None
-        return chunk, _RowVectors(*found[:4], found.residual, in_range, flagged)
+        into = LossSums(self.sums, tiles_of(self.options.backend).first_of_sums(span.start))
+        found = self.tiles.anchored_loss(chunk, self.head, terms, loss, exps, self.options.entropy, into)
+        return chunk, _RowVectors(*found)
 
     def _any_objective(
         self, chunk: Chunk, exps: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None
@@ -204,7 +248,7 @@ class _Sweep:
             )
         elif factor is not None and anchors is None:
             factor = factor.masked_fill(flagged, 0)
-        return _RowVectors(logprobs, None, entropy, factor, residual, in_range, flagged)
+        return _RowVectors(logprobs, None, entropy, factor, flagged.to(torch.int8) + ~in_range, residual)
 
     def _sums(self, chunk: Chunk, log_anchor: torch.Tensor, exps: torch.Tensor | None) -> RowSums:
         """Product 1: S and Q over the columns of all ranks, R over this rank's. Writes E of this rank's columns to exps."""
@@ -256,6 +300,25 @@ class _Sweep:
         operators.gradient_products(
             self.exps[:count], vectors.factor, vectors.residual, chunk, self.head, sums, add, self.options.backend
         )  # fmt: skip
+
+    def widen_weight(self, chunk: Chunk, vectors: _RowVectors) -> bool:
+        """Computes dW once more, in the accumulation dtype, where the only chunk has rounded it: other rows can then be added.
+
+        Returns whether it did. The buffer still holds the chunk's E.
+        """
+        if self.dweight is None or self.dweight.dtype == self.dtype:
+            return False
+        self.dweight = None  # its memory is free before there is another
+        self.dweight = large_pages.empty(self.head.weight.shape, self.dtype, self.head.weight.device)
+        operators.gradient_products(
+            self.exps[: len(vectors.factor)], vectors.factor, vectors.residual, chunk, self.head,
+            Sums(None, None, self.dweight, None, None), False, self.options.backend,
+        )  # fmt: skip
+        return True
+
+    def summary(self) -> LossSummary | None:
+        """The loss and the metrics of all chunks, where kernels have computed their losses."""
+        return None if self.sums is None else self.tiles.loss_summary(self.sums, self.options.entropy)
 
     def _allocate_sums(self, dtype: torch.dtype) -> None:
         head, device = self.head, self.head.weight.device

@@ -11,7 +11,8 @@ from .. import validation
 from ..distributed.dtensor import localized
 from ..lm_head import LMHead, LoRA, as_head
 from ..tiles.backend import choose_backend
-from ..tiles.structures import Head, Wanted
+from ..tiles.structures import Head, TokenInputs, Wanted
+from . import operators
 
 
 class Inputs(NamedTuple):
@@ -20,7 +21,7 @@ class Inputs(NamedTuple):
     hidden: torch.Tensor  # (..., H)
     head: LMHead  # this rank's rows of the weight
     tokens: torch.Tensor  # (...)
-    keep: torch.Tensor  # (...) bool: tokens that count
+    mask: torch.Tensor | None  # (...)
     temperature: float | torch.Tensor  # number or (...)
     backend: str
     host_reads: bool  # True: values are checked and rows skipped, for which the host waits; False: it never does
@@ -37,18 +38,47 @@ def prepare(
 ) -> Inputs:
     """The arguments, checked and cast.
 
-    Raises TypeError or ValueError, naming the argument, for dtypes, shapes, devices and (with `check`) values.
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices. `counted` checks values.
     """
     head = localized(as_head(head))
     hidden, head = _cast(hidden, head)
     validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
-    backend = choose_backend(backend, hidden)
-    keep = tokens != validation.IGNORED_TOKEN
-    if mask is not None:
-        keep = keep & mask
-    if check:
-        validation.check_values(tokens, keep, head.vocab_size if head.group is None else None, temperature)
-    return Inputs(hidden, head, tokens, keep, temperature, backend, check)
+    return Inputs(hidden, head, tokens, mask, temperature, choose_backend(backend, hidden), check)
+
+
+class Counted(NamedTuple):
+    """Which tokens count, and which of them are computed: all, unless some add exactly 0 to a loss."""
+
+    keep: torch.Tensor  # (...) bool: tokens that count
+    computed: torch.Tensor  # (...) bool; `keep` itself where it is the same
+    numbers: torch.Tensor  # (4,) int64: how many, first of `keep` and then of `computed`
+    rows: int | None  # the second of them, where the host reads it
+
+
+def counted(
+    inputs: Inputs,
+    advantages: torch.Tensor | None = None,
+    rollout_weights: torch.Tensor | None = None,
+    old_logprobs: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+) -> Counted:
+    """The tokens that count. With advantages (...), those that add exactly 0 to the loss are not computed (`torch_tiles.keep`).
+
+    With `inputs.host_reads` the host waits for four numbers. Raises ValueError where they say that a token that counts is
+    outside the vocabulary, or that its temperature is not a positive number.
+    """
+    tokens, temperature, head = inputs.tokens, inputs.temperature, inputs.head
+    vocab = head.vocab_size if inputs.host_reads and head.group is None else None
+    checked = temperature if inputs.host_reads and isinstance(temperature, torch.Tensor) else None
+    given = TokenInputs(tokens, inputs.mask, checked, advantages, rollout_weights, old_logprobs, weight, vocab)
+    with torch.no_grad():
+        found = operators.keep(given, inputs.backend)
+    rows = None
+    if inputs.host_reads:
+        _, rows, *out_of_range = found.numbers.tolist()
+        if any(out_of_range):
+            validation.check_values(tokens, found.keep, vocab, temperature)
+    return Counted(found.keep, found.keep if found.computed is None else found.computed, found.numbers, rows)
 
 
 def head_of(head: LMHead) -> Head:

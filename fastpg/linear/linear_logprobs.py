@@ -11,7 +11,7 @@ from ..distributed.agreement import one_outcome
 from ..lm_head import LMHead
 from ..tiles.structures import Gradients, Head, Incoming, RowStatistics, Wanted
 from . import operators
-from .call import differentiable, head_of, needs_gradient, prepare, with_inputs
+from .call import counted, differentiable, head_of, needs_gradient, prepare, with_inputs
 from .online import Plan
 from .rows import Rows, rows_of
 from .statistics import row_statistics
@@ -76,9 +76,10 @@ def linear_logprobs(
     with one_outcome(head) as agreed:
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
-        agreed.describe(inputs, inputs.keep, entropy=entropy)
+        tokens_that_count = counted(inputs)
+        agreed.describe(inputs, tokens_that_count.keep, entropy=entropy)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        rows = rows_of(inputs, inputs.keep)
+        rows = rows_of(inputs, tokens_that_count)
         values = row_logprobs(rows, inputs.head, entropy, chunk_rows, inputs.backend)
     return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
 

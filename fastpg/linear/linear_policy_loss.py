@@ -10,18 +10,18 @@ import torch
 from .. import validation
 from ..distributed.agreement import one_outcome
 from ..lm_head import LMHead
-from ..loss.metrics import Metrics
+from ..loss.metrics import Metrics, Summary
 from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
-from ..loss.policy_loss import PolicyLossOutput, TokenTerms, id_limit, per_token, step_of, token_losses, token_terms
-from ..loss.reductions import Reduction, check_reduction, token_weights
+from ..loss.policy_loss import PolicyLossOutput, id_limit, per_token, step_of, token_losses, token_terms
+from ..loss.reductions import Reduction, check_reduction, inverse_denominator, token_weights
 from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
 from ..tiles import large_pages, torch_tiles
 from ..tiles.backend import tiles_of
 from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
-from ..tiles.structures import Gradients, Head, Wanted
+from ..tiles.structures import Gradients, Head, TokenTerms, Wanted
 from .anchored import Options, TokenLosses, loss_gradient, one_pass
-from .call import Inputs, differentiable, head_of, prepare, wanted_of, with_inputs
+from .call import Counted, Inputs, counted, differentiable, head_of, prepare, wanted_of, with_inputs
 from .linear_logprobs import row_logprobs
 from .rows import Rows, rows_of
 from .workspace import Plan, plan_policy_loss
@@ -79,10 +79,10 @@ def linear_policy_loss(
             1 GiB on accelerators, or the need of one tile of rows where that is more (V = 262144 in fp32: 270 MiB). On top
             come the gradients, and one fp32 copy of dW where it is not fp32 and several chunks or recomputed rows are summed.
             Backward scales the gradients in place; under retain_graph it makes a copy of them.
-        check: True checks values, and the host waits for the device twice: to find the rows to compute, and the rows to
-            recompute (float16 has none of these). False reads nothing, computes every row and skips no zero weight (for
-            torch.compile and CUDA graphs). A row whose sum overflows then makes the loss and the gradients NaN. (On a CPU,
-            where reads are free, values may be read anyway.)
+        check: True checks values, and the host waits for the device twice: at the start, for the number of rows to compute, and
+            at the end, while the products run, for the number of rows to recompute (float16 has none of these). False reads
+            nothing, computes every row and skips no zero weight (for torch.compile and CUDA graphs). A row whose sum overflows
+            then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be read anyway.)
 
     Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
 
@@ -107,14 +107,15 @@ def linear_policy_loss(
         plan = plan_policy_loss(
             head, tokens.numel(), entropy=entropy, gradient=any(wanted), workspace=workspace, backend=inputs.backend
         )
-        sequences = sequences_of(inputs.keep, sequence_ids)
-        given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequences))
-        weights = token_weights(inputs.keep, reduction, denominator, accumulation_dtype(inputs.hidden.dtype), sequences)
-        computed = _computed(given, inputs, weights) if skip_zero_weight else inputs.keep
-        agreed.describe(inputs, computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
+        given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
+        that_count = counted(inputs, *(_factors(given, inputs) if skip_zero_weight and check else ()))
+        if sequence_ids is not None and check:
+            check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
+        weights = _weights(given, inputs, that_count)
+        agreed.describe(inputs, that_count.computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
 
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        rows = rows_of(inputs, computed)
+        rows = rows_of(inputs, that_count)
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
         call = _Call(rows, head, _terms(given, rows, weights), losses, options, inputs.head.weight_grad)
@@ -122,7 +123,7 @@ def linear_policy_loss(
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
             result = _two_passes(call, inputs.head)
-    return _report(result, call, objective, inputs.keep, computed)
+    return _report(result, call, objective, that_count)
 
 
 class LossInputs(NamedTuple):
@@ -148,26 +149,24 @@ def _check_loss(given: LossInputs, inputs: Inputs) -> None:
             f"objective={given.objective} has one ratio for a sequence, which the one-pass loss does not know before its last "
             "token; use linear_logprobs and policy_loss"
         )
-    check_reduction(given.reduction, tokens.shape, given.denominator, ids)
-    if ids is not None and inputs.host_reads:
-        check_id_values(ids, inputs.keep, id_limit(given.advantages, tokens))
+    check_reduction(given.reduction, tokens.shape, given.denominator, ids, check=inputs.host_reads)
 
 
-def _computed(given: LossInputs, inputs: Inputs, weights: torch.Tensor) -> torch.Tensor:
-    """(...) bool: the tokens that count, less those that add exactly 0 to the loss. One with a value of NaN or inf stays."""
-    if not inputs.host_reads or given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
-        return inputs.keep
-    dtype = weights.dtype  # the loss's own: in 16 bits the product below may underflow to 0
-    factor = given.advantages.to(dtype)
-    if given.rollout_weights is not None:
-        factor = factor * given.rollout_weights.detach().to(dtype)
-    # x - x is NaN where x is not finite, else 0. A factor of 0 differs from NaN alone, so such a token stays and makes the loss
-    # NaN. (Not x * 0, which compilers make 0.)
-    others = weights - weights
-    if given.old_logprobs is not None:
-        old = given.old_logprobs.detach().to(dtype)
-        others = others + (old - old)
-    return inputs.keep & (factor != others)
+def _factors(given: LossInputs, inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
+    """Advantages, rollout weights, old log-probabilities, weight: if a token with a factor of 0 adds exactly 0 to the loss."""
+    if given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
+        return ()
+    dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.tokens.device  # the loss's own
+    factors = given.advantages, given.rollout_weights, given.old_logprobs
+    weight = None if given.denominator is None else inverse_denominator(given.denominator, dtype, device)
+    return *(None if x is None else x.detach().to(dtype) for x in factors), weight
+
+
+def _weights(given: LossInputs, inputs: Inputs, that_count: Counted) -> torch.Tensor:
+    """weight_n / D, () or (...)."""
+    sequences = sequences_of(that_count.keep, given.sequence_ids)
+    dtype = accumulation_dtype(inputs.hidden.dtype)  # the loss's own
+    return token_weights(that_count.numbers[0], given.reduction, given.denominator, dtype, sequences)
 
 
 def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:
@@ -179,27 +178,28 @@ def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, p
 
 
 def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor) -> TokenTerms:
-    selected = weights.reshape(-1) if rows.indices is None else rows.of(weights)  # masked tokens weigh 0 already
     return token_terms(
-        rows.of, rows.masked, selected, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs,
+        rows.of, rows.masked, weights, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs,
         weights.dtype,
     )  # fmt: skip
 
 
-def _report(result: Result, call: _Call, objective: object, keep: torch.Tensor, computed: torch.Tensor) -> PolicyLossOutput:
-    eligible = None if computed is keep else keep
-    step = step_of(
-        result.logprobs, call.terms, objective, eligible=eligible, recomputed=result.recomputed, entropies=result.entropies
-    )
-    return PolicyLossOutput(result.loss, _reported(result.logprobs, call.rows, keep, computed), Metrics({}, step))
+def _report(result: Result, call: _Call, objective: object, that_count: Counted) -> PolicyLossOutput:
+    numbers = that_count.numbers
+    if result.summary is not None:
+        step = Summary(result.summary, call.options.entropy, numbers)
+    else:
+        step = step_of(result.logprobs, call.terms, objective, entropies=result.entropies, numbers=numbers, again=result.again)
+    return PolicyLossOutput(result.loss, _reported(result.logprobs, call.rows, that_count), Metrics({}, step))
 
 
-def _reported(logprobs: torch.Tensor, rows: Rows, keep: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+def _reported(logprobs: torch.Tensor, rows: Rows, that_count: Counted) -> torch.Tensor:
     """The rows' log-probabilities (K,) as (...): 0 where masked, NaN where a token that counts was not computed."""
+    keep = that_count.keep
     if rows.indices is None:
         return logprobs.reshape(keep.shape)
     others = logprobs.new_zeros(keep.numel())
-    if computed is not keep:
+    if that_count.computed is not keep:
         others.masked_fill_(keep.reshape(-1), torch.nan)
     return others.index_copy_(0, rows.indices, logprobs).reshape(keep.shape)
 
@@ -299,7 +299,8 @@ class Result(NamedTuple):
     loss: torch.Tensor  # ()
     logprobs: torch.Tensor  # (K,)
     entropies: torch.Tensor | None  # (K,)
-    recomputed: torch.Tensor  # (): how many rows were computed again
+    summary: torch.Tensor | None = None  # metrics, where kernels have computed the loss of all rows
+    again: torch.Tensor | None = None  # (2,): rows that were computed again, and whether dW was too; None: none
 
 
 def _two_passes(call: _Call, head: LMHead) -> Result:
@@ -310,7 +311,7 @@ def _two_passes(call: _Call, head: LMHead) -> Result:
     logprobs = terms.kept(logprobs)
     loss = _TokenLoss.apply(logprobs, call.losses, terms)
     entropies = None if entropies is None else terms.kept(entropies.detach())
-    return Result(loss, logprobs.detach(), entropies, rows.tokens.new_zeros(()))
+    return Result(loss, logprobs.detach(), entropies)
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -376,7 +377,7 @@ class _Call(NamedTuple):
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """(loss (), logprobs (K,), entropies (K,) or None, recomputed ()) of the rows of a call.
+    """The fields of `Result`, of the rows of a call.
 
     Only the loss is differentiable. Its gradients, where they are wanted, are computed in forward and scaled in backward.
     """
@@ -385,13 +386,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
         call = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
         result = one_pass(call.rows, call.head, call.terms, call.losses, call.options)
-        loss = result.losses.sum()
         ctx.save_for_backward(*result.gradients)
         ctx.weight_grad, ctx.backend = call.weight_grad, call.options.backend
-        others = result.logprobs, result.recomputed, *(() if result.entropy is None else (result.entropy,))
-        ctx.mark_non_differentiable(*others)
+        others = result.logprobs, result.entropy, result.summary, result.again
+        ctx.mark_non_differentiable(*(x for x in others if x is not None))
         ctx.set_materialize_grads(False)
-        return loss, result.logprobs, result.entropy, result.recomputed
+        return result.loss, *others
 
     @staticmethod
     def backward(ctx, grad_loss, *_):

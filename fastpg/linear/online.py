@@ -40,8 +40,8 @@ import torch.nn.functional as F
 
 from ..tiles import large_pages
 from ..tiles.backend import TileOps
-from ..tiles.products import WIDENED_ROWS, accumulation_dtype, product, skinny_product, weight_product
-from ..tiles.structures import Gradients, Head, Incoming, Partials, RowStatistics, Wanted, lora_rank
+from ..tiles.products import accumulation_dtype, add_residual, product, skinny_product, weight_product
+from ..tiles.structures import Chunk, Gradients, Head, Incoming, Partials, RowStatistics, Wanted, lora_rank
 from .rows import Rows
 
 
@@ -114,6 +114,8 @@ class _Backward:
         weight, count = head.weight, len(rows.tokens)
         self.wide, self.narrow = accumulation_dtype(weight.dtype), tiles.operand_dtype(weight.dtype, weight.device)
         self.spans = [slice(start, min(start + plan.chunk_rows, count)) for start in range(0, count, plan.chunk_rows)]
+        # where there are several chunks, each is made again for every slice, so that one at a time is in memory
+        self.only_chunk = rows.chunk(0, count, self.narrow) if len(self.spans) == 1 else None
         self.fp16 = None
         if self.narrow == torch.float16:
             self.fp16 = _fp16_scales(rows, head, statistics, incoming, self.spans)
@@ -126,7 +128,8 @@ class _Backward:
         if wanted.hidden and count:  # the first slice writes it
             self.dhidden = weight.new_empty(count, weight.shape[1], dtype=self.wide)
         self.dlora_hidden = zeros(wanted.lora_hidden, count, lora_rank(head))
-        self.residual: torch.Tensor | None = None  # (K,): the rounding error of the sum of each row of D
+        # of each chunk of rows, the rounding errors of its rows of D, slice by slice
+        self.residuals: list[list[torch.Tensor]] = [[] for _ in self.spans]
         self.dlora_weight = zeros(wanted.lora_weight, weight.shape[0], lora_rank(head))
         self.dbias = zeros(wanted.bias, weight.shape[0])
         self.dweight = weight_grad
@@ -143,9 +146,11 @@ class _Backward:
         columns = min(self.tiles.tile_shape(self.head).columns, weight.shape[0])
         buffer = self.tiles.weight_buffer(self.head)
         dlogits = torch.empty(self.spans[0].stop * columns, dtype=self.narrow, device=weight.device)
-        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit. So it is where the caller's buffer holds earlier
-        # sums, which the first chunk would overwrite and fp16's scale would divide.
-        by_tile = self.wanted.weight and (self.adds or weight.dtype != self.wide)
+        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit and several chunks add to it. So it is where
+        # fp16's scale has to be divided out, and where the caller's buffer has earlier sums, which the first chunk would
+        # overwrite.
+        is_sum = self.fp16 is not None or (weight.dtype != self.wide and len(self.spans) > 1)
+        by_tile = self.wanted.weight and (self.adds or is_sum)
         tile_of_dw = torch.empty(columns if by_tile else 0, weight.shape[1], dtype=self.wide, device=weight.device)
         for v in range(0, weight.shape[0], columns):
             into = slice(v, min(v + columns, weight.shape[0]))
@@ -153,8 +158,8 @@ class _Backward:
             dw = None
             if self.wanted.weight:
                 dw = tile_of_dw[: into.stop - v] if by_tile else self.dweight[into]
-            for span in self.spans:
-                self._add(span, into, w, dw, dlogits)
+            for place in range(len(self.spans)):
+                self._add(place, into, w, dw, dlogits)
             if self.fp16 is not None and dw is not None:
                 dw.div_(self.fp16.scale)
             if by_tile and self.adds:
@@ -162,20 +167,21 @@ class _Backward:
             elif by_tile:
                 self.dweight[into] = dw
 
-    def _add(self, span: slice, into: slice, w: torch.Tensor, dw: torch.Tensor | None, dlogits: torch.Tensor) -> None:
-        """One chunk of rows and one slice of columns, `into`: computes its D and adds its products to the sums.
+    def _add(self, place: int, into: slice, w: torch.Tensor, dw: torch.Tensor | None, dlogits: torch.Tensor) -> None:
+        """One chunk of rows, `spans[place]`, and one slice of columns, `into`: computes D and adds its products to the sums.
 
         dX is written by the first slice, and a slice of dW by the first chunk; the others add to them.
         """
-        head, wanted, fp16, holds_bf16 = self.head, self.wanted, self.fp16, self.head.weight.dtype == torch.bfloat16
-        chunk = self.rows.chunk(span.start, span.stop, self.narrow)
+        span, head, wanted, fp16 = self.spans[place], self.head, self.wanted, self.fp16
+        holds_bf16 = head.weight.dtype == torch.bfloat16
+        chunk = self.only_chunk or self.rows.chunk(span.start, span.stop, self.narrow)
         d = dlogits[: len(chunk.tokens) * len(w)].view(-1, len(w))
         unit = None if fp16 is None else fp16.unit[span]
         taken = self.tiles.dlogits(
             chunk, head, w, into.start, self.statistics.select(span), self.incoming.select(span), unit, d
         )
         if taken is not None:
-            self._add_residual(span, taken)
+            self.residuals[place].append(taken)
         if wanted.hidden:  # a tile of the weight may have columns of zeros behind its H
             product(self.dhidden[span], d, w[:, : head.weight.shape[1]], into.start > 0, holds_bf16)
         if dw is not None:
@@ -191,23 +197,22 @@ class _Backward:
             z = chunk.lora_hidden if fp16 is None else chunk.lora_hidden * fp16.share[span, None]
             self.dlora_weight[into] += skinny_product(d.T, z)
 
-    def _add_residual(self, span: slice, taken: torch.Tensor) -> None:
-        if len(self.spans) == 1:
-            self.residual = taken if self.residual is None else self.residual + taken
-            return
-        if self.residual is None:
-            self.residual = taken.new_zeros(len(self.rows.tokens))
-        self.residual[span] += taken
+    def _residual(self) -> torch.Tensor | None:
+        """(K,): the rounding error of the sum of each row of D; None where D is not rounded, or there is no row."""
+        sums = [x[0] if len(x) == 1 else torch.stack(x).sum(0) for x in self.residuals if x]
+        return torch.cat(sums) if len(sums) > 1 else next(iter(sums), None)
 
     def finish(self) -> Gradients:
         """The gradients: each sum is rounded once to its input's dtype, and dX covers all N rows, unless it is partial."""
         rows, head, fp16 = self.rows, self.head, self.fp16
         dhidden, dlora_hidden, dlora_weight, dbias = self.dhidden, self.dlora_hidden, self.dlora_weight, self.dbias
+        residual = self._residual()
         if dhidden is not None:
-            _finish_rows(dhidden, head.weight, self.residual, fp16, rows.tokens)
-            dhidden = dhidden if self.partial else rows.scatter_rounded(dhidden)
+            dhidden = self._rounded_rows(dhidden, residual)
         if dlora_hidden is not None:
-            _finish_rows(dlora_hidden, head.lora_weight, self.residual, fp16, rows.tokens)
+            add_residual(dlora_hidden, residual, rows.tokens, head.lora_weight)
+            if fp16 is not None:
+                dlora_hidden = dlora_hidden / fp16.unit[:, None]
             dlora_hidden = dlora_hidden if self.partial else rows.scatter(dlora_hidden)
         scale = 1 if fp16 is None else fp16.scale
         if dlora_weight is not None:
@@ -215,6 +220,24 @@ class _Backward:
         if dbias is not None:
             dbias = (dbias / scale).to(head.weight.dtype)
         return Gradients(dhidden, dlora_hidden, None if self.adds else self.dweight, dlora_weight, dbias)
+
+    def _rounded_rows(self, dhidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """dX from its sums (K, H) in the accumulation dtype: (N, H) in the dtype of hidden, or if partial (K, H) unrounded.
+
+        The rounding error of each row of D is added back at its token's row of the weight (`gradient_rows`). Of a token on
+        another rank any row will do: the correction only has to cancel the component that all rows share.
+        """
+        rows, unit = self.rows, None if self.fp16 is None else self.fp16.unit.reciprocal()
+        if self.partial or (rows.indices is None and dhidden.dtype == rows.hidden.dtype):
+            out, places = dhidden, None
+            if residual is None and unit is None:
+                return out
+        else:
+            new = torch.empty_like if rows.indices is None else torch.zeros_like
+            out, places = new(rows.hidden, memory_format=torch.contiguous_format), rows.indices
+        chunk = Chunk(rows.hidden, None, rows.tokens, None, places)
+        self.tiles.gradient_rows(dhidden, chunk, self.head, unit, residual, out, None)
+        return out
 
 
 class _Fp16Scales(NamedTuple):
@@ -254,22 +277,3 @@ def _to_2_14(x: torch.Tensor) -> torch.Tensor:
     """The power of two that brings |x| into [2^13, 2^14); for NaN and 0 it may be any."""
     exponent = torch.frexp(x).exponent.clamp(-100, 100)
     return torch.ldexp(torch.ones_like(x), 14 - exponent)
-
-
-def _finish_rows(
-    sums: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, fp16: _Fp16Scales | None, tokens: torch.Tensor
-) -> None:
-    """Adds the rounding error of each row of D back to D @ weight, (K, ...) in place, and divides by fp16's units.
-
-    For a token on another rank any row of the weight will do: the correction only has to cancel the component that all rows
-    share.
-    """
-    if residual is None and fp16 is None:
-        return
-    for start in range(0, len(sums), WIDENED_ROWS):
-        span = slice(start, start + WIDENED_ROWS)
-        if residual is not None:
-            at_target = weight[tokens[span].clamp(0, len(weight) - 1)].to(sums.dtype)
-            sums[span].add_(at_target.mul_(residual[span, None]))
-        if fp16 is not None:
-            sums[span].div_(fp16.unit[span, None])

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from ..loss.objectives import DeviceLoss
-from ..loss.policy_loss import TokenTerms
+from ..kernels.limits import SUMMARY
 from ..tiles import products
 from ..tiles.backend import TileOps, tiles_of
 from ..tiles.operator import is_opaque, operator
 from ..tiles.products import Sums, accumulation_dtype
 from ..tiles.structures import (
     Chunk,
+    DeviceLoss,
     Gradients,
     Head,
     Incoming,
+    Keep,
     LossRows,
+    LossSummary,
+    LossSums,
     Partials,
     ReadyLogits,
     RowStatistics,
     RowSums,
     Target,
+    TokenInputs,
+    TokenTerms,
     Wanted,
 )
 from . import online
@@ -29,6 +34,19 @@ from .rows import Rows
 
 def _vector(like: torch.Tensor, count: int, present: bool = True) -> torch.Tensor | None:
     return like.new_empty(count, dtype=accumulation_dtype(like.dtype)) if present else None
+
+
+def _fake_keep(given: TokenInputs, backend: str) -> Keep:
+    def like(present: bool = True) -> torch.Tensor | None:
+        return torch.empty_like(given.tokens, dtype=torch.bool, memory_format=torch.contiguous_format) if present else None
+
+    return Keep(like(), like(given.advantages is not None), given.tokens.new_empty(4, dtype=torch.int64))
+
+
+@operator(_fake_keep)
+def keep(given: TokenInputs, backend: str) -> Keep:
+    """Which tokens count, and how many: `torch_tiles.keep`."""
+    return tiles_of(backend).keep(given)
 
 
 def _fake_statistics(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> RowStatistics:
@@ -117,22 +135,32 @@ def anchored_exp(
 
 
 def _fake_loss(
-    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool, sums: LossSums
 ) -> LossRows:
     def vector(present: bool = True) -> torch.Tensor | None:
         return _vector(head.weight, chunk.hidden.shape[0], present)
 
     state = chunk.hidden.new_empty(chunk.hidden.shape[0], dtype=torch.int8)
-    sums = _row_sums(chunk, head, exps, False)
-    return LossRows(vector(), vector(), vector(entropy), vector(exps is not None), state, sums.residual)
+    residual = _row_sums(chunk, head, exps, False).residual
+    return LossRows(vector(), vector(), vector(entropy), vector(exps is not None), state, residual)
 
 
-@operator(_fake_loss, mutates=("exps",))
+@operator(_fake_loss, mutates=("exps", "sums"))
 def anchored_loss(
-    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool, sums: LossSums
 ) -> LossRows:
     """`anchored_exp` on Triton, whose last kernel computes the loss too: `triton_tiles.anchored_loss`."""
-    return tiles_of("triton").anchored_loss(chunk, head, terms, loss, exps, entropy)
+    return tiles_of("triton").anchored_loss(chunk, head, terms, loss, exps, entropy, sums)
+
+
+def _fake_summary(values: torch.Tensor, entropy: bool) -> LossSummary:
+    return LossSummary(values.new_empty(()), values.new_empty(len(SUMMARY)))
+
+
+@operator(_fake_summary)
+def loss_summary(values: torch.Tensor, entropy: bool) -> LossSummary:
+    """The loss and the metrics, from the sums of all chunks: `triton_tiles.loss_summary`."""
+    return tiles_of("triton").loss_summary(values, entropy)
 
 
 def _no_result(*arguments) -> None:
@@ -154,9 +182,19 @@ class _Opaque:
         return anchored_exp(chunk, head, log_anchor, target, out, entropy, self.backend)
 
     def anchored_loss(
-        self, chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+        self,
+        chunk: Chunk,
+        head: Head,
+        terms: TokenTerms,
+        loss: DeviceLoss,
+        exps: torch.Tensor | None,
+        entropy: bool,
+        sums: LossSums,
     ) -> LossRows:
-        return anchored_loss(chunk, head, terms, loss, exps, entropy)
+        return anchored_loss(chunk, head, terms, loss, exps, entropy, sums)
+
+    def loss_summary(self, values: torch.Tensor, entropy: bool) -> LossSummary:
+        return loss_summary(values, entropy)
 
 
 def one_pass_tiles(backend: str, hidden: torch.Tensor) -> TileOps | _Opaque:

@@ -11,7 +11,7 @@ from ..tiles.structures import Chunk
 from .lora import lora_hidden
 
 if TYPE_CHECKING:
-    from .call import Inputs
+    from .call import Counted, Inputs
 
 
 class Rows(NamedTuple):
@@ -84,20 +84,16 @@ class Rows(NamedTuple):
         return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), 0)
 
 
-def rows_of(inputs: Inputs, computed: torch.Tensor) -> Rows:
-    """The rows with `computed` (...) True.
-
-    With `inputs.host_reads` the host waits for their indices. Without, all rows are computed, the others as zeros.
-    """
-    hidden, head, keep = inputs.hidden, inputs.head, computed.reshape(-1)
+def rows_of(inputs: Inputs, counted: Counted) -> Rows:
+    """The rows that are computed. Where the host does not know how many, all are, those that do not count as zeros."""
+    hidden, head, keep = inputs.hidden, inputs.head, counted.computed.reshape(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])
     low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
     indices = masked = None
-    if inputs.host_reads:
-        found = keep.nonzero()[:, 0]
-        indices = None if len(found) == len(keep) else found
-    else:
+    if counted.rows is None:
         masked = ~keep
+    elif counted.rows < len(keep):
+        indices = torch.nonzero_static(keep, size=counted.rows)[:, 0]  # the size is known, so that nothing waits
     rows = Rows(flat, low_rank, indices, masked, inputs.tokens, None)
     own = rows.of(inputs.tokens).long()
     if head.group is not None:  # ids count from row 0 of this rank's weight

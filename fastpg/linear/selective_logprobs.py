@@ -36,7 +36,7 @@ def selective_logprobs(
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, gradient exactly 0.
         mask: (...) bool, False means the same. NaN in masked rows of the logits reaches nothing.
         temperature, entropy, backend: as in `linear_logprobs`.
-        check: True checks token ids and temperatures (asynchronously on a GPU). Nothing else reads the host.
+        check: True checks token ids and temperatures, for which the host waits. False reads nothing (for CUDA graphs).
 
     Returns TokenLogprobs(logprobs (...), entropy (...) or None), as `linear_logprobs`. Double backward raises.
 

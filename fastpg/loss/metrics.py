@@ -11,7 +11,14 @@ With d = logp - old and r = exp(d), over the tokens that count:
     tokens         the number of tokens
     entropy        their mean entropy in nats, if it was asked for
 
-skipped_tokens and recomputed_tokens are counts of the one-pass loss (`linear_policy_loss`); elsewhere they are 0.
+Counts of the one-pass loss (`linear_policy_loss`), which are 0 elsewhere:
+
+    skipped_tokens     tokens that count and were not computed, because they add exactly 0
+    recomputed_tokens  tokens whose sums had left their range
+    repeated_products  1 where dW was computed a second time, to be rounded once with those tokens
+
+They come from the step's vectors (`Step`). Where kernels have computed the loss, they have left sums of most of them
+(`Summary`), so that nothing remains to be computed.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.limits import SUMMARY
 from .objectives import Objective
 from .sequences import Sequences
 
@@ -34,7 +42,10 @@ _NAMES = (
     "tokens",
     "skipped_tokens",
     "recomputed_tokens",
+    "repeated_products",
 )
+
+_OF_FLAGGED_ROWS = ("recomputed_tokens", "repeated_products")
 
 
 class Step(NamedTuple):
@@ -45,9 +56,17 @@ class Step(NamedTuple):
     mask: torch.Tensor | None  # (...) bool; None: every token counts
     objective: Objective | None  # None: a user's function, whose bounds are unknown
     sequences: Sequences | None
-    eligible: torch.Tensor | None = None  # (N,) bool: tokens of the loss, of which some may have been skipped
-    recomputed: torch.Tensor | None = None  # () int64
     entropies: torch.Tensor | None = None  # (...)
+    numbers: torch.Tensor | None = None  # int64: how many tokens count, and how many of them were computed
+    again: torch.Tensor | None = None  # (2,) int64: recomputed tokens, repeated products; None: none
+
+
+class Summary(NamedTuple):
+    """What kernels have left of a step."""
+
+    metrics: torch.Tensor  # by `SUMMARY`
+    has_entropy: bool
+    numbers: torch.Tensor  # as in Step
 
 
 class Metrics(Mapping):
@@ -58,7 +77,7 @@ class Metrics(Mapping):
     inside a CUDA graph: after a replay they show the step that was replayed.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor], step: Step | None = None) -> None:
+    def __init__(self, values: Mapping[str, torch.Tensor], step: Step | Summary | None = None) -> None:
         self._values = dict(values)  # they hide a metric of the step with the same name
         self._step = step
 
@@ -67,7 +86,7 @@ class Metrics(Mapping):
             return self._values[name]
         if name not in self._names():
             raise KeyError(name)
-        return _metric(self._step, name)
+        return _summarised(self._step, name) if isinstance(self._step, Summary) else _metric(self._step, name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names()
@@ -89,7 +108,9 @@ class Metrics(Mapping):
 
     def _names(self) -> list[str]:
         of_step: tuple[str, ...] = ()
-        if self._step is not None:
+        if isinstance(self._step, Summary):
+            of_step = (*_NAMES, "entropy") if self._step.has_entropy else _NAMES
+        elif self._step is not None:
             of_step = _NAMES if self._step.entropies is None else (*_NAMES, "entropy")
         return [*of_step, *(name for name in self._values if name not in of_step)]
 
@@ -103,13 +124,23 @@ class Metrics(Mapping):
         }
 
 
+def _summarised(step: Summary, name: str) -> torch.Tensor:
+    if name == "tokens":
+        return step.numbers[1].clone()
+    if name == "skipped_tokens":
+        return step.numbers[0] - step.numbers[1]
+    if name in _OF_FLAGGED_ROWS:  # a step that has any is shown by its vectors
+        return torch.zeros_like(step.numbers[0])
+    return step.metrics[SUMMARY.index(name)].clone()
+
+
 def _metric(step: Step, name: str) -> torch.Tensor:
     if name == "tokens":
         return _count(step)
     if name == "skipped_tokens":
-        return torch.zeros_like(_count(step)) if step.eligible is None else step.eligible.sum() - _count(step)
-    if name == "recomputed_tokens":
-        return torch.zeros_like(_count(step)) if step.recomputed is None else step.recomputed.clone()
+        return torch.zeros_like(_count(step)) if step.numbers is None else step.numbers[0] - step.numbers[1]
+    if name in _OF_FLAGGED_ROWS:
+        return torch.zeros_like(_count(step)) if step.again is None else step.again[_OF_FLAGGED_ROWS.index(name)].clone()
     if name == "entropy":
         return _mean(step, step.entropies)
     d = _kept(step, step.logprobs - step.old_logprobs)

@@ -11,35 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
+from ..tiles.structures import DeviceLoss, Numbers
 from ..validation import is_nonnegative_number, is_positive_number
 from .sequences import Sequences
 
 # (logprobs, old_logprobs, advantages) -> value per token, all of one shape
 ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Numbers(NamedTuple):
-    """The numbers of an objective, in the order of its device function's parameters."""
-
-    first: float | None = None
-    second: float | None = None
-    third: float | None = None
-
-
-class DeviceLoss(NamedTuple):
-    """A loss whose formulas the GPU kernels can compute: the names of device functions in `fastpg.kernels.objectives`."""
-
-    objective: str
-    numbers: Numbers
-    kl: str | None
-    kl_coef: float
-    kl_is_weighted: bool
-    show_lost: bool  # a row whose sums have left their range becomes NaN
 
 
 class Objective(ABC):
@@ -348,8 +330,9 @@ def device_loss(objective: object, kl: object | None, show_lost: bool) -> Device
     name = type(objective).device_function if isinstance(objective, Objective) else None
     if name is None or objective.needs_sequences:
         return None
+    shared = show_lost, *(None if x is None else float(x) for x in objective.ratio_bounds)
     if kl is None:
-        return DeviceLoss(name, objective.device_numbers, None, 0.0, False, show_lost)
+        return DeviceLoss(name, objective.device_numbers, None, 0.0, False, *shared)
     if type(kl) is not KLPenalty:
         return None
-    return DeviceLoss(name, objective.device_numbers, f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, show_lost)
+    return DeviceLoss(name, objective.device_numbers, f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, *shared)

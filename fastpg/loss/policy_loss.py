@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from .. import validation
-from .metrics import Metrics, Step
+from ..tiles.backend import choose_backend
+from ..tiles.structures import TokenTerms
+from .metrics import Metrics, Step, Summary
 from .objectives import KLPenalty, Objective, ObjectiveFunction
+from .on_device import kernel_loss, loss_on_device
 from .reductions import Reduction, check_reduction, token_weights
 from .sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
 
@@ -22,31 +26,6 @@ class PolicyLossOutput(NamedTuple):
     metrics: Metrics
 
 
-class TokenTerms(NamedTuple):
-    """The constants of each token, all of one shape, detached, in the dtype of the loss.
-
-    Masked tokens are out before anything is computed. Either only tokens that count are here (masked is None), or all are, with
-    zeros where `masked` is True.
-    """
-
-    masked: torch.Tensor | None  # bool
-    old_logprobs: torch.Tensor | None  # None: on-policy, old = logp
-    advantages: torch.Tensor
-    weights: torch.Tensor  # weight_n / D of the reduction; NaN where old_logprobs is not finite
-    rollout_weights: torch.Tensor | None
-    ref_logprobs: torch.Tensor | None
-
-    def select(self, rows: torch.Tensor | slice) -> TokenTerms:
-        return TokenTerms(*(None if x is None else x[rows] for x in self))
-
-    def old(self, logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
-
-    def kept(self, values: torch.Tensor) -> torch.Tensor:
-        """values, 0 at masked positions."""
-        return values if self.masked is None else values.masked_fill(self.masked, 0)
-
-
 def token_terms(
     select: Callable[[torch.Tensor], torch.Tensor],
     masked: torch.Tensor | None,
@@ -57,7 +36,7 @@ def token_terms(
     ref_logprobs: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> TokenTerms:
-    """Made of checked arguments (...), and of the reduction's weights, to which `select` has been applied already.
+    """Made of checked arguments (...) and the reduction's weights.
 
     `select` drops the masked tokens or replaces them by zeros. They must never reach an exp: 0 * inf would be NaN, in forward
     and backward.
@@ -66,21 +45,22 @@ def token_terms(
     def constant(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else select(x.detach()).to(dtype)
 
-    old = constant(old_logprobs)
-    if old is not None:
-        # old - old is NaN where old is not finite, else 0. A ratio of 0 or inf is never meant, and a clip would hide it.
-        weights = weights + (old - old)
-    return TokenTerms(masked, old, constant(advantages), weights, constant(rollout_weights), constant(ref_logprobs))
+    if weights.dim():
+        weights = select(weights)
+    return TokenTerms(
+        masked, constant(old_logprobs), constant(advantages), weights, constant(rollout_weights), constant(ref_logprobs)
+    )
 
 
-def per_token(advantages: torch.Tensor, shape: torch.Size, sequences: Sequences | None) -> torch.Tensor:
-    """Advantages (...) from those of that shape, or from one per sequence."""
+def per_token(advantages: torch.Tensor, shape: torch.Size, sequence_ids: torch.Tensor | None) -> torch.Tensor:
+    """Advantages (...) from those of that shape, or from one per sequence. Ids of masked tokens may be anything."""
     if advantages.shape == shape:
         return advantages
-    if sequences.ids is None:
+    if sequence_ids is None:
         return advantages[:, None].expand(shape)
-    # no advantage means no sequence: every token is masked
-    return advantages[sequences.ids] if len(advantages) else advantages.new_zeros(shape)
+    if not len(advantages):  # no sequence: every token is masked
+        return advantages.new_zeros(shape)
+    return advantages[sequence_ids.long().clamp(0, len(advantages) - 1)]
 
 
 def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: ObjectiveFunction, kl: KLPenalty | None) -> torch.Tensor:
@@ -98,7 +78,11 @@ def token_losses(logprobs: torch.Tensor, terms: TokenTerms, objective: Objective
         values = values * terms.rollout_weights
     if kl is not None:
         values = values - kl.coef * kl(logprobs, old, terms.ref_logprobs)
-    return -terms.kept(values) * terms.weights
+    weights = terms.weights
+    if terms.old_logprobs is not None:
+        # old - old is NaN where old is not finite, else 0. A ratio of 0 or inf is never meant, and a clip would hide it.
+        weights = weights + (old - old)
+    return terms.kept(-values * weights)
 
 
 def policy_loss(
@@ -114,6 +98,8 @@ def policy_loss(
     kl: KLPenalty | None = None,
     ref_logprobs: torch.Tensor | None = None,  # (...)
     rollout_weights: torch.Tensor | None = None,  # (...)
+    backend: str | None = None,
+    check: bool = True,
 ) -> PolicyLossOutput:
     """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask, from ready log-probabilities.
 
@@ -136,6 +122,10 @@ def policy_loss(
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
         rollout_weights: (...) constant factors of l (not of the KL term), such as truncated importance weights for a sampler
             whose log-probabilities differ from the trainer's.
+        backend: "torch" or "triton"; None: as in `linear_logprobs`. On Triton one kernel computes the loss and the gradient
+            of a named objective of single tokens. Anything else is computed in PyTorch in any case.
+        check: True checks the values of sequence_ids and of a denominator tensor, for which the host waits. False does not
+            where they are on a GPU (for CUDA graphs). They are never read under torch.compile.
 
     Returns PolicyLossOutput(loss, logprobs, metrics). Without any token the loss is 0 and differentiable.
 
@@ -144,6 +134,7 @@ def policy_loss(
     if not isinstance(logprobs, torch.Tensor) or not logprobs.is_floating_point():
         raise TypeError(f"logprobs must be a floating-point tensor; got {validation.kind(logprobs)}")
     validation.check_mask(mask, "logprobs", logprobs)
+    backend = choose_backend(backend, logprobs, "logprobs")
     check_sequence_ids(sequence_ids, "logprobs", logprobs)
     validation.check_policy_inputs(
         "logprobs",
@@ -156,26 +147,47 @@ def policy_loss(
         rollout_weights,
         packed_sequences=sequence_ids is not None,
     )
-    check_reduction(reduction, logprobs.shape, denominator, sequence_ids)
+    check_reduction(reduction, logprobs.shape, denominator, sequence_ids, check=check)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     every = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    if sequence_ids is not None and not torch.compiler.is_compiling():
+    if sequence_ids is not None and not torch.compiler.is_compiling() and (check or sequence_ids.device.type == "cpu"):
         check_id_values(sequence_ids, every, id_limit(advantages, logprobs))
     sequences = sequences_of(every, sequence_ids)
     function = with_sequences(objective, sequences, logprobs)
+    count = every.sum()
+    raw = TokenTerms(
+        None, old_logprobs, per_token(advantages, logprobs.shape, sequence_ids),
+        token_weights(count, reduction, denominator, dtype, sequences), rollout_weights, ref_logprobs,
+    )  # fmt: skip
+    plain = partial(_plain_loss, mask=mask, raw=raw, function=function, kl=kl, dtype=dtype)
+    on_device = kernel_loss(logprobs, objective, kl, backend)
+    if on_device is not None:
+        loss, kept, summary = loss_on_device(logprobs, mask, raw, on_device, lambda x: plain(x)[0])
+        return PolicyLossOutput(loss, kept, Metrics({}, Summary(summary, False, count.expand(2))))
+    loss, kept, terms = plain(logprobs)
+    step = step_of(kept.detach(), terms, objective, sequences)
+    return PolicyLossOutput(loss, kept.detach().clone(), Metrics({}, step))
+
+
+def _plain_loss(
+    logprobs: torch.Tensor,
+    mask: torch.Tensor | None,
+    raw: TokenTerms,
+    function: ObjectiveFunction,
+    kl: KLPenalty | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, TokenTerms]:
+    """The loss of log-probabilities (...) in PyTorch; those in `dtype`, 0 where masked; and the terms likewise."""
     masked = None if mask is None else ~mask
 
     def select(x: torch.Tensor) -> torch.Tensor:
         return x.clone() if masked is None else x.masked_fill(masked, 0)
 
     terms = token_terms(
-        select, masked, token_weights(every, reduction, denominator, dtype, sequences), old_logprobs,
-        per_token(advantages, logprobs.shape, sequences), rollout_weights, ref_logprobs, dtype,
+        select, masked, raw.weights, raw.old_logprobs, raw.advantages, raw.rollout_weights, raw.ref_logprobs, dtype
     )  # fmt: skip
     kept = select(logprobs).to(dtype)
-    loss = token_losses(kept, terms, function, kl).sum()
-    step = step_of(kept.detach(), terms, objective, sequences)
-    return PolicyLossOutput(loss, kept.detach().clone(), Metrics({}, step))
+    return token_losses(kept, terms, function, kl).sum(), kept, terms
 
 
 def step_of(
@@ -184,9 +196,9 @@ def step_of(
     objective: object,
     sequences: Sequences | None = None,
     *,
-    eligible: torch.Tensor | None = None,
-    recomputed: torch.Tensor | None = None,
     entropies: torch.Tensor | None = None,
+    numbers: torch.Tensor | None = None,
+    again: torch.Tensor | None = None,
 ) -> Step:
     """Copies for `Metrics`. logprobs are detached, and those of the tokens in `terms`."""
     mask = None if terms.masked is None else ~terms.masked
@@ -195,7 +207,7 @@ def step_of(
     logprobs, old = torch.stack([logprobs, terms.old(logprobs)])
     named = objective if isinstance(objective, Objective) else None
     # (written out, as Dynamo of torch 2.9 cannot return a tuple made by `_replace`)
-    return Step(logprobs, old, mask, named, sequences, eligible, recomputed, entropies)
+    return Step(logprobs, old, mask, named, sequences, entropies, numbers, again)
 
 
 def id_limit(advantages: torch.Tensor, tokens: torch.Tensor) -> int:

@@ -23,8 +23,14 @@ Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "
 
 
 def check_reduction(
-    reduction: str, shape: torch.Size, denominator: float | torch.Tensor | None, sequence_ids: torch.Tensor | None = None
+    reduction: str,
+    shape: torch.Size,
+    denominator: float | torch.Tensor | None,
+    sequence_ids: torch.Tensor | None = None,
+    *,
+    check: bool = True,
 ) -> None:
+    """check: whether the host may wait for the value of a denominator that is on a GPU."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}")
     if reduction.startswith("seq-") and len(shape) != 2 and sequence_ids is None:
@@ -32,17 +38,17 @@ def check_reduction(
             f'reduction="{reduction}" needs sequences: packed tokens (N,) with sequence_ids=, or (B, T); got shape '
             f"{tuple(shape)}"
         )
-    check_denominator(denominator)
+    check_denominator(denominator, check=check)
 
 
-def check_denominator(denominator: float | torch.Tensor | None) -> None:
+def check_denominator(denominator: float | torch.Tensor | None, *, check: bool = True) -> None:
     if isinstance(denominator, torch.Tensor):
         if denominator.dim() != 0 or denominator.dtype == torch.bool or denominator.is_complex():
             raise ValueError(
                 f"denominator must be a positive number or a real 0-d tensor; got shape {tuple(denominator.shape)}, "
                 f"{kind(denominator)}"
             )
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (check or denominator.device.type == "cpu"):
             positive = (denominator > 0) & denominator.isfinite()
             require(
                 positive,
@@ -56,33 +62,38 @@ def check_denominator(denominator: float | torch.Tensor | None) -> None:
 
 
 def token_weights(
-    mask: torch.Tensor,  # (...) bool
+    count: torch.Tensor,  # () int: tokens that count
     reduction: Reduction,
     denominator: float | torch.Tensor | None,
     dtype: torch.dtype,
     sequences: Sequences | None = None,
 ) -> torch.Tensor:
-    """weight_n / D of every token, (...); exactly 0 where masked, whatever D is. Needs no host read.
+    """weight_n / D of every token that counts: (), or (...) where sequences have weights of their own. Needs no host read.
 
-    A denominator of 0 gives kept tokens the weight inf. The seq-mean reductions need `sequences`.
+    A denominator of 0 gives the weight inf. The seq-mean reductions need `sequences`.
     """
-    weights = mask.to(dtype)
-    if reduction == "seq-mean-token-mean":
-        weights = weights / sequences.lengths(dtype)
-    if denominator is not None:
-        if isinstance(denominator, torch.Tensor):
-            denominator = denominator.detach()  # documented as a constant
-        return torch.where(mask, weights / denominator, 0).to(dtype)  # D may be 0 if it was not checked; 0 / D is NaN
-    if reduction == "sum":
-        return weights
-    count = weights.sum() if reduction == "token-mean" else sequences.count().to(dtype)
-    return weights / count.clamp(min=1)
+    if denominator is None:
+        if reduction == "sum":
+            return torch.ones((), dtype=dtype, device=count.device)
+        count = count if reduction == "token-mean" else sequences.count()
+        denominator = count.clamp(min=1)
+    inverse = inverse_denominator(denominator, dtype, count.device)
+    return inverse / sequences.lengths(dtype) if reduction == "seq-mean-token-mean" else inverse
+
+
+def inverse_denominator(denominator: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """1 / D, ()."""
+    if not isinstance(denominator, torch.Tensor):
+        denominator = torch.full((), denominator, dtype=dtype, device=device)
+    return denominator.detach().to(device, dtype).reciprocal()  # (a denominator is documented as a constant)
 
 
 def masked_mean(
     values: torch.Tensor,  # (...)
     mask: torch.Tensor,  # (...) bool
     denominator: float | torch.Tensor | None = None,
+    *,
+    check: bool = True,
 ) -> torch.Tensor:
     """sum(values[mask]) / D, D = max(number of True in mask, 1). If nothing is kept it is 0; values[mask].mean() would be NaN.
 
@@ -95,9 +106,10 @@ def masked_mean(
         denominator: a number or 0-d tensor that replaces D, as in `policy_loss`: with the global count the means of
             micro-batches or ranks add up to that of the whole. Must be positive; for a count that may be 0 pass
             count.clamp(min=1).
+        check: True checks the value of a denominator tensor, for which the host waits. False does not where the tensor is on
+            a GPU (for CUDA graphs). It is never read under torch.compile.
 
-    Returns () float32, or float64 for float64 values; 16-bit values are summed in float32. The value of a denominator tensor is
-    read only if it is on a CPU, and never under torch.compile.
+    Returns () float32, or float64 for float64 values; 16-bit values are summed in float32.
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
     """
@@ -106,7 +118,7 @@ def masked_mean(
     if mask is None:
         raise TypeError("mask must be a bool tensor, True where a value counts; got None (the mean of all is values.mean())")
     check_mask(mask, "values", values)
-    check_denominator(denominator)
+    check_denominator(denominator, check=check)
     return mean_of_kept(values, mask, denominator)
 
 
@@ -114,4 +126,5 @@ def mean_of_kept(values: torch.Tensor, mask: torch.Tensor, denominator: float | 
     """`masked_mean` without checks. A denominator of 0 gives 0 if nothing is kept, else inf or NaN."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     # Every value has its own factor. One division of sums could be 0 / 0, NaN, and its gradient NaN behind a torch.where.
-    return (torch.where(mask, values, 0).to(dtype) * token_weights(mask, "token-mean", denominator, dtype)).sum()
+    factor = torch.where(mask, token_weights(mask.sum(), "token-mean", denominator, dtype), 0)
+    return (torch.where(mask, values, 0).to(dtype) * factor).sum()

@@ -42,9 +42,12 @@ class Sequences(NamedTuple):
 
 
 def sequences_of(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> Sequences | None:
-    """From a checked mask and ids. None for packed tokens without ids, which have no sequences."""
+    """From a checked mask and ids. None for packed tokens without ids, which have no sequences.
+
+    An id out of range, which is found where values are checked, must not make a gather read foreign memory.
+    """
     if sequence_ids is not None:
-        return Sequences(mask, torch.where(mask, sequence_ids, 0).long())
+        return Sequences(mask, torch.where(mask, sequence_ids, 0).long().clamp(0, max(len(mask) - 1, 0)))
     return Sequences(mask, None) if mask.dim() == 2 else None
 
 

@@ -14,12 +14,14 @@ from .structures import (
     Chunk,
     Head,
     Incoming,
+    Keep,
     Partials,
     ReadyLogits,
     RowStatistics,
     RowSums,
     Target,
     TileShape,
+    TokenInputs,
 )
 
 BACKENDS = ("torch", "triton")
@@ -41,6 +43,9 @@ class TileOps(Protocol):
     def weight_buffer(self, head: Head) -> torch.Tensor | None: ...
     def weight_tile(self, head: Head, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor: ...
 
+    # which tokens count
+    def keep(self, given: TokenInputs) -> Keep: ...
+
     # one pass
     def target_logits(self, chunk: Chunk, head: Head) -> Target: ...
     def anchored_exp(
@@ -52,7 +57,7 @@ class TileOps(Protocol):
         of_rows: torch.Tensor | None,
         chunk: Chunk,
         head: Head,
-        factor: torch.Tensor,
+        factor: torch.Tensor | None,
         residual: torch.Tensor | None,
         out: torch.Tensor | None,
         weighted: torch.Tensor | None,

@@ -108,12 +108,12 @@ def weight_product(
 ) -> None:
     """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
 
-    single: this product is the whole of the slice, so it may be rounded to bf16 at once. Then, on a CPU, operands that hold
-    bf16 values are multiplied as bf16 and give bf16: at that product's speed, and with a single rounding. (Not for D @ W, where
-    the component that all rows of W share cancels between slices: none of them may be rounded before that.)
+    single: this product is the whole of the slice, so out has the head's dtype and is rounded at once. Then, on a CPU, operands
+    that hold bf16 values are multiplied as bf16 and give bf16: at that product's speed, and with a single rounding. (Not for
+    D @ W, where the component that all rows of W share cancels between slices: none of them may be rounded before that.)
     """
     if single and holds_bf16 and out.device.type == "cpu":
-        out.copy_(_multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16)))
+        _multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16), out)
     else:
         product(out, d.T, x, accumulate, holds_bf16)
 
@@ -243,12 +243,15 @@ def _hidden_product(exps: torch.Tensor, weight: torch.Tensor, rounds: bool) -> t
     return _tiled_product(exps, weight) if tiled else multiply(exps, weight)
 
 
-def store_rows(out: torch.Tensor, places: torch.Tensor | None, values: torch.Tensor, factor: torch.Tensor) -> None:
-    """out (C, ...) = values * factor (C,), rounded once; with places (C,) these rows of out."""
-    if places is None:
-        torch.mul(values, factor[:, None], out=out)
+def store_rows(out: torch.Tensor, places: torch.Tensor | None, values: torch.Tensor, factor: torch.Tensor | None) -> None:
+    """out (C, ...) = values * factor (C,), rounded once; with places (C,) these rows of out. factor: None is 1."""
+    into = out if places is None else out.new_empty(values.shape)
+    if factor is None:
+        into.copy_(values)
     else:
-        out.index_copy_(0, places, torch.mul(values, factor[:, None], out=out.new_empty(values.shape)))
+        torch.mul(values, factor[:, None], out=into)
+    if places is not None:
+        out.index_copy_(0, places, into)
 
 
 def add_residual(out: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor, weight: torch.Tensor) -> None:

@@ -26,6 +26,27 @@ def lora_rank(head: Head) -> int:
     return 0 if head.lora_weight is None else head.lora_weight.shape[1]
 
 
+class TokenInputs(NamedTuple):
+    """What decides which tokens of a call count, (...) each."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None  # bool
+    temperature: torch.Tensor | None  # (...) or (); None where it is a number, which has been checked
+    advantages: torch.Tensor | None  # None: no token is skipped
+    rollout_weights: torch.Tensor | None
+    old_logprobs: torch.Tensor | None
+    weight: torch.Tensor | None  # (), what all tokens weigh, where it may not be finite
+    vocab: int | None  # None: ids are not looked at
+
+
+class Keep(NamedTuple):
+    """Which tokens count, and how many."""
+
+    keep: torch.Tensor  # (...) bool
+    computed: torch.Tensor | None  # (...) bool: without those that add exactly 0 to the loss; None where it is the same
+    numbers: torch.Tensor  # (4,) int64: tokens that count, computed ones, ids out of range, temperatures out of range
+
+
 class Chunk(NamedTuple):
     """C rows of a call, ready to be multiplied. Padding rows are zeros with token -1 and temperature 1."""
 
@@ -103,6 +124,75 @@ class LossRows(NamedTuple):
     factor: torch.Tensor | None  # u; None where no gradient is wanted
     state: torch.Tensor  # int8: 0: S and u are in range, 1: u is not, 2: S is not
     residual: torch.Tensor | None  # as in RowSums
+
+
+class TokenTerms(NamedTuple):
+    """The constants of each token, all of one shape, detached, in the dtype of the loss.
+
+    Masked tokens are out before anything is computed. Either only tokens that count are here (masked is None), or all are, with
+    zeros where `masked` is True.
+    """
+
+    masked: torch.Tensor | None  # bool
+    old_logprobs: torch.Tensor | None  # None: on-policy, old = logp
+    advantages: torch.Tensor
+    weights: torch.Tensor  # weight_n / D of the reduction; () where all tokens share it
+    rollout_weights: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+
+    def select(self, rows: torch.Tensor | slice) -> TokenTerms:
+        return TokenTerms(*(x if x is None or x.dim() == 0 else x[rows] for x in self))
+
+    def old(self, logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+
+    def kept(self, values: torch.Tensor) -> torch.Tensor:
+        """values, 0 at masked positions."""
+        return values if self.masked is None else values.masked_fill(self.masked, 0)
+
+
+class Numbers(NamedTuple):
+    """The numbers of an objective, in the order of its device function's parameters."""
+
+    first: float | None = None
+    second: float | None = None
+    third: float | None = None
+
+
+class DeviceLoss(NamedTuple):
+    """A loss whose formulas the GPU kernels can compute: the names of device functions in `fastpg.kernels.objectives`."""
+
+    objective: str
+    numbers: Numbers
+    kl: str | None
+    kl_coef: float
+    kl_is_weighted: bool
+    show_lost: bool  # a row whose sums have left their range becomes NaN
+    ratio_min: float | None  # `ratio_bounds` of the objective, for the clip_fraction metric
+    ratio_max: float | None
+
+
+class LossSums(NamedTuple):
+    """Where a chunk leaves the sums of its rows, of which `loss_summary` makes the loss and the metrics."""
+
+    values: torch.Tensor  # of the whole call
+    first: int  # the chunk's place among them
+
+
+class LossSummary(NamedTuple):
+    """The loss of a call, and its metrics over the rows that count."""
+
+    loss: torch.Tensor  # ()
+    metrics: torch.Tensor  # (8,): `fastpg.kernels.limits.SUMMARY`
+
+
+class LogprobsLoss(NamedTuple):
+    """The loss of ready log-probabilities (N,), with its gradient."""
+
+    logprobs: torch.Tensor  # (N,) fp32: 0 where masked
+    gradient: torch.Tensor  # (N,) fp32: dloss/dlogp
+    loss: torch.Tensor  # ()
+    metrics: torch.Tensor  # as in LossSummary
 
 
 class ReadyLogits(NamedTuple):

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
+from ..kernels.limits import EXP_IS_ZERO, IGNORED_TOKEN, LARGEST_SUM
 from .products import (
+    WIDENED_ROWS,
     accumulation_dtype,
     add_residual,
     has_gaps,
@@ -26,7 +27,20 @@ from .products import (
     to_inner_size,
 )
 from .row_statistics import finish_rows
-from .structures import Chunk, Head, Incoming, Partials, ReadyLogits, RowStatistics, RowSums, Target, TileShape, lora_rank
+from .structures import (
+    Chunk,
+    Head,
+    Incoming,
+    Keep,
+    Partials,
+    ReadyLogits,
+    RowStatistics,
+    RowSums,
+    Target,
+    TileShape,
+    TokenInputs,
+    lora_rank,
+)
 
 
 def tile_shape(head: Head) -> TileShape:
@@ -35,6 +49,33 @@ def tile_shape(head: Head) -> TileShape:
         return TileShape(512, 8192, 512, 16384)
     # with 8 tiles of rows the products are at full speed; a longer chunk would only leave the cache
     return TileShape(256, tile_columns(head.weight.shape[1]), 256, 8 * 256)
+
+
+def keep(given: TokenInputs) -> Keep:
+    """Which tokens count and which of these are computed; see `Keep`.
+
+    A token whose advantage times rollout weight is exactly 0 adds nothing to the loss, and is not computed. One with a value of
+    NaN or inf is, so that it makes the loss NaN. Advantages, rollout weights, old log-probabilities and the weight are in the
+    accumulation dtype: in 16 bits a product may underflow to 0.
+    """
+    tokens, temperature = given.tokens, given.temperature
+    found, computed = tokens != IGNORED_TOKEN, None
+    if given.mask is not None:
+        found = found & given.mask
+    if given.advantages is not None:
+        factor = given.advantages
+        if given.rollout_weights is not None:
+            factor = factor * given.rollout_weights
+        nothing = factor == 0
+        for other in (given.old_logprobs, given.weight):
+            nothing = nothing if other is None else nothing & other.isfinite()
+        computed = found & ~nothing
+    numbers = [found.sum(), (found if computed is None else computed).sum(), *(tokens.new_zeros(()).long(),) * 2]
+    if given.vocab is not None:
+        numbers[2] = (found & ((tokens < 0) | (tokens >= given.vocab))).sum()
+    if temperature is not None:
+        numbers[3] = (found & ~((temperature > 0) & temperature.isfinite())).sum()
+    return Keep(found, computed, torch.stack(numbers))
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -304,23 +345,26 @@ def gradient_rows(
     of_rows: torch.Tensor | None,
     chunk: Chunk,
     head: Head,
-    factor: torch.Tensor,
+    factor: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor | None,
     weighted: torch.Tensor | None,
 ) -> None:
-    """Rows of dX from product 2, and the operand u x of product 3. None where hidden, or the weight, is frozen.
+    """Rows of dX from their product with W, and the operand u x of product 3. None where hidden, or the weight, is frozen.
 
         out = u (of_rows + R w_y)      of_rows: E @ W (C, H) in the accumulation dtype, which is overwritten
         weighted = u x                 (C, H)
 
-    factor: u (C,). residual: R (C,), or None. out: in its places, see `Sums`.
+    factor: u (C,); None where it is 1. residual: R (C,), or None. out: in its places, see `Sums`; it may be of_rows.
     """
-    if out is not None:
-        add_residual(of_rows, residual, chunk.tokens[: len(factor)], head.weight)
-        store_rows(out, chunk.places, of_rows, factor)
+    for start in range(0, 0 if out is None else len(of_rows), WIDENED_ROWS):  # a few rows at a time, for small temporaries
+        span = slice(start, min(start + WIDENED_ROWS, len(of_rows)))
+        values = of_rows[span]
+        add_residual(values, None if residual is None else residual[span], chunk.tokens[span], head.weight)
+        into, places = (out[span], None) if chunk.places is None else (out, chunk.places[span])
+        store_rows(into, places, values, None if factor is None else factor[span])
     if weighted is not None:
-        torch.mul(chunk.hidden[: len(factor)], factor[:, None], out=weighted)
+        torch.mul(chunk.hidden[: len(weighted)], factor[:, None], out=weighted)
 
 
 def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:

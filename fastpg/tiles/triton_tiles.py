@@ -14,31 +14,54 @@ import torch
 from ..kernels import dlogits as dlogits_kernel
 from ..kernels import finish as finish_kernel
 from ..kernels import gradient_rows as rows_kernel
+from ..kernels import keep as keep_kernel
 from ..kernels import objectives
+from ..kernels import policy_loss as policy_loss_kernel
 from ..kernels import scale as scale_kernel
 from ..kernels import selective as selective_kernel
+from ..kernels import summary as summary_kernel
 from ..kernels.anchored_exp import anchored_exp as anchored_tiles
 from ..kernels.blocks import Blocks, blocks_for, cdiv, fewest_columns, target_of
-from ..kernels.limits import LOWEST_ANCHOR
 from ..kernels.logsumexp import combine, finished, logsumexp, split_count
 from ..kernels.operands import Operands
 from ..kernels.target import target_logits as target_kernel_logits
 from ..kernels.tile import INTERPRETED
-from ..loss.objectives import DeviceLoss
-from ..loss.policy_loss import TokenTerms
 from .products import dense
-from .structures import Chunk, Head, Incoming, LossRows, Partials, ReadyLogits, RowStatistics, RowSums, Target, TileShape
+from .structures import (
+    Chunk,
+    DeviceLoss,
+    Head,
+    Incoming,
+    Keep,
+    LogprobsLoss,
+    LossRows,
+    LossSummary,
+    LossSums,
+    Partials,
+    ReadyLogits,
+    RowStatistics,
+    RowSums,
+    Target,
+    TileShape,
+    TokenInputs,
+    TokenTerms,
+)
 
 __all__ = [
     "INTERPRETED",
     "anchored_exp",
     "anchored_loss",
     "dlogits",
+    "first_of_sums",
     "gradient_rows",
+    "keep",
+    "loss_summary",
+    "loss_sums",
     "most_column_tiles",
     "most_splits",
     "online_logsumexp",
     "operand_dtype",
+    "policy_loss",
     "row_statistics",
     "scale_",
     "selective_dlogits",
@@ -82,6 +105,23 @@ def _device_of(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def keep(given: TokenInputs) -> Keep:
+    mask = None if given.mask is None else _flat(given.mask).view(torch.uint8)
+    temperature = None if given.temperature is None else _flat(given.temperature)
+    stride = None if temperature is None else int(len(temperature) > 1)
+    factors = None if given.advantages is None else keep_kernel.Factors(*map(_flat, given[3:7]))
+    tokens = keep_kernel.Tokens(_flat(given.tokens), mask, temperature, stride)
+    with _device_of(given.tokens):
+        found = keep_kernel.keep(tokens, factors, given.vocab)
+    shape = given.tokens.shape
+    computed = None if found.COMPUTED is None else found.COMPUTED.view(shape)
+    return Keep(found.KEEP.view(shape), computed, found.NUMBERS)
+
+
+def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous().view(-1)
+
+
 def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
@@ -112,11 +152,9 @@ def dlogits(
     with _device_of(chunk.hidden):
         columns = slice(start, start + len(w))
         bias, b = (None if x is None else x[columns] for x in (head.bias, head.lora_weight))
-        if start:
-            chunk = chunk._replace(tokens=chunk.tokens - start)
         return dlogits_kernel.dlogits(
             _operands(chunk, head._replace(weight=w, lora_weight=b, bias=bias)), _statistics(statistics),
-            _incoming(incoming, unit), out, _blocks(head),
+            _incoming(incoming, unit), out, _blocks(head), start,
         )  # fmt: skip
 
 
@@ -158,7 +196,7 @@ def gradient_rows(
     of_rows: torch.Tensor | None,
     chunk: Chunk,
     head: Head,
-    factor: torch.Tensor,
+    factor: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor | None,
     weighted: torch.Tensor | None,
@@ -170,8 +208,9 @@ def gradient_rows(
             of_rows.contiguous(), residual, chunk.tokens, weight, vocab, *strides, chunk.places, out, out.stride(0)
         )  # fmt: skip
     into = None if weighted is None else rows_kernel.WeightedRows(x, x.stride(0), weighted)
-    with _device_of(factor):
-        rows_kernel.gradient_rows(factor.contiguous(), hidden, into, weight.shape[1])
+    factor, count = None if factor is None else factor.contiguous(), len(weighted if of_rows is None else of_rows)
+    with _device_of(weight):
+        rows_kernel.gradient_rows(factor, hidden, into, count, weight.shape[1])
 
 
 def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
@@ -180,27 +219,56 @@ def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
 
 
 def anchored_loss(
-    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool
+    chunk: Chunk, head: Head, terms: TokenTerms, loss: DeviceLoss, exps: torch.Tensor | None, entropy: bool, sums: LossSums
 ) -> LossRows:
-    """`anchored_exp`, anchored by the old log-probabilities, with the loss: the launch that completes the rows computes it."""
+    """`anchored_exp`, anchored by the old log-probabilities, with the loss: the launch that completes the rows computes it.
+
+    It also writes the sums of its rows to `sums`.
+    """
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
-        logit, slope = target_kernel_logits(p)
-        anchor = logit if terms.old_logprobs is None else logit - terms.old_logprobs.clamp(LOWEST_ANCHOR, 0)
-        sums = anchored_tiles(p, anchor, entropy, exps, _blocks(head))
+        anchor, slope = target_kernel_logits(p, terms.old_logprobs)
+        tiles = anchored_tiles(p, anchor, entropy, exps, _blocks(head))
         scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
         vector, number = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
         tokens = finish_kernel.Tokens(chunk.tokens, slope, vector, number)
-        found, results = finish_kernel.finish_with_loss(sums, tokens, finish_kernel.Terms(*terms), _loss(loss))
+        into = summary_kernel.Sums(sums.values, sums.values.shape[1], sums.first)
+        found, results = finish_kernel.finish_with_loss(tiles, tokens, finish_kernel.Terms(*terms), _loss(loss), into)
         return LossRows(*results, found.RESIDUAL)
 
 
-def _loss(loss: DeviceLoss) -> finish_kernel.Loss:
+def loss_sums(count: int, device: torch.device) -> torch.Tensor:
+    """An empty buffer for the sums of `count` rows."""
+    return torch.empty(summary_kernel.FIELDS, finish_kernel.programs(count), dtype=torch.float32, device=device)
+
+
+def first_of_sums(start: int) -> int:
+    """The place in that buffer of a chunk that begins at row `start`, a multiple of the rows of a tile."""
+    return finish_kernel.programs(start)
+
+
+def loss_summary(values: torch.Tensor, entropy: bool) -> LossSummary:
+    with _device_of(values):
+        return LossSummary(*summary_kernel.summary(values, entropy))
+
+
+def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor | None, terms: TokenTerms, loss: DeviceLoss) -> LogprobsLoss:
+    """The loss of ready log-probabilities (N,), and its gradient. terms: (N,), of any dtypes; masked ones may be anything.
+
+    They have no field `masked`: mask (N,) bool stands for it.
+    """
+    as_bytes = None if mask is None else mask.view(torch.uint8)
+    with _device_of(logprobs):
+        return LogprobsLoss(*policy_loss_kernel.policy_loss(logprobs, as_bytes, terms[1:], _loss(loss)))
+
+
+def _loss(loss: DeviceLoss) -> objectives.Loss:
     """The device functions of a loss, and their numbers."""
     objective = getattr(objectives, loss.objective)
     bounds = objectives.bounds_of(objective, loss.numbers)
     kl = None if loss.kl is None else getattr(objectives, loss.kl)
-    return finish_kernel.Loss(objective, bounds, kl, loss.kl_coef, loss.kl_is_weighted, loss.show_lost)
+    ratio_range = objectives.RatioRange(loss.ratio_min, loss.ratio_max)
+    return objectives.Loss(objective, bounds, kl, loss.kl_coef, loss.kl_is_weighted, loss.show_lost, ratio_range)
 
 
 def _blocks(head: Head) -> Blocks:

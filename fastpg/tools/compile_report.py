@@ -35,21 +35,24 @@ TARGETS = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TRITON_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int8: "i8",
-    torch.uint8: "u8",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 
 OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
 # kernel -> the dtypes it is called with, and its optional features (flags)
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "target": (("bfloat16", "float16", "float32"), ("bias", "softcap", "lora", "temperature")),
+    "keep": (("float32",), ("skip", "temperature")),
+    "target": (("bfloat16", "float16", "float32"), ("anchor", "bias", "softcap", "lora", "temperature")),
     "anchored_exp": (("bfloat16", "float32"), ("exps", "bias", "softcap", "entropy", "lora", "temperature")),
     "finish": (("bfloat16", "float32"), ("exps", "entropy", *OBJECTIVES)),
+    "summary": (("float32",), ("entropy",)),
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "combine": (("float32",), ("entropy", "finish")),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "gradient_rows": (("bfloat16", "float32"), ("frozen_weight", "frozen_hidden", "places")),
     "scale": (("bfloat16", "float32"), ()),
+    "policy_loss": (("float32",), ("cispo",)),
     "selective_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
     "selective_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
 }
@@ -102,6 +105,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
     combine          plain, entropy, finish, both
     finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
     gradient_rows    plain, and in bf16 each flag alone
+    policy_loss      CISPO, and a whole loss
     other kernels    plain, in bf16 each flag alone but temperature, all flags
     """
     for kernel in kernels or KERNELS:
@@ -114,6 +118,8 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
                     chosen = [(), ("entropy",), ("finish",), flags]
                 elif kernel == "gradient_rows":
                     chosen = [(), *alone]
+                elif kernel == "policy_loss":
+                    chosen = [("cispo",), _WHOLE_LOSS]
                 elif kernel == "finish":
                     chosen = [(), *alone, *_WITH_KL, _WHOLE_LOSS] if alone else [_WHOLE_LOSS]
                 yield from (Variant(kernel, target, dtype, combination) for combination in dict.fromkeys(chosen))
@@ -141,7 +147,6 @@ def _launch(variant: Variant) -> None:
     from ..kernels.anchored_exp import anchored_exp
     from ..kernels.blocks import blocks_for
     from ..kernels.dlogits import Incoming, Statistics, dlogits
-    from ..kernels.gradient_rows import HiddenRows, WeightedRows, gradient_rows
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
     from ..kernels.scale import scale as scale_gradients
@@ -167,8 +172,10 @@ def _launch(variant: Variant) -> None:
     statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
     incoming = Incoming(vector(), vector(entropy), unit)
-    if variant.kernel == "target":
-        target_logits(p)
+    if variant.kernel in ("keep", "summary", "policy_loss"):
+        _launch_on_vectors(variant, meta)
+    elif variant.kernel == "target":
+        target_logits(p, vector("anchor" in flags))
     elif variant.kernel == "anchored_exp":
         anchored_exp(p, vector(), entropy, meta(_ROWS, vocab, dtype=dtype) if "exps" in flags else None, blocks)
     elif variant.kernel == "finish":
@@ -181,13 +188,7 @@ def _launch(variant: Variant) -> None:
     elif variant.kernel == "dlogits":
         dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
     elif variant.kernel == "gradient_rows":
-        rows = meta(_ROWS, _SIZE, dtype=dtype)
-        residual, places = vector(dtype != torch.float32), tokens if "places" in flags else None
-        hidden = HiddenRows(meta(_ROWS, _SIZE), residual, tokens, p.weight, vocab, _SIZE, 1, places, rows, _SIZE)
-        weighted = WeightedRows(p.hidden, _SIZE, rows)
-        gradient_rows(
-            vector(), None if "frozen_hidden" in flags else hidden, None if "frozen_weight" in flags else weighted, _SIZE
-        )  # fmt: skip
+        _launch_gradient_rows(p, flags, meta)
     elif variant.kernel == "scale":
         scale_gradients([meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype)], meta())
     else:
@@ -199,10 +200,22 @@ def _launch(variant: Variant) -> None:
             selective_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
 
 
+def _launch_gradient_rows(p: object, flags: tuple[str, ...], meta: Callable[..., torch.Tensor]) -> None:
+    from ..kernels.gradient_rows import HiddenRows, WeightedRows, gradient_rows
+
+    dtype, vocab = p.hidden.dtype, len(p.weight)
+    rows, residual = meta(_ROWS, _SIZE, dtype=dtype), None if dtype == torch.float32 else meta(_ROWS)
+    places = p.tokens if "places" in flags else None
+    hidden = HiddenRows(meta(_ROWS, _SIZE), residual, p.tokens, p.weight, vocab, _SIZE, 1, places, rows, _SIZE)
+    gradient_rows(
+        meta(_ROWS), None if "frozen_hidden" in flags else hidden,
+        None if "frozen_weight" in flags else WeightedRows(p.hidden, _SIZE, rows), _ROWS, _SIZE,
+    )  # fmt: skip
+
+
 def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
-    from ..kernels import objectives
     from ..kernels.anchored_exp import TileSums
-    from ..kernels.finish import Loss, Terms, Tokens, finish, finish_with_loss
+    from ..kernels.finish import Terms, Tokens, finish, finish_with_loss
 
     dtype, flags, tiles = DTYPES[variant.dtype], variant.flags, 501
     exps = meta(_ROWS, _VOCAB, dtype=dtype) if "exps" in flags else None
@@ -217,17 +230,46 @@ def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
     )  # fmt: skip
     has_temperature = "temperature" in flags
     tokens = Tokens(meta(_ROWS, dtype=torch.int64), None, vector(has_temperature), None if has_temperature else 1.0)
-    names = [name for name in flags if name in OBJECTIVES]
-    if not names:
+    if not set(flags) & set(OBJECTIVES):
         finish(sums, tokens)
         return
-    objective, kl = getattr(objectives, names[0]), next((name for name in flags if name.startswith("kl")), None)
-    bounds = objectives.bounds_of(objective, (0.8, 1.2, 3.0))
-    whole = flags == _WHOLE_LOSS
-    masked = meta(_ROWS, dtype=torch.bool) if whole else None
-    terms = Terms(masked, vector(), vector(), vector(), vector(whole), vector(kl is not None))
-    kl_function = None if kl is None else getattr(objectives, kl)
-    finish_with_loss(sums, tokens, terms, Loss(objective, bounds, kl_function, None if kl is None else 0.1, whole, whole))
+    masked = meta(_ROWS, dtype=torch.bool) if flags == _WHOLE_LOSS else None
+    finish_with_loss(sums, tokens, Terms(masked, *_loss_terms(flags, meta)), _loss(flags))
+
+
+def _loss(flags: tuple[str, ...]) -> object:
+    from ..kernels import objectives
+
+    (objective,), whole = (getattr(objectives, name) for name in flags if name in OBJECTIVES), flags == _WHOLE_LOSS
+    kl = next((getattr(objectives, name) for name in flags if name.startswith("kl")), None)
+    bounds, ratio_range = objectives.bounds_of(objective, (0.8, 1.2, 3.0)), objectives.RatioRange(0.8, 1.2)
+    return objectives.Loss(objective, bounds, kl, None if kl is None else 0.1, whole, whole, ratio_range)
+
+
+def _loss_terms(flags: tuple[str, ...], meta: Callable[..., torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """Old log-probabilities, advantages, weights, rollout weights, reference. Without all flags one weight serves all rows."""
+    whole, has_kl = flags == _WHOLE_LOSS, any(name.startswith("kl") for name in flags)
+    return (
+        meta(_ROWS), meta(_ROWS), meta(_ROWS) if whole else meta(), meta(_ROWS) if whole else None,
+        meta(_ROWS) if has_kl else None,
+    )  # fmt: skip
+
+
+def _launch_on_vectors(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
+    from ..kernels.keep import Factors, Tokens, keep
+    from ..kernels.policy_loss import policy_loss
+    from ..kernels.summary import FIELDS, summary
+
+    flags = variant.flags
+    mask = meta(_ROWS, dtype=torch.uint8)
+    if variant.kernel == "keep":
+        temperature = meta(_ROWS) if "temperature" in flags else None
+        factors = Factors(meta(_ROWS), meta(_ROWS), meta(_ROWS), meta()) if "skip" in flags else None
+        keep(Tokens(meta(_ROWS, dtype=torch.int64), mask, temperature, 1), factors, _VOCAB)
+    elif variant.kernel == "summary":
+        summary(meta(FIELDS, 250), "entropy" in flags)
+    else:
+        policy_loss(meta(_ROWS), mask, _loss_terms(flags, meta), _loss(flags))
 
 
 class Source(NamedTuple):

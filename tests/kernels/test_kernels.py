@@ -23,7 +23,7 @@ from fastpg.kernels import objectives
 from fastpg.kernels.anchored_exp import anchored_exp
 from fastpg.kernels.blocks import blocks_for, target_of
 from fastpg.kernels.dlogits import Incoming, Statistics, dlogits
-from fastpg.kernels.finish import Loss, Terms, Tokens, finish, finish_with_loss
+from fastpg.kernels.finish import Terms, Tokens, finish, finish_with_loss
 from fastpg.kernels.logsumexp import combine, finished, logsumexp
 from fastpg.kernels.operands import Operands, tile_arguments
 from fastpg.kernels.target import target_logits
@@ -264,7 +264,7 @@ def test_anchors_that_are_far_off(name, off):
     a = (e.logp + off).float()
     sums = anchored_exp(p, target_logits(p)[0] - a.to(DEVICE), True, E, blocks_of(p))
     assert (E.max() == 2.0**100) == (off == 80)
-    loss = Loss(objectives.cispo, objectives.RatioBounds(None, 5.0), None, None, False, False)
+    loss = objectives.Loss(objectives.cispo, objectives.RatioBounds(None, 5.0), None, None, False, False)
     one = torch.ones(33, device=DEVICE)
     terms, tokens = Terms(None, a.to(DEVICE), one, -one, None, None), Tokens(p.tokens, None, one, None)
     found, results = finish_with_loss(sums, tokens, terms, loss)

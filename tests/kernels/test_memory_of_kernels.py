@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpg import CISPO, LMHead
-from fastpg.kernels import anchored_exp, dlogits, finish, gradient_rows, logsumexp, target
+from fastpg.kernels import anchored_exp, dlogits, finish, gradient_rows, logsumexp, summary, target
 from fastpg.linear import online
 from fastpg.linear.anchored import Options, one_pass
 from fastpg.linear.call import head_of
 from fastpg.linear.rows import Rows
 from fastpg.linear.workspace import plan_logprobs, plan_policy_loss
 from fastpg.loss.objectives import device_loss
-from fastpg.loss.policy_loss import TokenTerms, token_losses
+from fastpg.loss.policy_loss import token_losses
 from fastpg.tiles import products, triton_tiles
-from fastpg.tiles.structures import Incoming, RowStatistics, Wanted
+from fastpg.tiles.structures import Incoming, RowStatistics, TokenTerms, Wanted
 
 GIB = 2**30
 SHAPES = {  # N, H, V
@@ -67,7 +67,8 @@ class NoKernel:
 def _without_kernels_and_products(monkeypatch):
     names = {
         anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finish: ["finish_kernel"],
-        gradient_rows: ["gradient_rows_kernel"], logsumexp: ["logsumexp_kernel", "combine_kernel"], target: ["target_kernel"],
+        gradient_rows: ["gradient_rows_kernel"], logsumexp: ["logsumexp_kernel", "combine_kernel"],
+        summary: ["summary_kernel"], target: ["target_kernel"],
     }  # fmt: skip
     for module, kernels in names.items():
         for name in kernels:

@@ -31,9 +31,9 @@ from fastpg import (
 from fastpg.kernels import anchored_exp, dlogits, finish, logsumexp, operands, target
 from fastpg.linear import operators
 from fastpg.loss.objectives import device_loss
-from fastpg.loss.policy_loss import TokenTerms
 from fastpg.tiles import backend, products
-from fastpg.tiles.structures import Chunk, Head
+from fastpg.tiles.backend import tiles_of
+from fastpg.tiles.structures import Chunk, Head, LossSums, TokenTerms
 
 # ---- Which backend --------------------------------------------------------------------------------------------------
 
@@ -258,8 +258,10 @@ def test_which_losses_are_fused():
         def __call__(self, logprobs, old_logprobs, advantages):
             return logprobs * advantages
 
-    assert device_loss(CISPO(), None, False) == ("cispo", (None, 5.0, None), None, 0.0, False, False)
-    assert device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True), True)[2:] == ("kl_k2", 0.1, True, True)
+    assert device_loss(CISPO(), None, False) == (
+        "cispo", (None, 5.0, None), None, 0.0, False, False, None, 5.0,
+    )  # fmt: skip
+    assert device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True), True)[2:] == ("kl_k2", 0.1, True, True, 0.8, 1.2)
     assert device_loss(Mine(), None, False) is None
     assert device_loss(Placed(), None, False) is None
     assert device_loss(ImportanceWeighted("sequence"), None, False) is None
@@ -283,11 +285,13 @@ def test_opcheck_of_the_fused_operator(dtype, entropy):
     )  # fmt: skip
     terms = TokenTerms(*map(on_device, (masked, old, advantages, weights, rollout, ref)))
     loss = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k3"), show_lost=True)
+    sums = LossSums(tiles_of("triton").loss_sums(rows, chunk.hidden.device).zero_(), 0)
     for exps in (torch.zeros(rows, vocab, dtype=dtype, device=KERNEL_DEVICE), None):
-        found = opcheck(operators.anchored_loss, chunk, head, terms, loss, exps, entropy)
+        found = opcheck(operators.anchored_loss, chunk, head, terms, loss, exps, entropy, sums)
         assert (found.entropy is not None, found.factor is not None) == (entropy, exps is not None)
-    plain = TokenTerms(None, None, terms.advantages, terms.weights, None, None)
-    opcheck(operators.anchored_loss, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy)
+    plain = TokenTerms(None, None, terms.advantages, terms.weights.sum(), None, None)
+    opcheck(operators.anchored_loss, chunk, head, plain, device_loss(CISPO(), None, show_lost=False), None, entropy, sums)
+    opcheck(operators.loss_summary, sums.values, entropy)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function

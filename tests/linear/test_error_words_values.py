@@ -151,7 +151,7 @@ FIRST = {
     ),
     "workspace, token value": (
         {"workspace": 0, "tokens": ROWS + 7},
-        "ValueError: tokens must be in [0, 7) or -100; got 7 at position (0, 0)",
+        "ValueError: workspace must be a positive number of bytes; got 0",
     ),
     "backend, workspace": (
         {"backend": "cuda", "workspace": 0},
@@ -178,13 +178,14 @@ FIRST_OF_ONE_PASS = {
         {"shape": (6,), "tokens": PACK + 4, "sequence_ids": IDS - 1},
         "ValueError: tokens must be in [0, 7) or -100; got 7 at position (3,)",
     ),
-    "token value, advantages": (
+    "advantages, token value": (
         {"tokens": ROWS - 1, "advantages": None},
-        "ValueError: tokens must be in [0, 7) or -100; got -1 at position (0, 0)",
+        "TypeError: advantages must be a real tensor; got NoneType",
     ),
-    "temperature value, ids": (
+    "ids, temperature value": (
         {"temperature": 0 * ONES, "sequence_ids": IDS},
-        "ValueError: temperature must be positive and finite; got 0.0 at position (0, 0)",
+        "ValueError: sequence_ids are for packed tokens of shape (N,); tokens has shape (2, 3), whose rows are the sequences: "
+        "leave sequence_ids out",
     ),
     "backend, old": (
         {"backend": "cuda", "old_logprobs": 1},
@@ -208,9 +209,9 @@ FIRST_OF_ONE_PASS = {
         {"denominator": 0, "workspace": 0},
         "ValueError: denominator must be a positive number or a 0-d tensor; got 0",
     ),
-    "ids value, workspace": (
+    "workspace, ids value": (
         {"shape": (6,), "sequence_ids": IDS - 1, "workspace": 0},
-        "ValueError: sequence_ids must be in [0, 6): number the sequences of a pack from 0; got -1 at position 0",
+        "ValueError: workspace must be a positive number of bytes; got 0",
     ),
 }
 FIRST_OF_POLICY = {

@@ -130,6 +130,24 @@ def test_dweight_of_many_chunks_is_rounded_once(one_pass):
     assert many <= 1.1 * one
 
 
+@ONE_PASS
+@ALL_DTYPES
+def test_dweight_with_recomputed_rows_is_rounded_once(one_pass, dtype):
+    """One chunk has rounded dW to bf16 before its flagged rows are known: dW is computed once more, and this is counted."""
+    problem = random_problem(512, 300, dtype)
+    logprobs = logprobs_of(problem).float()
+    ordinary = replace(problem, old_logprobs=logprobs)
+    wrong = replace(problem, old_logprobs=torch.where(torch.arange(512) % 4 == 0, logprobs - 80, logprobs))
+    errors = []
+    for given in (ordinary, wrong):
+        got = one_pass(given, Reinforce())
+        errors.append(relative_error(got["dW"], oracle(given, Reinforce())["dW"]))
+        flagged = given is wrong
+        assert (got.metrics["recomputed_tokens"] > 0) == flagged
+        assert got.metrics["repeated_products"] == (flagged and dtype == torch.bfloat16)
+    assert errors[1] <= 1.1 * errors[0] + 1e-6
+
+
 def test_dweight_of_two_passes_over_many_chunks_is_rounded_once():
     """The slice of dlogits is rounded, and then the sum of all chunks: its error is that of float64 sums with these two."""
     problem = random_problem(1536, 300, torch.bfloat16)

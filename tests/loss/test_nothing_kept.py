@@ -17,8 +17,10 @@ import fastpg
 from fastpg import CISPO, GSPO, ImportanceWeighted, KLPenalty, LMHead, PPOClip, linear_logprobs, masked_mean, policy_loss
 from fastpg.integrations.transformers import patched
 from fastpg.integrations.verl import linear_cross_entropy
+from fastpg.loss.policy_loss import token_losses
 from fastpg.loss.reductions import token_weights
 from fastpg.loss.sequences import sequences_of
+from fastpg.tiles.structures import TokenTerms
 
 REDUCTIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"]
 NOTHING, SOME = torch.zeros(2, 3, dtype=torch.bool), torch.tensor([[True, False, True], [False, False, True]])
@@ -135,9 +137,12 @@ def test_what_does_not_fit_is_named(changes, error, said):
 def test_masked_tokens_weigh_nothing_whatever_the_denominator(reduction, packed, zero):
     ids = torch.tensor([0, 0, 0, 1, 1, 1]) if packed else None
     for mask in (SOME.flatten(), NOTHING.flatten()) if packed else (SOME, NOTHING):
-        weights = token_weights(mask, reduction, zero, torch.float32, sequences_of(mask, ids))
-        assert (weights[~mask] == 0).all()
-        assert not weights[mask].isfinite().any()
+        weights = token_weights(mask.sum(), reduction, zero, torch.float32, sequences_of(mask, ids))
+        assert not weights.expand(mask.shape)[mask].isfinite().any()
+        terms = TokenTerms(~mask, None, torch.ones(mask.shape), weights, None, None)
+        losses = token_losses(torch.zeros(mask.shape), terms, lambda logp, old, a: logp + a, None)
+        assert (losses[~mask] == 0).all()
+        assert not losses[mask].isfinite().any()
 
 
 COMPILED = [CISPO(), PPOClip(), ImportanceWeighted("trajectory"), GSPO()]

@@ -204,6 +204,7 @@ def test_no_tokens_is_a_differentiable_zero(name, reduction, shape, on_policy):
         "tokens": 0,
         "skipped_tokens": 0,
         "recomputed_tokens": 0,
+        "repeated_products": 0,
     }
 
 
