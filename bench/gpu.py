@@ -37,6 +37,7 @@ TESTS = (
     "kernels/test_keep_kernel",
     "kernels/test_loss_kernels",
     "kernels/test_scale_kernel",
+    "linear/test_cuda_graph",
     "linear/test_parity",
 )
 SHARES = {"tests": 0.34, "check": 0.26, "bench": 0.40}  # of the seconds

@@ -10,6 +10,7 @@ if find_spec("fastpg.kernels") is None:
     )
 
 from . import advantages
+from .linear.kept import Kept, kept
 from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
 from .linear.selective_logprobs import selective_logprobs
@@ -26,6 +27,7 @@ __all__ = [
     "SAPO",
     "ImportanceWeighted",
     "KLPenalty",
+    "Kept",
     "LMHead",
     "LinearPolicyLoss",
     "Objective",
@@ -34,6 +36,7 @@ __all__ = [
     "Reinforce",
     "TokenLogprobs",
     "advantages",
+    "kept",
     "linear_cispo_loss",
     "linear_logprobs",
     "linear_policy_loss",

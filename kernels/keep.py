@@ -5,6 +5,9 @@
 
 It also counts the tokens outside the vocabulary and the temperatures that are not positive numbers, so that the host learns all
 of that from one read. A token with a value of NaN or inf is computed, so that it makes the loss NaN.
+
+The rows may also have been chosen before, as ascending `indices`. Then the kernel counts those that are not of a token that
+counts, and the tokens that they leave out though computed_n holds.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +48,19 @@ class Keep(NamedTuple):
 
     KEEP: Any  # uint8 in the kernel, else bool
     COMPUTED: Any  # likewise; None where it is the same
-    NUMBERS: Any  # (programs, 4) int32: tokens that count, computed ones, ids out of range, temperatures out of range
+    # (programs, 6) int32: tokens that count, computed ones, ids out of range, temperatures out of range; of given indices, the
+    # misplaced ones, and the tokens that are missing among them
+    NUMBERS: Any
+
+
+@triton.jit
+def _keeps(tokens, n, inside):
+    """The ids of the tokens n, and whether they count."""
+    token = tl.load(tokens.TOKENS + n, mask=inside, other=IGNORED_TOKEN)
+    keep = inside & (token != IGNORED_TOKEN)
+    if tokens.MASK is not None:
+        keep = keep & (tl.load(tokens.MASK + n, mask=inside, other=0) != 0)
+    return token, keep
 
 
 @triton.jit
@@ -64,24 +79,32 @@ def _adds_nothing(factors, n, inside):
 
 
 @triton.jit
-def _store_sums(out, program, keep, computed, foreign, improper):
-    place = out.NUMBERS + program * 4
-    tl.store(place, tl.sum(keep.to(tl.int32), 0))
-    tl.store(place + 1, tl.sum(computed.to(tl.int32), 0))
-    tl.store(place + 2, tl.sum(foreign.to(tl.int32), 0))
-    tl.store(place + 3, tl.sum(improper.to(tl.int32), 0))
+def _of_indices(tokens, factors, INDICES, K, N, k):
+    """Of the indices k: whether each is one, whether it is misplaced, and whether its token would be computed."""
+    is_row = k < K
+    index = tl.load(INDICES + k, mask=is_row, other=0)
+    before = tl.load(INDICES + k - 1, mask=is_row & (k > 0), other=-1)
+    inside = is_row & (index >= 0) & (index < N)
+    place = tl.where(inside, index, 0)
+    _, keep = _keeps(tokens, place, inside)
+    needed = keep
+    if factors is not None:
+        needed = keep & ~_adds_nothing(factors, place, inside)
+    return is_row, is_row & ~(keep & (index > before)), needed
 
 
 @triton.jit
-def keep_kernel(tokens, factors, N, V, out, BLOCK: tl.constexpr):
-    """factors: None where no token is skipped. V: None where ids are not looked at."""
+def _count(x):
+    return tl.sum(x.to(tl.int32), 0)
+
+
+@triton.jit
+def keep_kernel(tokens, factors, INDICES, K, N, V, out, BLOCK: tl.constexpr):
+    """factors: None where no token is skipped. INDICES (K,): None where none are given. V: None where ids are not looked at."""
     program = tl.program_id(0)
     n = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    token = tl.load(tokens.TOKENS + n, mask=inside, other=IGNORED_TOKEN)
-    keep = inside & (token != IGNORED_TOKEN)
-    if tokens.MASK is not None:
-        keep = keep & (tl.load(tokens.MASK + n, mask=inside, other=0) != 0)
+    token, keep = _keeps(tokens, n, inside)
     computed = keep
     if factors is not None:
         computed = keep & ~_adds_nothing(factors, n, inside)
@@ -95,20 +118,32 @@ def keep_kernel(tokens, factors, N, V, out, BLOCK: tl.constexpr):
     tl.store(out.KEEP + n, keep.to(tl.uint8), mask=inside)
     if out.COMPUTED is not None:
         tl.store(out.COMPUTED + n, computed.to(tl.uint8), mask=inside)
-    _store_sums(out, program, keep, computed, foreign, improper)
+    place = out.NUMBERS + program * 6
+    rows, misplaced, missing = _count(computed), 0, 0
+    if INDICES is not None:
+        is_row, is_misplaced, needed = _of_indices(tokens, factors, INDICES, K, N, n)
+        missing = rows - _count(needed)
+        rows, misplaced = _count(is_row), _count(is_misplaced)
+    tl.store(place, _count(keep))
+    tl.store(place + 1, rows)
+    tl.store(place + 2, _count(foreign))
+    tl.store(place + 3, _count(improper))
+    tl.store(place + 4, misplaced)
+    tl.store(place + 5, missing)
 
 
-def keep(tokens: Tokens, factors: Factors | None, vocab: int | None) -> Keep:
-    """KEEP and COMPUTED, (N,) each; the sums of NUMBERS over programs, (4,) int64."""
+def keep(tokens: Tokens, factors: Factors | None, indices: torch.Tensor | None, vocab: int | None) -> Keep:
+    """KEEP and COMPUTED, (N,) each; the sums of NUMBERS over programs, (6,) int64. indices (K,), of K <= N rows, or None."""
     ids = tokens.TOKENS
     programs = cdiv(len(ids), _BLOCK)
     out = Keep(
         torch.empty_like(ids, dtype=torch.bool),
         None if factors is None else torch.empty_like(ids, dtype=torch.bool),
-        ids.new_empty(programs, 4, dtype=torch.int32),
+        ids.new_empty(programs, 6, dtype=torch.int32),
     )
     if programs:
         computed = None if factors is None else out.COMPUTED.view(torch.uint8)
         as_bytes = Keep(out.KEEP.view(torch.uint8), computed, out.NUMBERS)
-        keep_kernel[(programs,)](tokens, factors, len(ids), vocab, as_bytes, BLOCK=_BLOCK)
+        rows = None if indices is None else len(indices)
+        keep_kernel[(programs,)](tokens, factors, indices, rows, len(ids), vocab, as_bytes, BLOCK=_BLOCK)
     return out._replace(NUMBERS=out.NUMBERS.sum(0))

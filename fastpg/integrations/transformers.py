@@ -28,12 +28,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .. import validation
+from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import linear_policy_loss
 from ..lm_head import LMHead
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
-from ..loss.policy_loss import PolicyLossOutput
+from ..loss.policy_loss import PolicyLossOutput, per_token
 from ..loss.reductions import Reduction, mean_of_kept
+from ..loss.sequences import check_sequence_ids
 
 # (hidden states (B, T, H), the head, arguments of the loss such as `labels`) -> fields of a HeadlessOutput
 _Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]
@@ -115,12 +117,14 @@ def token_logprobs(
     """
     batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     mask, tokens = _targets(batch)
+    rows = kept(tokens != validation.IGNORED_TOKEN) if check else None  # the host waits before the model runs
     temperature = _ahead(input_ids, "temperature", temperature)
 
     def compute(hidden: torch.Tensor, head: LMHead, _: dict[str, Any]) -> dict[str, Any]:
         out = linear_logprobs(
-            hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
-        )
+            hidden, head, tokens, mask=rows, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend,
+            check=check,
+        )  # fmt: skip
         return {"log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
     out = _run(model, compute, batch, model_inputs)
@@ -183,13 +187,16 @@ def causal_lm_policy_loss(
     rollout_weights = placed("rollout_weights", rollout_weights)
     if isinstance(advantages, torch.Tensor) and advantages.shape == input_ids.shape:
         advantages = placed("advantages", advantages)
+    targets = tokens.flatten() if packed else tokens
+    factors = old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights
+    rows = _rows(targets, factors, sequence_ids, skip_zero_weight) if check else None
     if add_aux_loss:
         coefficient, model_inputs = _router_coefficient(_causal_lm(model)), {**model_inputs, "output_router_logits": True}
 
     def compute(hidden: torch.Tensor, head: LMHead, _: dict[str, Any]) -> dict[str, Any]:
-        states, targets = (hidden.flatten(0, 1), tokens.flatten()) if packed else (hidden, tokens)
+        states = hidden.flatten(0, 1) if packed else hidden
         out = linear_policy_loss(
-            states, head, targets, old_logprobs, advantages, objective=objective, sequence_ids=sequence_ids,
+            states, head, targets, old_logprobs, advantages, objective=objective, mask=rows, sequence_ids=sequence_ids,
             temperature=temperature, reduction=reduction, denominator=denominator, kl=kl, ref_logprobs=ref_logprobs,
             rollout_weights=rollout_weights, entropy=entropy, skip_zero_weight=skip_zero_weight, workspace=workspace,
             backend=backend, check=check,
@@ -387,6 +394,20 @@ def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
         follows = follows & next_of
     mask[:, 1:] &= follows
     return mask, ids.masked_fill(~mask, validation.IGNORED_TOKEN).roll(-1, 1)
+
+
+def _rows(tokens: torch.Tensor, factors: tuple, sequence_ids: torch.Tensor | None, skip_zero_weight: bool) -> Kept:
+    """The rows that `linear_policy_loss` computes, known before the model runs. Raises its errors for `factors`."""
+    check_sequence_ids(sequence_ids, "tokens", tokens)
+    validation.check_policy_inputs("tokens", tokens, *factors, packed_sequences=sequence_ids is not None)
+    old_logprobs, advantages, objective, kl, _, rollout_weights = factors
+    keep = tokens != validation.IGNORED_TOKEN
+    if not skip_zero_weight or kl is not None or not getattr(objective, "zero_at_zero_advantage", False):
+        return kept(keep)
+    advantages = per_token(advantages, tokens.shape, sequence_ids)
+    if old_logprobs is not None:  # a token with NaN or inf makes the loss NaN, whatever its advantage
+        advantages = torch.where(old_logprobs.isfinite(), advantages, torch.nan)
+    return kept(keep, advantages, rollout_weights)
 
 
 def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from ..lm_head import LMHead
 from ..loss.reductions import mean_of_kept
@@ -158,13 +159,15 @@ class _Scorer(NamedTuple):
     workspace: int | None
     backend: str | None
 
-    def __call__(self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> TokenLogprobs:
+    def __call__(self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor, rows: Kept | None = None) -> TokenLogprobs:
         """Scores tokens (B, T) given hidden (B, T, H). The head is read at each call, as PEFT and FSDP replace its tensors."""
         head = LMHead.from_model(model, fp32_head=self.settings.cast_lm_head_to_fp32)
+        device = head.weight.device
         return linear_logprobs(
-            hidden.to(head.weight.device),
+            hidden.to(device),
             head,
-            tokens.to(head.weight.device),
+            tokens.to(device),
+            mask=rows if rows is not None and tokens.device == device else None,
             temperature=self.settings.temperature,
             entropy="entropy" in self.settings.outputs,
             workspace=self.workspace,
@@ -201,11 +204,12 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
     tokens = shift_labels
     if shift_labels is None:  # all states are scored, the last with no token, since a slice of them would be a copy
         tokens = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_TOKEN)], 1)
-    log_probs, entropy = scorer(model, backbone.last_hidden_state, tokens)
+    rows = kept(tokens != IGNORED_TOKEN)  # the host waits before the model runs
+    backbone = model.base_model(*args, **kwargs)
+    log_probs, entropy = scorer(model, backbone.last_hidden_state, tokens, rows)
     mask = tokens.to(log_probs.device) != IGNORED_TOKEN
     if shift_labels is None:
         log_probs, mask = log_probs[:, :-1], mask[:, :-1]

@@ -136,7 +136,7 @@ def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosse
         sweep.add_gradients(rows, span, chunk, vectors, once=count <= length)
 
     results = RowResults(*(_joined(found, name) for name in ("logprobs", "losses", "entropy")))
-    if flagged is not None and flagged.item():
+    if flagged is not None and flagged.read():
         repeats = sweep.widen_weight(chunk, vectors)
         results, again = _computed_again(sweep, rows, terms, found, results)
         numbers = rows.tokens.new_tensor([again, repeats], dtype=torch.int64)

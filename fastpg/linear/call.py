@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +13,10 @@ from .. import validation
 from ..distributed.dtensor import localized
 from ..lm_head import LMHead, LoRA, as_head
 from ..tiles.backend import choose_backend
+from ..tiles.host_read import HostRead
 from ..tiles.structures import Head, TokenInputs, Wanted
 from . import operators
+from .kept import Kept, check_kept, raise_for_rows
 
 
 class Inputs(NamedTuple):
@@ -21,7 +25,7 @@ class Inputs(NamedTuple):
     hidden: torch.Tensor  # (..., H)
     head: LMHead  # this rank's rows of the weight
     tokens: torch.Tensor  # (...)
-    mask: torch.Tensor | None  # (...)
+    mask: torch.Tensor | Kept | None  # (...)
     temperature: float | torch.Tensor  # number or (...)
     backend: str
     host_reads: bool  # True: values are checked and rows skipped, for which the host waits; False: it never does
@@ -31,7 +35,7 @@ def prepare(
     hidden: torch.Tensor,
     head: torch.Tensor | LMHead,
     tokens: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | Kept | None,
     temperature: float | torch.Tensor,
     backend: str | None,
     check: bool,
@@ -42,7 +46,10 @@ def prepare(
     """
     head = localized(as_head(head))
     hidden, head = _cast(hidden, head)
-    validation.check_linear_inputs(hidden, head, tokens, mask, temperature)
+    is_kept = isinstance(mask, Kept)
+    validation.check_linear_inputs(hidden, head, tokens, mask.mask if is_kept else mask, temperature)
+    if is_kept:
+        check_kept(mask, tokens)
     return Inputs(hidden, head, tokens, mask, temperature, choose_backend(backend, hidden), check)
 
 
@@ -51,8 +58,10 @@ class Counted(NamedTuple):
 
     keep: torch.Tensor  # (...) bool: tokens that count
     computed: torch.Tensor  # (...) bool; `keep` itself where it is the same
-    numbers: torch.Tensor  # (4,) int64: how many, first of `keep` and then of `computed`
-    rows: int | None  # the second of them, where the host reads it
+    numbers: torch.Tensor  # int64: how many, first of `keep` and then of `computed`
+    rows: int | None  # the second of them, where the host knows it
+    indices: torch.Tensor | None  # (rows,) int64, where they were given
+    check: Callable[[], None]  # raises for values out of range, if that has not been done: it waits for the device
 
 
 def counted(
@@ -64,21 +73,45 @@ def counted(
 ) -> Counted:
     """The tokens that count. With advantages (...), those that add exactly 0 to the loss are not computed (`torch_tiles.keep`).
 
-    With `inputs.host_reads` the host waits for four numbers. Raises ValueError where they say that a token that counts is
-    outside the vocabulary, or that its temperature is not a positive number.
+    With `inputs.host_reads` the host waits for six numbers. Raises ValueError where they say that a token that counts is
+    outside the vocabulary, or that its temperature is not a positive number. With a `Kept`, on a GPU, the host need not wait
+    yet: it does in `Counted.check`, unless ranks have to agree on the outcome.
     """
-    tokens, temperature, head = inputs.tokens, inputs.temperature, inputs.head
-    vocab = head.vocab_size if inputs.host_reads and head.group is None else None
-    checked = temperature if inputs.host_reads and isinstance(temperature, torch.Tensor) else None
-    given = TokenInputs(tokens, inputs.mask, checked, advantages, rollout_weights, old_logprobs, weight, vocab)
+    tokens, temperature, head, reads = inputs.tokens, inputs.temperature, inputs.head, inputs.host_reads
+    rows = inputs.mask if isinstance(inputs.mask, Kept) else None
+    mask, indices = (inputs.mask, None) if rows is None else rows[:2]
+    vocab = head.vocab_size if reads and head.group is None else None
+    checked = temperature if reads and isinstance(temperature, torch.Tensor) else None
+    given = TokenInputs(tokens, mask, checked, advantages, rollout_weights, old_logprobs, weight, indices, vocab)
     with torch.no_grad():
         found = operators.keep(given, inputs.backend)
-    rows = None
-    if inputs.host_reads:
-        _, rows, *out_of_range = found.numbers.tolist()
-        if any(out_of_range):
-            validation.check_values(tokens, found.keep, vocab, temperature)
-    return Counted(found.keep, found.keep if found.computed is None else found.computed, found.numbers, rows)
+    count, check = None if rows is None else len(indices), _nothing
+    if reads:
+        check = partial(_check_numbers, HostRead(found.numbers), given, found.keep, temperature, rows)
+        if rows is None or head.group is not None or not tokens.is_cuda:
+            count, check = check(), _nothing
+    computed = found.keep if found.computed is None else found.computed
+    if rows is not None:
+        indices = indices.clamp(0, max(tokens.numel() - 1, 0))  # they may not have been checked
+        if rows.skips:
+            computed = torch.zeros_like(found.keep).view(-1).index_fill(0, indices, True).view(found.keep.shape)
+    return Counted(found.keep, computed, found.numbers, count, indices, check)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _check_numbers(
+    read: HostRead, given: TokenInputs, keep: torch.Tensor, temperature: float | torch.Tensor, rows: Kept | None
+) -> int:
+    """Waits for the numbers of `keep`; raises ValueError for those that must be 0; returns the number of computed rows."""
+    _, count, foreign, improper, misplaced, missing = read.read()
+    if foreign or improper:
+        validation.check_values(given.tokens, keep, given.vocab, temperature)
+    if misplaced or missing:
+        raise_for_rows(rows, given.tokens, misplaced, missing)
+    return count
 
 
 def head_of(head: LMHead) -> Head:

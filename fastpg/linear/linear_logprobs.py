@@ -12,6 +12,7 @@ from ..lm_head import LMHead
 from ..tiles.structures import Gradients, Head, Incoming, RowStatistics, Wanted
 from . import operators
 from .call import counted, differentiable, head_of, needs_gradient, prepare, with_inputs
+from .kept import Kept
 from .online import Plan
 from .rows import Rows, rows_of
 from .statistics import row_statistics
@@ -33,7 +34,7 @@ def linear_logprobs(
     head: torch.Tensor | LMHead,  # (V, H), or an LMHead
     tokens: torch.Tensor,  # (...)
     *,
-    mask: torch.Tensor | None = None,  # (...)
+    mask: torch.Tensor | Kept | None = None,  # (...)
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     entropy: bool = False,
     workspace: int | None = None,
@@ -56,7 +57,8 @@ def linear_logprobs(
         head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale. Under torch.autocast hidden
             and head are used in its dtype, float32 ones too, unless LMHead(weight, fp32_head=True) asks for float32.
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.
-        mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic.
+        mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic. A `Kept`, which
+            `fastpg.kept` makes of it before the model runs, saves the wait for the number of rows.
         temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
         entropy: also return the entropy of each row, in nats.
         workspace: bytes of transient memory; default 256 MiB on a CPU, 1 GiB on accelerators. On top come the results, and
@@ -76,11 +78,14 @@ def linear_logprobs(
     with one_outcome(head) as agreed:
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
+        if isinstance(mask, Kept) and mask.skips:
+            raise ValueError("mask=kept(mask, advantages) leaves out tokens whose advantage is 0: pass kept(mask)")
         tokens_that_count = counted(inputs)
         agreed.describe(inputs, tokens_that_count.keep, entropy=entropy)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         rows = rows_of(inputs, tokens_that_count)
         values = row_logprobs(rows, inputs.head, entropy, chunk_rows, inputs.backend)
+    tokens_that_count.check()
     return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
 
 

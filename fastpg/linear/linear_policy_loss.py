@@ -22,6 +22,7 @@ from ..tiles.products import accumulation_dtype
 from ..tiles.structures import Gradients, Head, TokenTerms, Wanted
 from .anchored import Options, TokenLosses, loss_gradient, one_pass
 from .call import Counted, Inputs, counted, differentiable, head_of, prepare, wanted_of, with_inputs
+from .kept import Kept
 from .linear_logprobs import row_logprobs
 from .rows import Rows, rows_of
 from .workspace import Plan, plan_policy_loss
@@ -38,7 +39,7 @@ def linear_policy_loss(
     advantages: torch.Tensor,  # (...), or one per sequence
     *,
     objective: Objective | ObjectiveFunction,
-    mask: torch.Tensor | None = None,  # (...)
+    mask: torch.Tensor | Kept | None = None,  # (...)
     sequence_ids: torch.Tensor | None = None,  # (N,)
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     reduction: Reduction = "token-mean",
@@ -64,7 +65,8 @@ def linear_policy_loss(
     which may be arbitrarily wrong: rows where it is too far off are recomputed and counted in metrics["recomputed_tokens"].
 
     Args:
-        hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`.
+        hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`. A `Kept` of the mask and the advantages
+            leaves out what skip_zero_weight does.
         old_logprobs, advantages, sequence_ids, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
         objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), or a function of (logprobs,
             old_logprobs, advantages) whose value per token is maximised. It must be elementwise and deterministic: it is called
@@ -108,7 +110,8 @@ def linear_policy_loss(
             head, tokens.numel(), entropy=entropy, gradient=any(wanted), workspace=workspace, backend=inputs.backend
         )
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
-        that_count = counted(inputs, *(_factors(given, inputs) if skip_zero_weight and check else ()))
+        skips = _skips(given, inputs, skip_zero_weight)
+        that_count = counted(inputs, *(_factors(given, inputs) if skips and check else ()))
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
         weights = _weights(given, inputs, that_count)
@@ -123,6 +126,7 @@ def linear_policy_loss(
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
             result = _two_passes(call, inputs.head)
+    that_count.check()
     return _report(result, call, objective, that_count)
 
 
@@ -152,10 +156,22 @@ def _check_loss(given: LossInputs, inputs: Inputs) -> None:
     check_reduction(given.reduction, tokens.shape, given.denominator, ids, check=inputs.host_reads)
 
 
+def _skips(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> bool:
+    """Whether tokens that add exactly 0 to the loss are left out."""
+    add_nothing = given.kl is None and getattr(given.objective, "zero_at_zero_advantage", False)
+    if not isinstance(inputs.mask, Kept):
+        return skip_zero_weight and add_nothing
+    if inputs.mask.skips and not (skip_zero_weight and add_nothing):
+        of_what = f"objective={given.objective}" if given.kl is None else f"kl={given.kl}"
+        raise ValueError(
+            "mask=kept(mask, advantages) leaves out tokens whose advantage is 0, which are wanted with "
+            f"{of_what if skip_zero_weight else 'skip_zero_weight=False'}: pass kept(mask)"
+        )
+    return inputs.mask.skips
+
+
 def _factors(given: LossInputs, inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
-    """Advantages, rollout weights, old log-probabilities, weight: if a token with a factor of 0 adds exactly 0 to the loss."""
-    if given.kl is not None or not getattr(given.objective, "zero_at_zero_advantage", False):
-        return ()
+    """Advantages, rollout weights and old log-probabilities (...) in the dtype of the loss; and what all tokens weigh, ()."""
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.tokens.device  # the loss's own
     factors = given.advantages, given.rollout_weights, given.old_logprobs
     weight = None if given.denominator is None else inverse_denominator(given.denominator, dtype, device)
@@ -207,7 +223,7 @@ def _reported(logprobs: torch.Tensor, rows: Rows, that_count: Counted) -> torch.
 class CallOptions(TypedDict, total=False):
     """Keyword arguments of `linear_policy_loss` that belong to a batch."""
 
-    mask: torch.Tensor | None
+    mask: torch.Tensor | Kept | None
     sequence_ids: torch.Tensor | None
     denominator: float | torch.Tensor | None
     ref_logprobs: torch.Tensor | None

@@ -40,7 +40,7 @@ def _fake_keep(given: TokenInputs, backend: str) -> Keep:
     def like(present: bool = True) -> torch.Tensor | None:
         return torch.empty_like(given.tokens, dtype=torch.bool, memory_format=torch.contiguous_format) if present else None
 
-    return Keep(like(), like(given.advantages is not None), given.tokens.new_empty(4, dtype=torch.int64))
+    return Keep(like(), like(given.advantages is not None), given.tokens.new_empty(6, dtype=torch.int64))
 
 
 @operator(_fake_keep)

@@ -90,7 +90,9 @@ def rows_of(inputs: Inputs, counted: Counted) -> Rows:
     flat = hidden.reshape(-1, hidden.shape[-1])
     low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
     indices = masked = None
-    if counted.rows is None:
+    if counted.indices is not None:
+        indices = counted.indices
+    elif counted.rows is None:
         masked = ~keep
     elif counted.rows < len(keep):
         indices = torch.nonzero_static(keep, size=counted.rows)[:, 0]  # the size is known, so that nothing waits

@@ -6,19 +6,21 @@ import torch
 
 
 class HostRead:
-    """One number of a tensor, on its way to the host, which goes on meanwhile. `item` waits until it is there.
+    """The numbers of a tensor on their way to the host, which goes on meanwhile. `read` waits until they are there.
 
     On a GPU the copy goes to page-locked memory, since others wait for the device. An event marks its end: what is enqueued
     after it need not be waited for.
     """
 
-    def __init__(self, number: torch.Tensor) -> None:
-        self._number, self._copied = number, None
-        if number.is_cuda:
-            self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
-            self._copied = torch.cuda.current_stream(number.device).record_event()
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers, self._copied = numbers, None
+        if numbers.is_cuda:
+            memory = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+            self._numbers = memory.copy_(numbers, non_blocking=True)
+            self._copied = torch.cuda.current_stream(numbers.device).record_event()
 
-    def item(self) -> float:
+    def read(self) -> float | list:
+        """A number, or a list of them."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._number.item()
+        return self._numbers.tolist()

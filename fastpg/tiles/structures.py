@@ -36,6 +36,7 @@ class TokenInputs(NamedTuple):
     rollout_weights: torch.Tensor | None
     old_logprobs: torch.Tensor | None
     weight: torch.Tensor | None  # (), what all tokens weigh, where it may not be finite
+    indices: torch.Tensor | None  # (K,) int64: the places that are computed, chosen before; None: `keep` chooses
     vocab: int | None  # None: ids are not looked at
 
 
@@ -44,7 +45,9 @@ class Keep(NamedTuple):
 
     keep: torch.Tensor  # (...) bool
     computed: torch.Tensor | None  # (...) bool: without those that add exactly 0 to the loss; None where it is the same
-    numbers: torch.Tensor  # (4,) int64: tokens that count, computed ones, ids out of range, temperatures out of range
+    # (6,) int64: tokens that count, computed ones, ids out of range, temperatures out of range. Of given indices, those that
+    # are out of range, not ascending or not of a token that counts; and the tokens that they leave out and the loss needs
+    numbers: torch.Tensor
 
 
 class Chunk(NamedTuple):

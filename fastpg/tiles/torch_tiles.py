@@ -70,12 +70,24 @@ def keep(given: TokenInputs) -> Keep:
         for other in (given.old_logprobs, given.weight):
             nothing = nothing if other is None else nothing & other.isfinite()
         computed = found & ~nothing
-    numbers = [found.sum(), (found if computed is None else computed).sum(), *(tokens.new_zeros(()).long(),) * 2]
+    needed = found if computed is None else computed
+    numbers = [found.sum(), needed.sum(), *(tokens.new_zeros(()).long(),) * 4]
     if given.vocab is not None:
         numbers[2] = (found & ((tokens < 0) | (tokens >= given.vocab))).sum()
     if temperature is not None:
         numbers[3] = (found & ~((temperature > 0) & temperature.isfinite())).sum()
+    if given.indices is not None:
+        numbers[1], numbers[4:] = numbers[1] * 0 + len(given.indices), _faults_of_indices(given.indices, found, needed)
     return Keep(found, computed, torch.stack(numbers))
+
+
+def _faults_of_indices(indices: torch.Tensor, found: torch.Tensor, needed: torch.Tensor) -> list[torch.Tensor]:
+    """The last two numbers of `Keep`."""
+    place = indices.clamp(0, max(found.numel() - 1, 0))
+    inside = place == indices
+    is_good = inside & found.reshape(-1)[place]
+    is_good[1:] &= indices[1:] > indices[:-1]
+    return [(~is_good).sum(), needed.sum() - (inside & needed.reshape(-1)[place]).sum()]
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

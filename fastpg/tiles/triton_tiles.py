@@ -112,7 +112,7 @@ def keep(given: TokenInputs) -> Keep:
     factors = None if given.advantages is None else keep_kernel.Factors(*map(_flat, given[3:7]))
     tokens = keep_kernel.Tokens(_flat(given.tokens), mask, temperature, stride)
     with _device_of(given.tokens):
-        found = keep_kernel.keep(tokens, factors, given.vocab)
+        found = keep_kernel.keep(tokens, factors, given.indices, given.vocab)
     shape = given.tokens.shape
     computed = None if found.COMPUTED is None else found.COMPUTED.view(shape)
     return Keep(found.KEEP.view(shape), computed, found.NUMBERS)

@@ -42,7 +42,7 @@ _TRITON_TYPES = {
 OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
 # kernel -> the dtypes it is called with, and its optional features (flags)
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "keep": (("float32",), ("skip", "temperature")),
+    "keep": (("float32",), ("skip", "rows", "temperature")),
     "target": (("bfloat16", "float16", "float32"), ("anchor", "bias", "softcap", "lora", "temperature")),
     "anchored_exp": (("bfloat16", "float32"), ("exps", "bias", "softcap", "entropy", "lora", "temperature")),
     "finish": (("bfloat16", "float32"), ("exps", "entropy", *OBJECTIVES)),
@@ -265,7 +265,8 @@ def _launch_on_vectors(variant: Variant, meta: Callable[..., torch.Tensor]) -> N
     if variant.kernel == "keep":
         temperature = meta(_ROWS) if "temperature" in flags else None
         factors = Factors(meta(_ROWS), meta(_ROWS), meta(_ROWS), meta()) if "skip" in flags else None
-        keep(Tokens(meta(_ROWS, dtype=torch.int64), mask, temperature, 1), factors, _VOCAB)
+        ids = meta(_ROWS, dtype=torch.int64)
+        keep(Tokens(ids, mask, temperature, 1), factors, ids if "rows" in flags else None, _VOCAB)
     elif variant.kernel == "summary":
         summary(meta(FIELDS, 250), "entropy" in flags)
     else:

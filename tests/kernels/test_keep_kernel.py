@@ -19,7 +19,7 @@ def keep(request):
 
 def judged(given):
     """(keep, computed, numbers), token by token. Every field is flat or None."""
-    kept, computed, numbers = [], [], [0, 0, 0, 0]
+    kept, computed, numbers = [], [], [0] * 6
 
     def at(values, n, otherwise):
         return otherwise if values is None else values.flatten()[n].item()
@@ -34,6 +34,14 @@ def judged(given):
         numbers[2] += counts and given.vocab is not None and not 0 <= token < given.vocab
         numbers[3] += counts and not (temperature > 0 and math.isfinite(temperature))
     numbers[:2] = sum(kept), sum(computed)
+    if given.indices is not None:
+        before, rows = -1, given.indices.tolist()
+        numbers[1] = len(rows)
+        for row in rows:
+            numbers[4] += not (0 <= row < len(kept) and kept[row] and row > before)
+            before = row
+        listed = [row for row in rows if 0 <= row < len(kept)]
+        numbers[5] = sum(computed) - sum(computed[row] for row in listed)
     return kept, computed, numbers
 
 
@@ -57,14 +65,14 @@ def batch(count):
         pick(-100, 0, 3, VOCAB - 1, VOCAB, -1, 7, 2**31 + 5), torch.rand(count) < 0.8,
         pick(1.0, 0.5, 0.0, -1.0, math.inf, math.nan), pick(0.0, -0.0, 1.0, -2.0, math.nan, math.inf, 1e-30),
         pick(0.0, 1.0, 1e-30, math.nan),
-        pick(0.0, -1.0, math.nan, -math.inf, math.inf), torch.tensor(0.5), VOCAB,
+        pick(0.0, -1.0, math.nan, -math.inf, math.inf), torch.tensor(0.5), None, VOCAB,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [0, 1, 5000])
 def test_every_mixture(keep, count):
     numbers = check(keep, batch(count))
-    assert count < 100 or all(numbers)
+    assert count < 100 or all(numbers[:4])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,28 @@ def test_what_is_not_given_is_not_looked_at(keep, left_out):
 def test_a_weight_that_is_not_finite_skips_nothing(keep, weight):
     numbers = check(keep, batch(300)._replace(weight=torch.tensor(weight)))
     assert (numbers[0] == numbers[1]) == (weight != 0)
+
+
+ROWS = {
+    "needed": lambda kept, computed: computed.nonzero()[:, 0],
+    "kept": lambda kept, computed: kept.nonzero()[:, 0],
+    "none": lambda kept, computed: torch.zeros(0, dtype=torch.int64),
+    "one missing": lambda kept, computed: computed.nonzero()[1:, 0],
+    "masked ones too": lambda kept, computed: torch.arange(len(kept)),
+    "backwards": lambda kept, computed: computed.nonzero()[:, 0].flip(0),
+    "one twice": lambda kept, computed: torch.cat([computed.nonzero()[:1, 0], computed.nonzero()[:-1, 0]]),
+    "out of range": lambda kept, computed: torch.cat([torch.tensor([-1]), computed.nonzero()[:-1, 0] + 40]),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("skips", [False, True])
+def test_given_rows(keep, rows, skips):
+    given = batch(4200)
+    if not skips:
+        given = given._replace(advantages=None)
+    kept, computed, _ = judged(given)
+    check(keep, given._replace(indices=rows(torch.tensor(kept), torch.tensor(computed))))
 
 
 def is_vector(x):

@@ -9,8 +9,9 @@ import pytest
 import fastpg
 
 TOP_LEVEL = """
-    CISPO GSPO ImportanceWeighted KLPenalty LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput Reinforce SAPO
-    TokenLogprobs advantages linear_cispo_loss linear_logprobs linear_policy_loss masked_mean policy_loss selective_logprobs
+    CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput Reinforce SAPO
+    TokenLogprobs advantages kept linear_cispo_loss linear_logprobs linear_policy_loss masked_mean policy_loss
+    selective_logprobs
 """
 PATHS = {
     "fastpg": TOP_LEVEL + "__version__",
