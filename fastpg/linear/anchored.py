@@ -191,7 +191,8 @@ class _Sweep:
         if any(self.wanted):
             exps = large_pages.empty((longest, row_stride(head)), exps_dtype(weight.dtype), weight.device)
             vocab = head.weight.shape[0]
-            exps[:, vocab:] = 0  # products may read past the end of a row (see `products`)
+            if weight.device.type == "cpu":
+                exps[:, vocab:] = 0  # products may read past the end of a row (see `products`)
             self.exps = exps[:, :vocab]
         self.dhidden = self.dlora_hidden = None
         if self.wanted.hidden:  # with a group it is summed over ranks first and rounded afterwards

@@ -77,10 +77,10 @@ def linear_logprobs(
     """
     with one_outcome(head) as agreed:
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
-        chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
         if isinstance(mask, Kept) and mask.skips:
             raise ValueError("mask=kept(mask, advantages) leaves out tokens whose advantage is 0: pass kept(mask)")
         tokens_that_count = counted(inputs)
+        chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
         agreed.describe(inputs, tokens_that_count.keep, entropy=entropy)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         rows = rows_of(inputs, tokens_that_count)

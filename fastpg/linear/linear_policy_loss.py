@@ -78,7 +78,8 @@ def linear_policy_loss(
             is used without a KL penalty. They count in the denominators. Their log-probability is reported as NaN, metrics are
             means over the other tokens, and metrics["skipped_tokens"] counts them.
         workspace: bytes of transient memory, which decide how many tokens form a chunk. The default is 256 MiB on a CPU and
-            1 GiB on accelerators, or the need of one tile of rows where that is more (V = 262144 in fp32: 270 MiB). On top
+            1 GiB on accelerators, or the need of one tile of rows where that is more (V = 262144 in fp32: 270 MiB); or that of
+            one chunk of all tokens, where the call then takes at most 1.1 times the memory, its gradients included. On top
             come the gradients, and one fp32 copy of dW where it is not fp32 and several chunks or recomputed rows are summed.
             Backward scales the gradients in place; under retain_graph it makes a copy of them.
         check: True checks values, and the host waits for the device twice: at the start, for the number of rows to compute, and
@@ -106,15 +107,16 @@ def linear_policy_loss(
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         _check_loss(given, inputs)
         head, wanted = head_of(inputs.head), wanted_of(inputs)
-        plan = plan_policy_loss(
-            head, tokens.numel(), entropy=entropy, gradient=any(wanted), workspace=workspace, backend=inputs.backend
-        )
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
         skips = _skips(given, inputs, skip_zero_weight)
         that_count = counted(inputs, *(_factors(given, inputs) if skips and check else ()))
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
         weights = _weights(given, inputs, that_count)
+        plan = plan_policy_loss(
+            head, tokens.numel() if that_count.rows is None else that_count.rows, entropy=entropy, wanted=wanted,
+            wide_weight=inputs.head.weight_grad is not None, workspace=workspace, backend=inputs.backend,
+        )  # fmt: skip
         agreed.describe(inputs, that_count.computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
 
     with torch.autocast(inputs.hidden.device.type, enabled=False):

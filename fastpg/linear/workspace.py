@@ -15,10 +15,11 @@ import torch
 
 from ..tiles.backend import tiles_of
 from ..tiles.products import WIDENED_ROWS, accumulation_dtype, tile_columns, widened_entries
-from ..tiles.structures import Head, lora_rank
+from ..tiles.structures import Head, Wanted, lora_rank
 from ..validation import is_positive_number
 
 _DEFAULT = {"cpu": 256 * 2**20}
+_ONE_CHUNK = 1.1  # the memory that one chunk may take, over that of several
 _DEFAULT_OF_ACCELERATORS = 2**30
 
 
@@ -35,15 +36,31 @@ def plan_logprobs(head: Head, *, entropy: bool, workspace: int | None, backend: 
     return two_pass_rows(head, entropy, workspace_bytes(workspace, head.weight.device), backend)
 
 
-def plan_policy_loss(head: Head, count: int, *, entropy: bool, gradient: bool, workspace: int | None, backend: str) -> Plan:
-    """The plan for `count` rows. Raises ValueError where the workspace is too small for one tile, in one pass or in two."""
+def plan_policy_loss(
+    head: Head, count: int, *, entropy: bool, wanted: Wanted, wide_weight: bool, workspace: int | None, backend: str
+) -> Plan:
+    """The plan for `count` rows. Raises ValueError where the workspace is too small for one tile, in one pass or in two.
+
+    Without a workspace, one chunk holds all rows where that takes hardly more memory. Then dW is written once, in its own
+    dtype. Several chunks are summed in an fp32 copy of dW, beside which it is rounded at the end.
+    """
     sweeps, given = head.weight.dtype != torch.float16, workspace
-    workspace = workspace_bytes(workspace, head.weight.device)
+    workspace, gradient = workspace_bytes(workspace, head.weight.device), any(wanted)
     if given is None and sweeps:  # a default must not refuse a large vocabulary: it grows
         fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
         workspace = max(workspace, fixed + tiles_of(backend).tile_shape(head).rows * per_row)
     two_pass = two_pass_rows(head, entropy, workspace, backend)
-    return Plan(sweeps, sweep_rows(head, count, entropy, gradient, workspace, backend) if sweeps else two_pass, two_pass)
+    if not sweeps:
+        return Plan(sweeps, two_pass, two_pass)
+    rows = sweep_rows(head, count, entropy, gradient, workspace, backend)
+    if given is None and rows < count:
+        one, several = (
+            one_pass_peak(head, count, x, entropy=entropy, wanted=wanted, wide_weight=wide_weight, backend=backend)
+            for x in (count, rows)
+        )
+        step = tiles_of(backend).tile_shape(head).rows
+        rows = -(-count // step) * step if one <= _ONE_CHUNK * several else rows
+    return Plan(sweeps, rows, two_pass)
 
 
 def workspace_bytes(workspace: int | None, device: torch.device) -> int:
@@ -76,13 +93,24 @@ def sweep_rows(head: Head, count: int, entropy: bool, gradient: bool, workspace:
     return max(1, -(-padded // chunks)) * rows
 
 
+def one_pass_peak(head: Head, count: int, rows: int, *, entropy: bool, wanted: Wanted, wide_weight: bool, backend: str) -> int:
+    """Bytes that a call of `count` rows allocates in chunks of `rows` rows, with dX and dW. wide_weight: dW stays in fp32."""
+    weight, dtype = head.weight, accumulation_dtype(head.weight.dtype)
+    fixed, per_row = one_pass_bytes(head, entropy, any(wanted), backend)
+    is_sum = rows < count or wide_weight
+    dweight = wanted.weight * weight.numel()
+    sums = dweight * (dtype if is_sum else weight.dtype).itemsize
+    rounded = dweight * weight.itemsize if is_sum and not wide_weight and weight.dtype != dtype else 0  # when E is free
+    dhidden = wanted.hidden * count * weight.shape[1] * weight.itemsize
+    return dhidden + sums + max(fixed + min(rows, count) * per_row, rounded)
+
+
 def one_pass_bytes(head: Head, entropy: bool, gradient: bool, backend: str) -> tuple[int, int]:
     """(bytes of the call, bytes of each row of a chunk). gradient: whether E is stored."""
     weight = head.weight
     wide = accumulation_dtype(weight.dtype).itemsize
     fixed, per_row = _triton_sweep(head, entropy) if backend == "triton" else _torch_sweep(head, entropy)
-    # hidden states with the temporaries of the target's logit, or of products 2 and 3; twenty numbers per row
-    per_row += 4 * (weight.shape[1] + lora_rank(head)) * wide + 20 * wide
+    per_row += (4 * lora_rank(head) + 20) * wide  # z, its product with E and dz; twenty numbers
     fixed += 3 * weight.shape[0] * lora_rank(head) * wide  # dB of a chunk, as two terms and their sum
     if gradient:
         per_row += row_stride(head) * exps_dtype(weight.dtype).itemsize
@@ -97,23 +125,34 @@ def exps_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def row_stride(head: Head) -> int:
     """Entries from one row of E to the next."""
+    vocab = head.weight.shape[0]
+    if head.weight.device.type != "cpu":  # rows begin at multiples of 128 bytes, the unit in which a GPU reads and writes
+        unit = 128 // exps_dtype(head.weight.dtype).itemsize
+        return -(-vocab // unit) * unit
     # An odd multiple of 32: rows are aligned to 32 entries and never lie a large power of two apart. At V = 49152 = 3 * 2^14,
     # rows V entries apart share their place in the cache, which cost products 2 and 3 15 % on a CPU.
-    return (head.weight.shape[0] + 63) // 64 * 64 + 32
+    return (vocab + 63) // 64 * 64 + 32
 
 
 def _torch_sweep(head: Head, entropy: bool) -> tuple[int, int]:
-    """(bytes of the call, of a row) of `torch_tiles.anchored_exp`, without E and the chunk's hidden states."""
+    """(bytes of the call, of a row) of `torch_tiles.anchored_exp` and of the products, without E."""
     rows, columns, wide, narrow = _tile(head)
     # one tile of weights; one of logits, with the temporaries of the entropy (1) and of the softcap and its slope (4)
     tiles = 1 + entropy + (4 if head.softcap is not None else 0)
-    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 0
+    # a row: hidden states with the temporaries of the target's logit, or of products 2 and 3
+    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 4 * head.weight.shape[1] * wide
 
 
 def _triton_sweep(head: Head, entropy: bool) -> tuple[int, int]:
+    weight, narrow = head.weight, head.weight.itemsize
     # partial sums per row and column tile: S, Q for an entropy, R where E is rounded
-    partials = 1 + entropy + (head.weight.dtype != torch.float32)
-    return _lora_operands(head), 4 * partials * tiles_of("triton").most_column_tiles(head.weight.shape[0], head.weight.dtype)
+    partials = (
+        4
+        * (1 + entropy + (weight.dtype != torch.float32))
+        * tiles_of("triton").most_column_tiles(weight.shape[0], weight.dtype)
+    )
+    # gathered hidden states; then the partial sums, or once these are gone E @ W in fp32 and u x
+    return _lora_operands(head), narrow * weight.shape[1] + max(partials, (4 + narrow) * weight.shape[1])
 
 
 def _widened(head: Head) -> int:

@@ -25,6 +25,7 @@ from fastpg.tiles import products, triton_tiles
 from fastpg.tiles.structures import Incoming, RowStatistics, TokenTerms, Wanted
 
 GIB = 2**30
+WANTED = Wanted(True, False, True, False, False)
 SHAPES = {  # N, H, V
     "qwen3-8b": (16384, 4096, 151936),
     "gemma-2-2b": (8192, 2304, 256000),
@@ -116,9 +117,9 @@ def test_one_pass(shape, dtype, gather, objective, workspace):
     terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
     loss = device_loss(objective, None, show_lost=True)
     plan = plan_policy_loss(
-        head, len(rows.tokens), entropy=False, gradient=True, workspace=workspace, backend="triton"
+        head, len(rows.tokens), entropy=False, wanted=WANTED, wide_weight=False, workspace=workspace, backend="triton"
     )  # fmt: skip
-    options = Options(Wanted(True, False, True, False, False), False, plan, False, "triton", loss)
+    options = Options(WANTED, False, plan, False, "triton", loss)
     losses = partial(token_losses, objective=objective, kl=None)
     inputs = [*(x for x in terms if x is not None), *([rows.indices] if gather else [])]
     used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
@@ -127,6 +128,39 @@ def test_one_pass(shape, dtype, gather, objective, workspace):
     copy = head.weight.numel() * 4 if several and dtype != torch.float32 else 0
     vectors = 40 * 4 * len(rows.tokens)
     assert 0.4 * workspace * several < used <= workspace + copy + vectors
+
+
+def peak_of_one_pass(rows, head, terms, plan):
+    options = Options(WANTED, False, plan, False, "triton", device_loss(CISPO(), None, show_lost=True))
+    losses, inputs = partial(token_losses, objective=CISPO(), kl=None), [x for x in (*terms, rows.indices) if x is not None]
+    used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
+    return used + rows.hidden.nbytes + head.weight.nbytes
+
+
+@GATHER
+@DTYPES
+@pytest.mark.parametrize(("size", "vocab"), [(4096, 151936), (2048, 128256), (2304, 256000), (8192, 128256), (512, 32000)])
+def test_one_chunk_holds_all_rows_where_that_takes_hardly_more_memory(size, vocab, dtype, gather, monkeypatch):
+    """Judged by the schedule's own allocations. To first order that is N <= max(C + H, 2 H) in bf16."""
+    chosen = {}
+    for count in (2048, 4096, 8192, 12288, 16384, 32768):
+        monkeypatch.setitem(SHAPES, "this", (count, size, vocab))
+        rows, head, vector = problem("this", dtype, gather)
+        terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
+        options = {"entropy": False, "wanted": WANTED, "wide_weight": False, "backend": "triton"}
+        default, many = (plan_policy_loss(head, count, workspace=w, **options) for w in (None, GIB))
+        if many.sweep_rows >= count:
+            assert default == many
+            continue
+        one = many._replace(sweep_rows=count)
+        ratio = peak_of_one_pass(rows, head, terms, one) / peak_of_one_pass(rows, head, terms, many)
+        chosen[count] = default.sweep_rows >= count
+        assert default.sweep_rows in (count, many.sweep_rows)
+        assert ratio <= 1.11 if chosen[count] else ratio > 1.07
+        first_order = count / max(many.sweep_rows + size, 2 * size)
+        if dtype == torch.bfloat16 and not 0.9 < first_order < 1.2:
+            assert chosen[count] == (first_order < 1), (count, ratio)
+    assert size == 512 or len(chosen) > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

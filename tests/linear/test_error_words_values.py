@@ -151,7 +151,7 @@ FIRST = {
     ),
     "workspace, token value": (
         {"workspace": 0, "tokens": ROWS + 7},
-        "ValueError: workspace must be a positive number of bytes; got 0",
+        "ValueError: tokens must be in [0, 7) or -100; got 7 at position (0, 0)",
     ),
     "backend, workspace": (
         {"backend": "cuda", "workspace": 0},
@@ -209,9 +209,9 @@ FIRST_OF_ONE_PASS = {
         {"denominator": 0, "workspace": 0},
         "ValueError: denominator must be a positive number or a 0-d tensor; got 0",
     ),
-    "workspace, ids value": (
+    "ids value, workspace": (
         {"shape": (6,), "sequence_ids": IDS - 1, "workspace": 0},
-        "ValueError: workspace must be a positive number of bytes; got 0",
+        "ValueError: sequence_ids must be in [0, 6): number the sequences of a pack from 0; got -1 at position 0",
     ),
 }
 FIRST_OF_POLICY = {
