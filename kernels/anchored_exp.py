@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import limits
-from .blocks import Blocks, cdiv
-from .operands import Operands, tile_arguments
+from .blocks import Blocks, cdiv, multiprocessors
+from .operands import Operands, is_aligned, tile_arguments
 from .tile import (
     EXP_IS_ZERO,
     LN2,
@@ -40,6 +41,7 @@ from .tile import (
     row_scale,
     row_token,
     tile_of,
+    tile_position,
 )
 
 LOG2_LARGEST_EXP = tl.constexpr(limits.LOG2_LARGEST_EXP)
@@ -65,51 +67,77 @@ class Lane(NamedTuple):
 
 
 @triton.jit
-def _epilogue(score, start, mine, rows, head, out, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """Stores E of a tile (ROWS, COLUMNS) that begins at column `start`, part by part.
+def _store(stored, start, first_row, columns, mine, rows, head, E, out, TILE: tl.constexpr):
+    if TILE.STORES:  # the descriptor knows where E ends
+        E.store([first_row, start], stored)
+    else:
+        pointers = out.E + mine.r.to(tl.int64)[:, None] * out.stride_e + columns[None, :]
+        tl.store(pointers, stored, mask=(mine.r < rows.C)[:, None] & (columns < head.V)[None, :])
+
+
+@triton.jit
+def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """Stores E of a tile (ROWS, COLUMNS) that begins at row `first_row` and column `start`, part by part.
 
     Returns the tile's sums of E, E log E and E - stored, (ROWS,) each.
     """
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
-        s, q, r = _epilogue(left, start, mine, rows, head, out, PARTS // 2, TILE)
+        s, q, r = _epilogue(left, start, first_row, mine, rows, head, E, out, PARTS // 2, TILE)
         middle = start + right.shape[1] // TILE.WARP_GROUPS
-        s_right, q_right, r_right = _epilogue(right, middle, mine, rows, head, out, PARTS // 2, TILE)
-        return s + s_right, q + q_right, r + r_right
-    columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
-    z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
-    log2_e = tl.minimum((z - mine.anchor[:, None]) * LOG2E, LOG2_LARGEST_EXP, propagate_nan=tl.PropagateNan.ALL)
-    counts = (columns < head.V)[None, :] & (columns[None, :] != mine.token[:, None])
-    e = tl.where(counts, tl.exp2(log2_e), 0.0)
-    s = tl.sum(e, 1)
-    q = s
-    r = s
-    if out.Q is not None:
-        q = LN2 * tl.sum(e * tl.maximum(log2_e, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL), 1)
-    if out.E is not None:
-        if head.inner is not None:
-            e = e * slope
-        stored = round_to(e, out.E.dtype.element_ty, TILE.WIDEN)
-        if out.R is not None:
-            r = tl.sum(e - stored.to(tl.float32), 1)
-        pointers = out.E + mine.r.to(tl.int64)[:, None] * out.stride_e + columns[None, :]
-        tl.store(pointers, stored, mask=(mine.r < rows.C)[:, None] & (columns < head.V)[None, :])
+        s_right, q_right, r_right = _epilogue(right, middle, first_row, mine, rows, head, E, out, PARTS // 2, TILE)
+        s = s + s_right
+        q = q + q_right
+        r = r + r_right
+    else:
+        columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
+        z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
+        log2_e = tl.minimum((z - mine.anchor[:, None]) * LOG2E, LOG2_LARGEST_EXP, propagate_nan=tl.PropagateNan.ALL)
+        counts = (columns < head.V)[None, :] & (columns[None, :] != mine.token[:, None])
+        e = tl.where(counts, tl.exp2(log2_e), 0.0)
+        s = tl.sum(e, 1)
+        q = s
+        r = s
+        if out.Q is not None:
+            q = LN2 * tl.sum(e * tl.maximum(log2_e, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL), 1)
+        if out.E is not None:
+            if head.inner is not None:
+                e = e * slope
+            stored = round_to(e, out.E.dtype.element_ty, TILE.WIDEN)
+            if out.R is not None:
+                r = tl.sum(e - stored.to(tl.float32), 1)
+            _store(stored, start, first_row, columns, mine, rows, head, E, out, TILE)
     return s, q, r
 
 
 @triton.jit
-def anchored_exp_kernel(X, W, rows, head, ANCHOR, out, TILE: tl.constexpr):
-    score, r, inside, column_tile, column_tiles = tile_of(X, W, rows, head, TILE)
+def _one_tile(place, X, W, rows, head, ANCHOR, E, out, TILE: tl.constexpr):
+    score, r, inside, column_tile, column_tiles = tile_of(place, X, W, rows, head, TILE)
+    row_tile, _ = tile_position(place, tl.cdiv(rows.C, TILE.ROWS), column_tiles)
     token = row_token(rows, r, inside).to(tl.int32)
     anchor = tl.load(ANCHOR + r, mask=inside, other=0.0)
     mine = Lane(r, token, row_scale(rows, r, inside), anchor)
-    s, q, taken = _epilogue(score, column_tile * TILE.COLUMNS, mine, rows, head, out, TILE.PARTS, TILE)
-    place = r.to(tl.int64) * column_tiles + column_tile
-    tl.store(out.S + place, s, mask=inside)
+    s, q, taken = _epilogue(
+        score, column_tile * TILE.COLUMNS, row_tile * TILE.ROWS, mine, rows, head, E, out, TILE.PARTS, TILE
+    )  # fmt: skip
+    at = r.to(tl.int64) * column_tiles + column_tile
+    tl.store(out.S + at, s, mask=inside)
     if out.Q is not None:
-        tl.store(out.Q + place, q, mask=inside)
+        tl.store(out.Q + at, q, mask=inside)
     if out.R is not None:
-        tl.store(out.R + place, taken, mask=inside)
+        tl.store(out.R + at, taken, mask=inside)
+
+
+@triton.jit
+def anchored_exp_kernel(X, W, rows, head, ANCHOR, E, out, TILE: tl.constexpr):
+    """E: a descriptor of the buffer with TILE.STORES, else None."""
+    if TILE.PERSISTENT:
+        # flattened: the loads of the next tile begin before the epilogue of this one
+        tiles = tl.cdiv(rows.C, TILE.ROWS) * tl.cdiv(head.V, TILE.COLUMNS)
+        for place in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _one_tile(place, X, W, rows, head, ANCHOR, E, out, TILE)
+    else:
+        _one_tile(tl.program_id(0), X, W, rows, head, ANCHOR, E, out, TILE)
 
 
 def anchored_exp(
@@ -120,13 +148,16 @@ def anchored_exp(
     blocks: Blocks,
 ) -> TileSums:
     """Writes E into `exps` if given; returns the partial sums (C, column tiles)."""
-    tiles = cdiv(len(p.weight), blocks.columns)
+    columns = cdiv(len(p.weight), blocks.columns)
     rounds, stride = exps is not None and exps.dtype != torch.float32, None if exps is None else exps.stride(0)
     out = TileSums(
-        p.partials(tiles), p.partials(tiles) if entropy else None, p.partials(tiles) if rounds else None, exps, stride
+        p.partials(columns), p.partials(columns) if entropy else None, p.partials(columns) if rounds else None, exps, stride
     )
     if len(p.tokens):
-        *first, tile = tile_arguments(p, blocks)
-        grid = (cdiv(len(p.tokens), blocks.rows) * tiles,)
-        anchored_exp_kernel[grid](*first, anchor, out, tile, **blocks.options())
+        tiles, descriptor = cdiv(len(p.tokens), blocks.rows) * columns, None
+        if blocks.stores and exps is not None and is_aligned(exps):
+            descriptor = TensorDescriptor.from_tensor(exps, [blocks.rows, blocks.columns // blocks.parts])
+        *first, tile = tile_arguments(p, blocks, descriptor is not None)
+        programs = min(tiles, multiprocessors(p.hidden.device)) if blocks.persistent else tiles
+        anchored_exp_kernel[(programs,)](*first, anchor, descriptor, out, tile, **blocks.options())
     return out

@@ -1,11 +1,13 @@
 """Tile sizes of the kernels that multiply matrices: one small table, read off the compile report.
 
-The size depends on the target (the GPU's architecture), the operands' dtype and the head's bias and softcap. It depends neither
-on the number of rows nor on whether an entropy is asked for, so a token's log-probability has the same bits in every call.
+The size depends on the target (the GPU's architecture), the kernel, the operands' dtype, H, and the head's bias and softcap. It
+depends neither on the number of rows nor on whether an entropy is asked for, so a token's log-probability has the same bits in
+every call.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ class Blocks(NamedTuple):
     parts: int = 1  # the number of parts into which an epilogue divides the tile's columns
     warp_groups: int = 1  # the number of warp groups that share a row of the tile
     descriptors: bool = False  # tensor descriptors (TMA) where alignment allows, pointers elsewhere
+    persistent: bool = False  # as many programs as multiprocessors, of which each takes one tile after the other
+    stores: bool = False  # E through a descriptor too, where alignment allows
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
@@ -59,6 +63,23 @@ _SIXTEEN_BIT = {
     ),
     "hip:gfx942": (Blocks(128, 128, 64, 8, 2),) * 3,
 }
+# Plain heads on sm_90, as measured on an H100 (`bench/results/h100-measurements.json`, TFLOP/s, N = 8192):
+#
+#                   H, V            3 stages, 8 parts    4 stages       4 stages, 4 parts    persistent, stores by descriptor
+# anchored_exp      576, 49152      424                  425            -                    472
+#                   1024, 151936    557 - 563            540 - 560      -                    541 - 576
+#                   2048, 128256    588 - 602            584 - 597      -                    623 - 663 (in a step: slower)
+#                   4096, 151936    705 - 725            757            -                    767
+#                   8192, 128256    700                  701            -                    701 - 716
+# logsumexp         4096, 151936    695                  729            763                  -
+# dlogits           4096, 151936    718                  733            -                    -
+_SM_90 = {
+    "anchored_exp": Blocks(128, 256, 64, 8, 4, parts=8, descriptors=True),
+    "logsumexp": Blocks(128, 256, 64, 8, 4, parts=4, descriptors=True),
+    "dlogits": Blocks(128, 256, 64, 8, 4, parts=8, descriptors=True),
+}
+_PERSISTENT = Blocks(128, 256, 64, 8, 4, parts=4, descriptors=True, persistent=True, stores=True)
+_LONGEST_SHORT, _SHORTEST_LONG = 640, 4096  # H between which it did not gain in a whole step
 # fp32 operands are multiplied in fp32 (no TF32), by ordinary multiply-adds on NVIDIA.
 _SINGLE = Blocks(64, 64, 16, 4, 2)
 # The interpreter's time depends on the number of operations, not on their size: a wide tile.
@@ -70,11 +91,23 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool) -> Blocks:
-    """The tile for a target, as `target_of` names it."""
+def blocks_for(target: str, dtype: torch.dtype, bias: bool, softcap: bool, kernel: str, size: int) -> Blocks:
+    """The tile of a kernel for a target, as `target_of` names it. size: H."""
     if target == "interpreter":
         return _INTERPRETED
-    return _SINGLE if dtype == torch.float32 else _SIXTEEN_BIT[target][2 if softcap else int(bias)]
+    if dtype == torch.float32:
+        return _SINGLE
+    if target == "cuda:90" and not (bias or softcap):
+        if kernel == "anchored_exp" and not _LONGEST_SHORT < size < _SHORTEST_LONG:
+            return _PERSISTENT
+        return _SM_90[kernel]
+    return _SIXTEEN_BIT[target][2 if softcap else int(bias)]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of programs of a persistent grid."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def fewest_columns(dtype: torch.dtype) -> int:

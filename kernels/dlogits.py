@@ -131,7 +131,7 @@ def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PA
 
 @triton.jit
 def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constexpr):
-    score, r, inside, column_tile, column_tiles = tile_of(X, W, rows, head, TILE)
+    score, r, inside, column_tile, column_tiles = tile_of(tl.program_id(0), X, W, rows, head, TILE)
     token = (row_token(rows, r, inside) - out.start).to(tl.int32)
     scale = row_scale(rows, r, inside)
     factor = scale

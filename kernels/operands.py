@@ -73,19 +73,25 @@ class Tile(NamedTuple):
     DESCRIPTORS: bool
     WIDEN: bool
     RANK: int
+    PERSISTENT: bool  # programs take one tile after the other
+    STORES: bool  # E is stored through a descriptor
 
 
-def tile_arguments(p: Operands, blocks: Blocks) -> tuple[Any, Any, Rows, Head, Tile]:
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether a descriptor can stand for x (rows, columns)."""
+    return x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def tile_arguments(p: Operands, blocks: Blocks, stores: bool = False) -> tuple[Any, Any, Rows, Head, Tile]:
     """The first arguments of every kernel that multiplies matrices, and the tile, its last argument."""
     x, w, depth = p.hidden, p.weight, p.hidden.shape[1]
     assert x.stride(1) == 1 or depth == 1, "rows of hidden must be contiguous"
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, w))
-    descriptors = blocks.descriptors and aligned
+    descriptors = blocks.descriptors and is_aligned(x) and is_aligned(w)
     low_rank, b = (None, None) if p.lora is None else _lora_operands(*p.lora, x.dtype)
     rank_step = 16 if b is None or x.dtype == torch.float32 else min(32, max(16, triton.next_power_of_2(b.shape[1])))
     tile = Tile(
         blocks.rows, blocks.columns, blocks.depth, blocks.parts, blocks.warp_groups, depth % blocks.depth == 0, descriptors,
-        INTERPRETED, rank_step,
+        INTERPRETED, rank_step, blocks.persistent, stores,
     )  # fmt: skip
     rows, head = rows_of(p, low_rank), head_of(p, b)
     if descriptors:

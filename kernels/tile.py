@@ -78,13 +78,13 @@ def product_tile(X, W, row_start, column_start, rows, head, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_of(X, W, rows, head, TILE: tl.constexpr):
-    """One program's tile, in a grid over all tiles.
+def tile_of(place, X, W, rows, head, TILE: tl.constexpr):
+    """The tile at a place among all tiles.
 
     Returns x @ w^T, the rows, whether each is in the chunk, the index of the column tile, and the number of column tiles.
     """
     column_tiles = tl.cdiv(head.V, TILE.COLUMNS)
-    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), column_tiles)
+    row_tile, column_tile = tile_position(place, tl.cdiv(rows.C, TILE.ROWS), column_tiles)
     score = product_tile(X, W, row_tile * TILE.ROWS, column_tile * TILE.COLUMNS, rows, head, TILE)
     r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
     return score, r, r < rows.C, column_tile, column_tiles

@@ -125,13 +125,13 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
 def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
-        return Partials(*combine(logsumexp(p, entropy, _blocks(head))), target_kernel_logits(p)[0])
+        return Partials(*combine(logsumexp(p, entropy, _blocks(head, "logsumexp"))), target_kernel_logits(p)[0])
 
 
 def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
-        return RowStatistics(*finished(logsumexp(p, entropy, _blocks(head)), target_kernel_logits(p)[0]))
+        return RowStatistics(*finished(logsumexp(p, entropy, _blocks(head, "logsumexp")), target_kernel_logits(p)[0]))
 
 
 def target_logits(chunk: Chunk, head: Head) -> Target:
@@ -154,7 +154,7 @@ def dlogits(
         bias, b = (None if x is None else x[columns] for x in (head.bias, head.lora_weight))
         return dlogits_kernel.dlogits(
             _operands(chunk, head._replace(weight=w, lora_weight=b, bias=bias)), _statistics(statistics),
-            _incoming(incoming, unit), out, _blocks(head), start,
+            _incoming(incoming, unit), out, _blocks(head, "dlogits"), start,
         )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def anchored_exp(
     chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
 ) -> RowSums:
     with _device_of(chunk.hidden):
-        sums = anchored_tiles(_operands(chunk, head), target.logit - log_anchor, entropy, out, _blocks(head))
+        sums = anchored_tiles(_operands(chunk, head), target.logit - log_anchor, entropy, out, _blocks(head, "anchored_exp"))
         return RowSums(*finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None)))
 
 
@@ -228,7 +228,7 @@ def anchored_loss(
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
         anchor, slope = target_kernel_logits(p, terms.old_logprobs)
-        tiles = anchored_tiles(p, anchor, entropy, exps, _blocks(head))
+        tiles = anchored_tiles(p, anchor, entropy, exps, _blocks(head, "anchored_exp"))
         scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
         vector, number = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
         tokens = finish_kernel.Tokens(chunk.tokens, slope, vector, number)
@@ -271,9 +271,10 @@ def _loss(loss: DeviceLoss) -> objectives.Loss:
     return objectives.Loss(objective, bounds, kl, loss.kl_coef, loss.kl_is_weighted, loss.show_lost, ratio_range)
 
 
-def _blocks(head: Head) -> Blocks:
+def _blocks(head: Head, kernel: str) -> Blocks:
     has_bias, has_softcap = head.bias is not None, head.softcap is not None
-    return blocks_for(target_of(head.weight.device), head.weight.dtype, has_bias, has_softcap)
+    weight = head.weight
+    return blocks_for(target_of(weight.device), weight.dtype, has_bias, has_softcap, kernel, weight.shape[1])
 
 
 def _operands(chunk: Chunk, head: Head) -> Operands:

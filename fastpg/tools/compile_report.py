@@ -106,6 +106,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
     finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
     gradient_rows    plain, and in bf16 each flag alone
     policy_loss      CISPO, and a whole loss
+    anchored_exp     as other kernels; on sm_90 also the persistent tile of other hidden sizes
     other kernels    plain, in bf16 each flag alone but temperature, all flags
     """
     for kernel in kernels or KERNELS:
@@ -118,6 +119,8 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
                     chosen = [(), ("entropy",), ("finish",), flags]
                 elif kernel == "gradient_rows":
                     chosen = [(), *alone]
+                elif (kernel, target, dtype) == ("anchored_exp", "cuda:90", "bfloat16"):
+                    chosen += [("persistent", "exps", *more) for more in ((), ("entropy",), ("lora",), ("temperature",))]
                 elif kernel == "policy_loss":
                     chosen = [("cispo",), _WHOLE_LOSS]
                 elif kernel == "finish":
@@ -167,8 +170,10 @@ def _launch(variant: Variant) -> None:
     bias = meta(vocab, dtype=dtype) if "bias" in flags else None
     scale = vector() if "temperature" in flags else 1.0
     tokens = meta(_ROWS, dtype=torch.int64)
-    p = Operands(meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype), lora, bias, tokens, scale, inner)
-    blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None)
+    size = 2 * _SIZE if "persistent" in flags else _SIZE
+    p = Operands(meta(_ROWS, size, dtype=dtype), meta(vocab, size, dtype=dtype), lora, bias, tokens, scale, inner)
+    tile_of = variant.kernel if variant.kernel in MULTIPLIES else MULTIPLIES[0]  # others have none
+    blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None, tile_of, p.hidden.shape[1])
     statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
     incoming = Incoming(vector(), vector(entropy), unit)

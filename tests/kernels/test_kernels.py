@@ -50,7 +50,8 @@ def _minimum_and_maximum_drop_nan_unless_told_to_propagate_it(monkeypatch):
 
 
 def blocks_of(p, **changes):
-    blocks = blocks_for(target_of(p.weight.device), p.weight.dtype, p.bias is not None, p.inner is not None)
+    plain = p.bias is not None, p.inner is not None
+    blocks = blocks_for(target_of(p.weight.device), p.weight.dtype, *plain, "anchored_exp", p.hidden.shape[1])
     return blocks._replace(**changes)
 
 
@@ -325,6 +326,23 @@ def test_device_functions(name, emulate):
 def in_wider(x, before, after):
     """x with columns of 99 before and after it, in one allocation."""
     return F.pad(x, (before, after), value=99.0)[:, before : before + x.shape[1]]
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", ["", "everything"], ids=["plain", "everything"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_persistent_programs_and_descriptor_stores_change_no_bit(name, options, entropy):
+    """Several tiles of rows and of columns, both with an edge; what lies behind the rows and columns of E stays as it was."""
+    p = inputs(150, 530, name=name, options=options)
+    anchor, found = target_logits(p)[0], []
+    for changes in ({}, {"persistent": True}, {"stores": True}, {"persistent": True, "stores": True}):
+        buffer = torch.full((160, 544), 7.0, device=DEVICE, dtype=p.weight.dtype)
+        sums = anchored_exp(p, anchor, entropy, buffer[:150, :530], blocks_of(p, **SMALL_TILE, **changes))
+        assert (buffer[150:] == 7).all()
+        assert (buffer[:, 530:] == 7).all()
+        found.append([x for x in (buffer, *sums[:3]) if x is not None])
+    for other in found[1:]:
+        same(other, found[0])
 
 
 @pytest.mark.parametrize("operand", ["hidden", "weight"])

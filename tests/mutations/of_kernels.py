@@ -209,6 +209,14 @@ MUTATIONS = [
         "gradient_rows",
     ),
     Mutation(
+        "anchored_exp: a persistent program takes one tile",
+        "kernels/anchored_exp.py",
+        "for place in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):",
+        "for place in tl.range(tl.program_id(0), tiles, tiles, flatten=True):",
+        "kernels",
+        "persistent",
+    ),
+    Mutation(
         "summary: ratios of programs are added up as they are",
         "kernels/summary.py",
         "ratio += share * tl.load(",
