@@ -182,7 +182,7 @@ def in_process(folder: Path, repeats: int) -> dict[str, float]:
             (package / part.name).symlink_to(part)
         (package / "kernels").symlink_to(folder / "kernels")
         paths = os.pathsep.join((path, str(Path(__file__).parent)))  # modules beside this file are always of this checkout
-        settings = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        settings = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "FASTPG_BACKEND": "triton"}
         if not torch.cuda.is_available():
             settings["TRITON_INTERPRET"] = "1"
         command = [sys.executable, __file__, "--worker", "--repeats", str(repeats)]

@@ -8,7 +8,9 @@ public functions). Tests hold the formulas to the real allocations: on CPU tenso
 
 from __future__ import annotations
 
+import functools
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from ..tiles.structures import Head, Wanted, lora_rank
 from ..validation import is_positive_number
 
 _DEFAULT = {"cpu": 256 * 2**20}
+_MOST_PLANS = 256  # kept, of the batch sizes that a training run has
 _ONE_CHUNK = 1.1  # the memory that one chunk may take, over that of several
 _DEFAULT_OF_ACCELERATORS = 2**30
 
@@ -31,11 +34,34 @@ class Plan(NamedTuple):
     two_pass_rows: int  # of a chunk of two passes; one pass takes these for rows that it recomputes
 
 
+def _once(plan: Callable) -> Callable:
+    """plan(head, ...), computed once for each size and kind of head. The other arguments are numbers, and tuples of them."""
+    found: dict[tuple, object] = {}
+
+    @functools.wraps(plan)
+    def planned(head: Head, *arguments, workspace: int | None, **named):
+        # a workspace of another type may equal one that was planned for, and still be refused
+        if torch.compiler.is_compiling() or type(workspace) not in (int, type(None)):
+            return plan(head, *arguments, workspace=workspace, **named)
+        weight = head.weight
+        kind = weight.shape, weight.dtype, weight.device.type, lora_rank(head), head.bias is None, head.softcap is None
+        key = kind, arguments, workspace, *named.values()
+        if key not in found:
+            if len(found) == _MOST_PLANS:
+                found.clear()
+            found[key] = plan(head, *arguments, workspace=workspace, **named)
+        return found[key]
+
+    return planned
+
+
+@_once
 def plan_logprobs(head: Head, *, entropy: bool, workspace: int | None, backend: str) -> int:
     """Rows of a chunk of two passes. Raises ValueError where the workspace is too small for a tile."""
     return two_pass_rows(head, entropy, workspace_bytes(workspace, head.weight.device), backend)
 
 
+@_once
 def plan_policy_loss(
     head: Head, count: int, *, entropy: bool, wanted: Wanted, wide_weight: bool, workspace: int | None, backend: str
 ) -> Plan:

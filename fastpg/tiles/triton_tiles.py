@@ -73,6 +73,9 @@ __all__ = [
 ]
 
 
+_NOTHING = nullcontext()
+
+
 def tile_shape(head: Head) -> TileShape:
     """The steps of a schedule: chunks of whole row tiles, and slices wide enough for products at full speed."""
     return TileShape(256, 2048, 1, 1024) if head.weight.device.type == "cpu" else TileShape(128, 8192, 1, 16384)
@@ -102,7 +105,7 @@ def weight_tile(head: Head, start: int, stop: int, buffer: None) -> torch.Tensor
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
     """A context in which x's device is the current one: Triton launches on the current device, which may be another."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING
 
 
 def keep(given: TokenInputs) -> Keep:

@@ -119,3 +119,15 @@ def test_recomputed_rows_and_a_bias_stay_within_the_workspace():
     assert outs[0].metrics["recomputed_tokens"] == 1024
     copies = sum(x.numel() * (2 + 4 + 2) for x in (hidden, weight, bias))
     assert used <= copies + 60 * 2**20
+
+
+def test_a_plan_is_made_once_and_a_workspace_that_is_no_integer_is_refused_all_the_same():
+    hidden, weight, tokens = torch.randn(5, 8), torch.randn(20, 8), torch.zeros(5, dtype=torch.int64)
+    want = linear_logprobs(hidden, weight, tokens, workspace=2**22).logprobs
+    for workspace in (2.0**22, [2**22], "4194304", True):
+        with pytest.raises(ValueError, match="workspace"):
+            linear_logprobs(hidden, weight, tokens, workspace=workspace)
+    assert torch.equal(linear_logprobs(hidden, weight, tokens, workspace=2**22).logprobs, want)
+    wide = torch.randn(20, 4096)
+    with pytest.raises(ValueError, match="workspace=100000 bytes is too small"):  # not the plan of the narrow head
+        linear_logprobs(torch.randn(5, 4096), wide, tokens, workspace=100_000)
