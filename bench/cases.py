@@ -143,10 +143,17 @@ def cpu_cells() -> list[Cell]:
 def gpu_cells() -> list[Cell]:
     """The same questions at the sizes of training runs. The step of five of these heads has been measured on an H100."""
     cells, one = [], ("fastpg one pass",)
-    peers = ("full logits", "full logits, compiled", "TRL", "Liger", "torch linear_cross_entropy", "CCE", "verl")
+    peers = (
+        "full logits", "full logits, compiled", "TRL", "Liger", "Liger, scaled cross entropy", "QuACK",
+        "torch linear_cross_entropy", "CCE", "verl",
+    )  # fmt: skip
     methods = (*OURS, *VARIANTS, "fastpg one pass, one chunk", *peers)
     for name, head in HEADS.items():
         cells.append(Cell("step", f"{name}, bfloat16", head, 8192, "bfloat16", methods))
+    for name in ("smollm2-135m", "qwen3-0.6b"):  # where the host counts most
+        for rows in (512, 2048):
+            few = (*OURS, "full logits", "full logits, compiled")
+            cells.append(Cell("small batch", f"{name}, N = {rows}, bfloat16", HEADS[name], rows, "bfloat16", few, rounds=5))
     step = cells[list(HEADS).index("qwen3-8b")]
     for rows in (1024, 2048, 4096, 16384, 32768):
         cells.append(Cell("over N", f"N = {rows}, bfloat16", step.head, rows, "bfloat16", one))

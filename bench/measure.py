@@ -191,6 +191,25 @@ def _event_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
+def of_the_host(call: Callable[[], object]) -> dict[str, float]:
+    """On a GPU: what a call costs the host, which queues its launches while the device works, and how many these are.
+
+    host_seconds: from the call to its return, with an empty queue before it, the least of five. A call that waits for the
+    device has the device's time in it.
+    """
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        seconds.append(_wall_seconds(call))
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return {"host_seconds": min(seconds), "launches": launches}
+
+
 def measure(b: Batch, names: tuple[str, ...], rounds: int, device: str, budget_s: float) -> list[dict]:
     """One row per method: seconds, ratio to the bare products, peak bytes, errors; or why there are none.
 
@@ -222,6 +241,8 @@ def measure(b: Batch, names: tuple[str, ...], rounds: int, device: str, budget_s
             row |= {"runs": len(seconds), "seconds": taken, "over_products": taken / floor, "peak_bytes": peak_bytes}
         elif row["method"] in failed:
             row["why_not"] = failed[row["method"]]
+        if device == "cuda" and "seconds" in row:
+            row |= attempt(lambda name=row["method"]: of_the_host(calls[name]), device)[0] or {}
     return [bare, *rows]
 
 
@@ -245,7 +266,9 @@ def machine(device: str) -> dict[str, object]:
         except PackageNotFoundError:
             return None
 
-    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "fastpg-lm")
+    packages = (
+        "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels", "fastpg-lm",
+    )  # fmt: skip
     name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "date": date.today().isoformat(),

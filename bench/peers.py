@@ -5,7 +5,7 @@ Every method takes a Batch whose hidden and weight are leaves and runs forward a
 a method cannot run on a batch.
 
 The plain lines of a trainer turn a peer's log-probabilities into a loss, so nothing of fastpg is in a peer's time. fastpg's
-two passes end in `policy_loss`, because their users call it. fastpg's one pass and Liger have a loss of their own.
+two passes end in `policy_loss`, because their users call it. fastpg's one pass, Liger's GRPO and QuACK have their own loss.
 `policy_loss` and the plain lines are also measured alone, on ready log-probabilities.
 """
 
@@ -166,6 +166,27 @@ def verl(b: Batch) -> torch.Tensor:
     return logprobs.detach()
 
 
+def liger_scaled(b: Batch) -> torch.Tensor:
+    """Liger's per-token scaled cross entropy: of the kernels that it has for this GPU, the one that it chooses itself."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    logprobs = -LigerFusedLinearScaledCrossEntropyFunction.apply(b.hidden, b.weight, b.tokens, 1.0, -100, 1, False)
+    plain_loss(logprobs, b).backward()
+    return logprobs.detach()
+
+
+def quack(b: Batch) -> None:
+    """QuACK's cross entropy in chunks, with its gradients in the forward: three products, and one weight for all tokens."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    chunked_linear_cross_entropy(b.hidden, b.weight, b.tokens, reduction="mean").backward()
+
+
+def _as_cross_entropy(b: Batch) -> Batch:
+    """On-policy, with advantages of 1: the gradient of CISPO is then that of the mean cross entropy."""
+    return b._replace(old_logprobs=b.logprobs, advantages=torch.ones_like(b.advantages))
+
+
 def policy_loss_alone(b: Batch) -> None:
     policy_loss(b.logprobs, b).backward()
 
@@ -198,6 +219,18 @@ def _needs(package: str, *, cuda: bool = False, softcap: bool = True, dtypes: tu
     return why_not
 
 
+def _needs_liger_scaled() -> Callable:
+    of_liger = _needs("liger_kernel", cuda=True, softcap=False, dtypes=HALF)
+
+    def why_not(b: Batch) -> str | None:
+        found = of_liger(b)
+        if found is None and importlib.util.find_spec("liger_kernel.ops.fused_linear_scaled_cross_entropy") is None:
+            return "this version of liger_kernel has none"
+        return found
+
+    return why_not
+
+
 def _why_not_torch(b: Batch) -> str | None:
     if not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has none"
@@ -221,6 +254,8 @@ METHODS: dict[str, Method] = {
     "torch linear_cross_entropy": Method(torch_linear_cross_entropy, _why_not_torch),
     "CCE": Method(cce, _needs("cut_cross_entropy", cuda=True, dtypes=HALF)),
     "verl": Method(verl, _needs("verl", cuda=True, softcap=False)),
+    "Liger, scaled cross entropy": Method(liger_scaled, _needs_liger_scaled()),
+    "QuACK": Method(quack, _needs("quack", cuda=True, softcap=False, dtypes=HALF), variant=_as_cross_entropy, ends_in=OWN),
     "policy_loss alone": Method(policy_loss_alone, _always, is_ours=True, ends_in=POLICY_LOSS, is_loss_alone=True),
     "plain lines alone": Method(plain_lines_alone, _always, is_loss_alone=True),
 }

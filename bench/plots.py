@@ -15,6 +15,8 @@ COLORS = {
     "torch linear_cross_entropy": "#3d5a80",
     "CCE": "#81b29a",
     "verl": "#b56576",
+    "Liger, scaled cross entropy": "#e9c46a",
+    "QuACK": "#457b9d",
 }
 
 

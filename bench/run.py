@@ -59,7 +59,7 @@ def main() -> None:
     if not chosen:
         parser.error("no cell of these sections, heads and dtypes")
     options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=150)
+    console = Console(width=175)
     about = machine(options.device)
     console.print(about)
     results: dict = {"about": about, "rows": []}
@@ -119,19 +119,22 @@ def table(cell: Cell, rows: list[dict]) -> Table:
     title = f"{cell.section}: {cell.name}  ({cell.rows} tokens, V = {head.vocab}, H = {head.hidden})"
     shown = Table("forward and backward", "ends in", title=title, title_justify="left")
     errors_of = {"max |dlogp|": "logp_error", "dX": "dx_error", "dW": "dw_error", "dL/dlogp": "dlogp_error"}
-    for column in ("seconds", "x products", "peak", "peak without gradients", *errors_of):
+    of_host = ("host ms", "launches") if any("launches" in row for row in rows) else ()
+    for column in ("seconds", "x products", *of_host, "peak", "peak without gradients", *errors_of):
         shown.add_column(column, justify="right")
     for row in rows:
         ends_in = row.get("ends_in", "")
         if "why_not" in row:
-            blank = [""] * (3 + len(errors_of))
+            blank = [""] * (3 + len(of_host) + len(errors_of))
             shown.add_row(row["method"], ends_in, *blank, escape(row["why_not"]))  # an error's text may look like markup
             continue
         memory = ("", "")
         if "gradient_bytes" in row:
             memory = size(row["peak_bytes"]), size(row["peak_bytes"] - row["gradient_bytes"])
         errors = (f"{row[name]:.0e}" if row.get(name) is not None else "" for name in errors_of.values())
-        times = digits(row["seconds"], 3), digits(row["over_products"], 2)
+        times = [digits(row["seconds"], 3), digits(row["over_products"], 2)]
+        if of_host:
+            times += [digits(1e3 * row["host_seconds"], 2), str(row["launches"])] if "launches" in row else ["", ""]
         shown.add_row(row["method"], ends_in, *times, *memory, *errors)
     return shown
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..kernels.limits import EXP_IS_ZERO, IGNORED_TOKEN, LARGEST_SUM
+from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
+from .keep import keep as keep
 from .products import (
     WIDENED_ROWS,
     accumulation_dtype,
@@ -31,14 +32,12 @@ from .structures import (
     Chunk,
     Head,
     Incoming,
-    Keep,
     Partials,
     ReadyLogits,
     RowStatistics,
     RowSums,
     Target,
     TileShape,
-    TokenInputs,
     lora_rank,
 )
 
@@ -49,45 +48,6 @@ def tile_shape(head: Head) -> TileShape:
         return TileShape(512, 8192, 512, 16384)
     # with 8 tiles of rows the products are at full speed; a longer chunk would only leave the cache
     return TileShape(256, tile_columns(head.weight.shape[1]), 256, 8 * 256)
-
-
-def keep(given: TokenInputs) -> Keep:
-    """Which tokens count and which of these are computed; see `Keep`.
-
-    A token whose advantage times rollout weight is exactly 0 adds nothing to the loss, and is not computed. One with a value of
-    NaN or inf is, so that it makes the loss NaN. Advantages, rollout weights, old log-probabilities and the weight are in the
-    accumulation dtype: in 16 bits a product may underflow to 0.
-    """
-    tokens, temperature = given.tokens, given.temperature
-    found, computed = tokens != IGNORED_TOKEN, None
-    if given.mask is not None:
-        found = found & given.mask
-    if given.advantages is not None:
-        factor = given.advantages
-        if given.rollout_weights is not None:
-            factor = factor * given.rollout_weights
-        nothing = factor == 0
-        for other in (given.old_logprobs, given.weight):
-            nothing = nothing if other is None else nothing & other.isfinite()
-        computed = found & ~nothing
-    needed = found if computed is None else computed
-    numbers = [found.sum(), needed.sum(), *(tokens.new_zeros(()).long(),) * 4]
-    if given.vocab is not None:
-        numbers[2] = (found & ((tokens < 0) | (tokens >= given.vocab))).sum()
-    if temperature is not None:
-        numbers[3] = (found & ~((temperature > 0) & temperature.isfinite())).sum()
-    if given.indices is not None:
-        numbers[1], numbers[4:] = numbers[1] * 0 + len(given.indices), _faults_of_indices(given.indices, found, needed)
-    return Keep(found, computed, torch.stack(numbers))
-
-
-def _faults_of_indices(indices: torch.Tensor, found: torch.Tensor, needed: torch.Tensor) -> list[torch.Tensor]:
-    """The last two numbers of `Keep`."""
-    place = indices.clamp(0, max(found.numel() - 1, 0))
-    inside = place == indices
-    is_good = inside & found.reshape(-1)[place]
-    is_good[1:] &= indices[1:] > indices[:-1]
-    return [(~is_good).sum(), needed.sum() - (inside & needed.reshape(-1)[place]).sum()]
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -128,8 +128,11 @@ def test_with_checks_the_host_reads_the_rows_and_the_flags(schedule):
             linear_logprobs(hidden, head, tokens, mask=mask).logprobs.sum().backward()
     # On a CPU, where that is free, lost rows of E and the incoming factor are read too. The size of nonzero_static is known.
     names = [name.removeprefix("aten.").removesuffix(".default") for name in reads.names]
-    of_one_pass = ["nonzero", "_local_scalar_dense", "_local_scalar_dense"]
-    assert names == ["nonzero_static", *(of_one_pass if schedule == "one-pass" else [])]
+    assert names.count("nonzero") <= (schedule == "one-pass")  # where rows are flagged
+    found = [name for name in names if name != "nonzero"]
+    assert found[0] == "nonzero_static"
+    assert set(found[1:]) == ({"_local_scalar_dense"} if schedule == "one-pass" else set())
+    assert len(found) <= 3
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

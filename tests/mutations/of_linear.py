@@ -197,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: a token without weight hides an old log-probability that is not finite",
-        "fastpg/tiles/torch_tiles.py",
+        "fastpg/tiles/keep.py",
         "nothing = nothing if other is None else nothing & other.isfinite()",
         "nothing = nothing if other is None else nothing",
         "one_pass traps",

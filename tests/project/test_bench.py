@@ -1,5 +1,6 @@
 """The benchmark program on a tiny case: its gate, its files, its peers; both backends. Nothing here is timed."""
 
+import contextlib
 import csv
 import gc
 import importlib.util
@@ -103,6 +104,21 @@ def test_events_are_used_on_a_gpu(gpu, monkeypatch):
     timings = measure.runs_of({"a": lambda: gpu.append("call")}, 2, "cuda", 100)
     assert timings.runs["a"].seconds == [1.5] * 4
     assert gpu == ["call", *["record", "call", "record", "synchronize"] * 2] * 2
+
+
+def test_what_a_step_costs_the_host_is_counted_on_a_gpu(gpu, monkeypatch):
+    """The device's events are its launches and copies; the others are the host's."""
+    kinds = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    events = SimpleNamespace(events=lambda: [SimpleNamespace(device_type=kind) for kind in kinds])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(events))
+    found = measure.of_the_host(lambda: gpu.append("call"))
+    assert found["launches"] == 2
+    assert 0 < found["host_seconds"] < 0.1
+    assert gpu[:4] == ["synchronize", "call", "synchronize", "call"]  # the queue is empty before each
+    monkeypatch.setattr(measure, "transient_bytes", lambda call, device: call() or 0)
+    rows = measure.measure(batch(TINY), ("fastpg one pass",), 1, "cuda", 10)
+    assert [row["launches"] for row in rows] == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["fastpg one pass", "fastpg two passes"])
@@ -399,3 +415,5 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     assert all(goal["what"].startswith(("time per", "memory")) for goal in goals(rows, "cuda"))  # not its step
     on_gpu = goals([r | {"name": "qwen3-8b, bfloat16"} for r in rows], "cuda")
     assert on_gpu[0]["what"] == "one pass over products, fp32, default workspace"
+    one = next(goal for goal in on_gpu if goal["what"] == "fastpg one pass over products, qwen3-8b")
+    assert (one["goal"], one["measured"]) == ("<= 1.02", rows[0]["over_products"])
