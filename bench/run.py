@@ -59,7 +59,7 @@ def main() -> None:
     if not chosen:
         parser.error("no cell of these sections, heads and dtypes")
     options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=175)
+    console = Console(width=200)
     about = machine(options.device)
     console.print(about)
     results: dict = {"about": about, "rows": []}

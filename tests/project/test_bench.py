@@ -23,6 +23,7 @@ from cases import HEADS, LOSSES, Cell, Head, batch, cpu_cells, exact_logprobs, g
 from goals import goals
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
+OF_THE_HOST = measure.of_the_host
 TINY = Cell("step", "tiny", Head(300, 32), 64, "float32", ())
 
 
@@ -93,6 +94,7 @@ def gpu(monkeypatch):
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(measure, "of_the_host", lambda call: {"host_seconds": 0.002, "launches": 31})
     on_the_gpu = lambda *shape, device=None, **options: empty(*((8,) if device == "cuda" else shape), **options)  # noqa: E731
     monkeypatch.setattr(torch, "empty", on_the_gpu)
     return log
@@ -112,13 +114,16 @@ def test_what_a_step_costs_the_host_is_counted_on_a_gpu(gpu, monkeypatch):
 
     events = SimpleNamespace(events=lambda: [SimpleNamespace(device_type=kind) for kind in kinds])
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(events))
-    found = measure.of_the_host(lambda: gpu.append("call"))
+    found = OF_THE_HOST(lambda: gpu.append("call"))
     assert found["launches"] == 2
     assert 0 < found["host_seconds"] < 0.1
     assert gpu[:4] == ["synchronize", "call", "synchronize", "call"]  # the queue is empty before each
-    monkeypatch.setattr(measure, "transient_bytes", lambda call, device: call() or 0)
+    monkeypatch.setattr(measure, "transient_bytes", lambda call, device: (call(), 0)[1])
     rows = measure.measure(batch(TINY), ("fastpg one pass",), 1, "cuda", 10)
-    assert [row["launches"] for row in rows] == [2, 2]
+    assert [row.get("launches") for row in rows] == [31, 31]
+    header = [column.header for column in program.table(TINY, rows).columns]
+    assert "launches" in header
+    assert "launches" not in [column.header for column in program.table(TINY, [{"method": "a", "why_not": "b"}]).columns]
 
 
 @pytest.mark.parametrize("name", ["fastpg one pass", "fastpg two passes"])
