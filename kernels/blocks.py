@@ -83,7 +83,7 @@ _LONGEST_SHORT, _SHORTEST_LONG = 640, 4096  # H between which it did not gain in
 # fp32 operands are multiplied in fp32 (no TF32), by ordinary multiply-adds on NVIDIA.
 _SINGLE = Blocks(64, 64, 16, 4, 2)
 # The interpreter's time depends on the number of operations, not on their size: a wide tile.
-_INTERPRETED = Blocks(64, 1024, 64, 4, 1, parts=2)
+_INTERPRETED = Blocks(128, 1024, 64, 4, 1, parts=2)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -18,7 +18,7 @@ import triton.language as tl
 from .blocks import cdiv
 from .tile import INTERPRETED, ROWS_PER_PROGRAM, round_to
 
-_BLOCK = 4096 if INTERPRETED else 512
+_BLOCK = 512
 
 
 class HiddenRows(NamedTuple):

@@ -25,7 +25,7 @@ LOWEST_ANCHOR = tl.constexpr(limits.LOWEST_ANCHOR)
 # casts to bf16 would truncate. So bf16 operands are widened (exactly) before they are multiplied; `round_to` rounds results.
 INTERPRETED = triton.knobs.runtime.interpret
 # Rows per program of the kernels that work row by row. The interpreter's time depends on the number of programs.
-ROWS_PER_PROGRAM = 64 if INTERPRETED else 4
+ROWS_PER_PROGRAM = 128 if INTERPRETED else 4
 # row tiles that run side by side and so share their columns of W in the L2 cache
 _ROW_TILES_SIDE_BY_SIDE = tl.constexpr(8)
 
