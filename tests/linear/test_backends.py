@@ -140,7 +140,7 @@ def multiplications(launches: list, call) -> float:
 
 
 def test_counts_of_products_from_launches(launches):
-    rows, vocab, size, dtype = 128, 8192, 64, torch.bfloat16  # whole tiles and splits of the interpreter's blocks
+    rows, vocab, size, dtype = 256, 8192, 64, torch.bfloat16  # whole tiles and splits of the interpreter's blocks
     one = 2 * rows * vocab * size
     hidden, weight = torch.randn(rows, size).to(dtype), (torch.randn(vocab, size) * 0.2).to(dtype)
     tokens, advantages = torch.randint(0, vocab, (rows,)), torch.randn(rows)
