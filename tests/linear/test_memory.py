@@ -54,7 +54,7 @@ def peak(schedule, rows, vocab, dtype, workspace=None, masked=False) -> tuple[in
         (two_pass, 2048, 49152, torch.float32),
         (two_pass, 2048, 49152, torch.bfloat16),
         (two_pass, 2048, 2 * 49152, torch.bfloat16),
-        (two_pass, 4 * 2048, 49152, torch.bfloat16),
+        (two_pass, 2 * 2048, 49152, torch.bfloat16),
         (one_pass, 2048, 49152, torch.float32),
         (one_pass, 2048, 49152, torch.bfloat16),
     ],

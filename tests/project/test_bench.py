@@ -169,12 +169,12 @@ class UnspeakableError(Exception):
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
 )
-@pytest.mark.parametrize("ours", [True, False])
-def test_whatever_a_method_raises_in_the_gate_is_reported(monkeypatch, error, said, ours):
+def test_whatever_a_method_raises_in_the_gate_is_reported(monkeypatch, error, said):
     def fails(b):
         raise error
 
-    monkeypatch.setitem(peers.METHODS, "fails", peers.Method(fails, lambda b: None, ours))
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # takes long beside other tests
+    monkeypatch.setitem(peers.METHODS, "fails", peers.Method(fails, lambda b: None, isinstance(error, MemoryError)))
     rows = measure.measure(batch(TINY), ("verl", "fails", "full logits"), 1, "cpu", 10)
     assert "not installed" in rows[1]["why_not"] or "GPU" in rows[1]["why_not"]
     assert rows[2]["why_not"].startswith(said)
@@ -203,6 +203,7 @@ def raises_in_visit(monkeypatch, name: str, visit: int, error: BaseException) ->
 @pytest.mark.parametrize("error", [AssertionError("Dynamo"), torch.OutOfMemoryError(), MemoryError()], ids=repr)
 def test_a_method_that_raises_while_it_is_timed_is_reported(monkeypatch, visit, error):
     runs = raises_in_visit(monkeypatch, "fails", visit, error)
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # takes long beside other tests
     rows = measure.measure(batch(TINY), ("fails", "full logits"), 2, "cpu", 10)
     said = "failed: AssertionError: Dynamo" if isinstance(error, AssertionError) else "out of memory"
     assert rows[1]["why_not"] == said
