@@ -2,8 +2,8 @@
 
     loss_n, g_n = token_loss(logp, old, A, ...)               g = dloss/dlogp; both 0 where masked
 
-Every program also leaves the sums of its tokens, which kernel 11 reduces to the loss and the metrics. In PyTorch the same takes
-about forty operations on vectors, forward and backward.
+Every program also leaves the sums of its tokens, which kernel 11 reduces to the loss and the metrics. Forward and backward of
+CISPO with a mask are 9 operations and launches so, and 29 in PyTorch, without any metric.
 """
 
 from typing import Any, NamedTuple

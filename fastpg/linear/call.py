@@ -88,7 +88,7 @@ def counted(
     count, check = None if rows is None else len(indices), _nothing
     if reads:
         check = partial(_check_numbers, HostRead(found.numbers), given, found.keep, temperature, rows)
-        if rows is None or head.group is not None or not tokens.is_cuda:
+        if rows is None or head.group is not None or _reading_is_free(tokens):
             count, check = check(), _nothing
     computed = found.keep if found.computed is None else found.computed
     if rows is not None:
@@ -100,6 +100,10 @@ def counted(
 
 def _nothing() -> None:
     pass
+
+
+def _reading_is_free(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _check_numbers(

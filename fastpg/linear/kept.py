@@ -29,7 +29,7 @@ def kept(
         out = fastpg.linear_cispo_loss(hidden, head, tokens, old_logprobs, advantages, mask=rows)
 
     The host waits here instead, for what comes before the model. With `check=False`, and so in a CUDA graph, the call gathers
-    these rows, where it would compute every row without them.
+    these rows, where it would compute every row without them; rows that do not fit its other arguments make the loss NaN.
 
     Args:
         mask: (...) bool, True where a token counts. Tokens with the id -100 do not: mask & (tokens != -100).

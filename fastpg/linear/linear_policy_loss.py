@@ -109,7 +109,8 @@ def linear_policy_loss(
         head, wanted = head_of(inputs.head), wanted_of(inputs)
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
         skips = _skips(given, inputs, skip_zero_weight)
-        that_count = counted(inputs, *(_factors(given, inputs) if skips and check else ()))
+        judged = skips and (check or isinstance(mask, Kept))
+        that_count = counted(inputs, *(_factors(given, inputs) if judged else ()))
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
         weights = _weights(given, inputs, that_count)
@@ -128,6 +129,8 @@ def linear_policy_loss(
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
             result = _two_passes(call, inputs.head)
+    if isinstance(mask, Kept) and not check:  # a weight of NaN shows where there is no row too
+        result = Result(result.loss + (weights - weights).sum(), *result[1:])
     that_count.check()
     return _report(result, call, objective, that_count)
 
@@ -184,7 +187,10 @@ def _weights(given: LossInputs, inputs: Inputs, that_count: Counted) -> torch.Te
     """weight_n / D, () or (...)."""
     sequences = sequences_of(that_count.keep, given.sequence_ids)
     dtype = accumulation_dtype(inputs.hidden.dtype)  # the loss's own
-    return token_weights(that_count.numbers[0], given.reduction, given.denominator, dtype, sequences)
+    weights = token_weights(that_count.numbers[0], given.reduction, given.denominator, dtype, sequences)
+    if isinstance(inputs.mask, Kept) and not inputs.host_reads:  # nobody raises for rows that do not fit: the loss becomes NaN
+        weights = torch.where((that_count.numbers[4:] != 0).any(), torch.nan, weights)
+    return weights
 
 
 def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:

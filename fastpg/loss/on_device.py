@@ -13,8 +13,13 @@ from .objectives import device_loss
 
 
 def kernel_loss(logprobs: torch.Tensor, objective: object, kl: object | None, backend: str) -> DeviceLoss | None:
-    """The loss as device functions; None where PyTorch computes it. A compiler makes one kernel of PyTorch's operations."""
-    if backend != "triton" or torch.compiler.is_compiling() or isinstance(logprobs, FakeTensor):
+    """The loss as device functions; None where PyTorch computes it.
+
+    A compiler makes one kernel of PyTorch's operations, and the transforms of torch.func look into them.
+    """
+    if backend != "triton" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if isinstance(logprobs, FakeTensor):
         return None
     return device_loss(objective, kl, show_lost=False)
 

@@ -25,6 +25,7 @@ from fastpg import (
     policy_loss,
     selective_logprobs,
 )
+from fastpg.tiles.host_read import HostRead
 
 ROWS, VOCAB, SIZE = 64, 300, 16
 OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), PPOClip(), SAPO(), lambda logp, old, a: (logp - old).exp() * a]
@@ -118,8 +119,11 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
-def test_with_checks_the_host_reads_the_rows_and_the_flags(schedule):
-    """The numbers of tokens, which are read as a list, are not seen here."""
+def test_with_checks_the_host_reads_the_rows_and_the_flags(schedule, monkeypatch):
+    """The numbers of tokens, and that of flagged rows, are read through HostRead."""
+    waits = []
+    read = HostRead.read
+    monkeypatch.setattr(HostRead, "read", lambda self: waits.append(self) or read(self))
     hidden, head, tokens, old, advantages, mask = inputs()
     with Reads() as reads:
         if schedule == "one-pass":
@@ -133,6 +137,7 @@ def test_with_checks_the_host_reads_the_rows_and_the_flags(schedule):
     assert found[0] == "nonzero_static"
     assert set(found[1:]) == ({"_local_scalar_dense"} if schedule == "one-pass" else set())
     assert len(found) <= 3
+    assert len(waits) == (2 if schedule == "one-pass" else 1)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

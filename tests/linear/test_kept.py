@@ -15,6 +15,7 @@ from fastpg import (
     linear_logprobs,
     linear_policy_loss,
 )
+from fastpg.linear import call
 
 N, H, V = 40, 8, 30
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -134,6 +135,45 @@ def test_faults_are_named(backend, rows, error, said):
         linear_cispo_loss(*ARGUMENTS, mask=rows, backend=backend)
     with pytest.raises(error, match=said):
         linear_logprobs(*ARGUMENTS[:3], mask=rows, backend=backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("rows", "error", "said"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_named_where_the_host_waits_at_the_end(backend, rows, error, said, monkeypatch):
+    """As on a GPU: what is gathered by then reads no foreign memory, and no buffer of the caller has been written to."""
+    monkeypatch.setattr(call, "_reading_is_free", lambda x: False)
+    hidden, weight, *others = ARGUMENTS
+    buffer = torch.full((V, H), 7.0)
+    head = LMHead(weight, weight_grad=buffer)
+    with pytest.raises(error, match=said):
+        linear_cispo_loss(hidden, head, *others, mask=rows, backend=backend)
+    with pytest.raises(error, match=said):
+        linear_logprobs(hidden, head, others[0], mask=rows, backend=backend)
+    assert (buffer == 7).all()
+
+
+@BACKENDS
+def test_the_host_waits_at_the_end_and_finds_nothing(backend, monkeypatch):
+    monkeypatch.setattr(call, "_reading_is_free", lambda x: False)
+    got, want = (results(ARGUMENTS, m, backend=backend) for m in (kept(MASK, ARGUMENTS[4]), MASK))
+    same(got, want)
+    assert got[0].metrics.to_dict() == want[0].metrics.to_dict()
+
+
+@BACKENDS
+def test_rows_that_do_not_fit_make_an_unchecked_loss_nan(backend):
+    hidden, weight, tokens, old, _ = ARGUMENTS
+    zero, place = torch.zeros(N), int(ROWS.indices[3])
+    unknown = torch.where(torch.arange(N) == place, torch.nan, old)
+    rows = kept(MASK, zero)
+    assert linear_cispo_loss(hidden, weight, tokens, old, zero, mask=rows, backend=backend, check=False).loss == 0
+    assert linear_cispo_loss(hidden, weight, tokens, unknown, zero, mask=rows, backend=backend, check=False).loss.isnan()
+    rows = kept(MASK, torch.where(torch.arange(N) == int(ROWS.indices[0]), 1.0, 0.0))
+    given = torch.where(torch.arange(N) == int(ROWS.indices[0]), 1.0, 0.0)
+    assert linear_cispo_loss(hidden, weight, tokens, old, given, mask=rows, backend=backend, check=False).loss.isfinite()
+    assert linear_cispo_loss(hidden, weight, tokens, unknown, given, mask=rows, backend=backend, check=False).loss.isnan()
+    short = Kept(MASK, ROWS.indices[1:], False)
+    assert linear_cispo_loss(*ARGUMENTS, mask=short, backend=backend, check=False).loss.isnan()
 
 
 @BACKENDS
