@@ -57,7 +57,7 @@ wheel: $(VENV)/.installed
 	rm -rf dist .wheel-check
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv .wheel-check
-	.wheel-check/bin/python -m pip --disable-pip-version-check install --quiet $(PINS) dist/*.whl
+	.wheel-check/bin/python -m pip --disable-pip-version-check install --no-compile --quiet $(PINS) dist/*.whl
 	cd .wheel-check && bin/python -c "import fastpg, fastpg.kernels; print('wheel', fastpg.__version__, fastpg.__file__)"
 
 clean:

@@ -333,13 +333,13 @@ def in_wider(x, before, after):
 )
 def test_persistent_programs_and_descriptor_stores_change_no_bit(name, options, entropy):
     """Several tiles of rows and of columns, both with an edge; what lies behind the rows and columns of E stays as it was."""
-    p = inputs(40, 300, name=name, options=options)
+    p = inputs(40, 200, name=name, options=options)
     anchor, found = target_logits(p)[0], []
     for changes in ({}, {"persistent": True}, {"stores": True}, {"persistent": True, "stores": True}):
-        buffer = torch.full((48, 320), 7.0, device=DEVICE, dtype=p.weight.dtype)
-        sums = anchored_exp(p, anchor, entropy, buffer[:40, :300], blocks_of(p, **SMALL_TILE, **changes))
+        buffer = torch.full((48, 224), 7.0, device=DEVICE, dtype=p.weight.dtype)
+        sums = anchored_exp(p, anchor, entropy, buffer[:40, :200], blocks_of(p, **SMALL_TILE, **changes))
         assert (buffer[40:] == 7).all()
-        assert (buffer[:, 300:] == 7).all()
+        assert (buffer[:, 200:] == 7).all()
         found.append([x for x in (buffer, *sums[:3]) if x is not None])
     for other in found[1:]:
         same(other, found[0])
