@@ -119,6 +119,7 @@ def exact_logprobs(b: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor
 OURS = ("fastpg one pass", "fastpg two passes")
 VARIANTS = ("fastpg one pass, half zero weights", "fastpg one pass, frozen weight")
 LOSSES = ("policy_loss alone", "plain lines alone")  # on ready log-probabilities
+OVER_TOKENS = ("fastpg one pass", "full logits", "full logits, compiled", "TRL")
 SMALL = HEADS["smollm2-135m"]
 
 
@@ -132,8 +133,9 @@ def cpu_cells() -> list[Cell]:
         cells.append(Cell("step", f"SmolLM2's head, {dtype}", SMALL, 2048, dtype, methods))
         wide = Head(SMALL.vocab, 2048)
         cells.append(Cell("H = 2048", f"H = 2048, {dtype}", wide, 512, dtype, (*one, "full logits"), rounds=1))
-        for rows in (1024, 8192) if dtype == "bfloat16" else (1024, 4096):
-            cells.append(Cell("over N", f"N = {rows}, {dtype}", SMALL, rows, dtype, one, rounds=1))
+        for rows in (1024, 4096, 8192) if dtype == "bfloat16" else (1024, 4096):
+            methods = OVER_TOKENS if dtype == "bfloat16" else one
+            cells.append(Cell("over N", f"N = {rows}, {dtype}", SMALL, rows, dtype, methods, rounds=1))
         for vocab in (8192, 49152, 151936, 262144):
             methods = (*OURS, "full logits") if dtype == "bfloat16" else one
             cells.append(Cell("over V", f"V = {vocab}, {dtype}", Head(vocab, 576), 512, dtype, methods, rounds=1))
@@ -142,7 +144,7 @@ def cpu_cells() -> list[Cell]:
 
 def gpu_cells() -> list[Cell]:
     """The same questions at the sizes of training runs. The step of five of these heads has been measured on an H100."""
-    cells, one = [], ("fastpg one pass",)
+    cells = []
     peers = (
         "full logits", "full logits, compiled", "TRL", "Liger", "Liger, scaled cross entropy", "QuACK",
         "torch linear_cross_entropy", "CCE", "verl",
@@ -156,7 +158,7 @@ def gpu_cells() -> list[Cell]:
             cells.append(Cell("small batch", f"{name}, N = {rows}, bfloat16", HEADS[name], rows, "bfloat16", few, rounds=5))
     step = cells[list(HEADS).index("qwen3-8b")]
     for rows in (1024, 2048, 4096, 16384, 32768):
-        cells.append(Cell("over N", f"N = {rows}, bfloat16", step.head, rows, "bfloat16", one))
+        cells.append(Cell("over N", f"N = {rows}, bfloat16", step.head, rows, "bfloat16", OVER_TOKENS))
     for vocab in (32768, 65536, 151936, 262144):
         methods = ("fastpg one pass", "fastpg two passes", "full logits")
         cells.append(Cell("over V", f"V = {vocab}, bfloat16", Head(vocab, 4096), 4096, "bfloat16", methods))
@@ -176,10 +178,8 @@ def tiny_cells() -> list[Cell]:
     head, one = Head(1000, 64), ("fastpg one pass",)
     methods = (*OURS, *VARIANTS, "full logits", "TRL", "Liger", "torch linear_cross_entropy")
     cells = [Cell("step", f"tiny, {dtype}", head, 96, dtype, methods) for dtype in DTYPES]
-    cells += [replace(cells[0], section="over N", name=f"N = {n}, float32", rows=n, methods=one) for n in (32, 64)]
-    cells += [
-        replace(cells[0], section="over V", name=f"V = {v}, float32", head=Head(v, 64), methods=(*one, "full logits"))
-        for v in (200, 500)
-    ]
+    few = (*one, "full logits")
+    cells += [replace(cells[0], section="over N", name=f"N = {n}, float32", rows=n, methods=few) for n in (32, 64)]
+    cells += [replace(cells[0], section="over V", name=f"V = {v}, float32", head=Head(v, 64), methods=few) for v in (200, 500)]
     cells.append(replace(cells[0], section="loss alone", name="96 log-probabilities, float32 head", methods=LOSSES))
     return cells

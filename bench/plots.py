@@ -1,4 +1,4 @@
-"""Three plots of a run: time over the bare products per method, memory over V, time over N."""
+"""Three plots of a run: time over the bare products per method; milliseconds and memory over tokens; memory over V."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ COLORS = {
     "QuACK": "#457b9d",
 }
 
+_FLOOR = "bare products"
+
 
 def draw(results: dict, out: Path) -> None:
     import matplotlib
@@ -27,19 +29,62 @@ def draw(results: dict, out: Path) -> None:
     rows = [row for row in results["rows"] if "seconds" in row and row["method"] in COLORS]
     about = f"{results['about']['machine']}, torch {results['about']['versions']['torch']}, {results['about']['date']}"
     _over_the_floor([r for r in rows if r["section"] == "step"], about, out / "time_over_products.png")
+    _over_tokens(results["rows"], about, out / "over_tokens.png")
     over_vocab = [r for r in rows if r["section"] == "over V"]
     memory = "peak memory beyond dX and dW, MiB"
     _lines(over_vocab, "vocab", _memory, "V", memory, about, out / "memory_over_vocab.png")
-    steps = [r for r in rows if r["section"] in ("step", "over N") and r["method"] == "fastpg one pass"]
-    _lines(steps, "rows", _microseconds, "tokens", "microseconds per token", about, out / "time_over_tokens.png")
 
 
 def _memory(row: dict) -> float:
     return (row["peak_bytes"] - row["gradient_bytes"]) / 2**20
 
 
-def _microseconds(row: dict) -> float:
-    return row["seconds"] / row["rows"] * 1e6
+def _over_tokens(rows: list[dict], about: str, path: Path) -> None:
+    """A step of one head over its tokens, in milliseconds and in MiB, with the name of each method at its line.
+
+    The head is that of the last cell "over N", which have the most methods. Its cell "step" is one more point.
+    """
+    from matplotlib import pyplot as plt
+
+    over_tokens = [r for r in rows if r["section"] == "over N"]
+    if not over_tokens:
+        return
+    head = {name: over_tokens[-1][name] for name in ("vocab", "hidden", "dtype")}
+    rows = [r for r in rows if r["section"] in ("step", "over N") and {k: r[k] for k in head} == head]
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method in dict.fromkeys(r["method"] for r in over_tokens if r["method"] in COLORS):
+        of_method = sorted((r for r in rows if r["method"] == method), key=lambda r: r["rows"])
+        measured = [r for r in of_method if "seconds" in r]
+        name = method if measured == of_method else f"{method} (then fails)"
+        _line(time, measured, _milliseconds, name, COLORS[method])
+        _line(memory, measured, _all_memory, name, COLORS[method])
+    floor = [r for r in rows if r["method"] == _FLOOR and "seconds" in r]
+    _line(time, sorted(floor, key=lambda r: r["rows"]), _milliseconds, "three bare products", "black", linestyle=":", marker="")
+    time.set(xlabel="tokens", ylabel="milliseconds of a step")
+    memory.set(xlabel="tokens", ylabel="peak memory, gradients included, MiB")
+    for axis in (time, memory):
+        axis.set(xlim=(0, 1.4 * max(r["rows"] for r in rows)))  # room for the names
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"V = {head['vocab']}, H = {head['hidden']}, {head['dtype']}: {about}", fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _milliseconds(row: dict) -> float:
+    return row["seconds"] * 1e3
+
+
+def _all_memory(row: dict) -> float:
+    return row["peak_bytes"] / 2**20
+
+
+def _line(axis, rows: list[dict], value, name: str, color: str, linestyle: str = "-", marker: str = "o") -> None:
+    if not rows:
+        return
+    x, y = [r["rows"] for r in rows], [value(r) for r in rows]
+    axis.plot(x, y, color=color, linestyle=linestyle, marker=marker)
+    axis.annotate(name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color)
 
 
 def _over_the_floor(rows: list[dict], about: str, path: Path) -> None:

@@ -12,7 +12,7 @@ gets no number. Memory is everything that a step allocates, results included, in
 Peers end in the plain lines that a trainer writes, and fastpg's two passes in `policy_loss`. The table says what each row ends
 in. The section "loss alone" has both on ready log-probabilities.
 
-Writes results.json, results.csv and plots (time over the floor, memory over V, time over N) into --out.
+Writes results.json, results.csv and plots (time over the floor, time and memory over N, memory over V) into --out.
 """
 
 from __future__ import annotations

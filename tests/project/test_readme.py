@@ -109,5 +109,5 @@ def test_the_results_are_whole():
     assert {row["section"] for row in results["rows"]} == {"step", "H = 2048", "over N", "over V", "samples"} | since
     assert len(results["goals"]) == 21
     assert {"date", "machine", "versions"} <= set(results["about"])
-    for name in ("results.csv", "time_over_products.png", "memory_over_vocab.png", "time_over_tokens.png"):
+    for name in ("results.csv", "time_over_products.png", "memory_over_vocab.png", "over_tokens.png"):
         assert (RESULTS.parent / name).is_file()
