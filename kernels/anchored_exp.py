@@ -1,6 +1,6 @@
 """Kernel 2: product 1 of the one-pass schedule, with the exponential in its epilogue.
 
-    E_nv = exp(z_nv - anchor_n)        0 in the target's column (v = y_n), capped at 2^100
+    E_nv = exp(z_nv - anchor_n)        0 in the target's column (v = y_n)
     S_n  = sum_v E_nv                  one partial per row and column tile, Q_n likewise
 
 anchor_n = z_n,y - clamp(old_n) estimates the row's logsumexp before any other logit of the row is known. So no maximum is
@@ -16,6 +16,13 @@ Two steps change the stored entries and not the sums:
 - A 16-bit entry is rounded. The rounding error of a row, R_n = sum_v (E_nv - stored_nv), is added back in fp32 at the target's
   row of W: rows of E sum to 0, so the component that all rows of W share must cancel in E @ W.
 
+The epilogue is what remains of a tile's time at a small H, so it is as short as it can be:
+
+- The exponent, in powers of 2, is one multiply-add: score (scale log2 e) - anchor log2 e.
+- Nothing caps it. An entry may become infinite: then so does the sum, and kernel 3 stores such a row as zeros.
+- Without a softcap a row's rounding error is the difference of two sums, of what is computed and of what is stored.
+- Columns beyond the vocabulary are looked for only where the tile does not divide it.
+
 There are no atomics. Kernel 3 adds up the partial sums of a row, in an order that depends neither on C nor on the row's place.
 """
 
@@ -26,7 +33,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import limits
 from .blocks import Blocks, cdiv, multiprocessors
 from .operands import Operands, is_aligned, tile_arguments
 from .tile import (
@@ -44,8 +50,6 @@ from .tile import (
     tile_position,
 )
 
-LOG2_LARGEST_EXP = tl.constexpr(limits.LOG2_LARGEST_EXP)
-
 
 class TileSums(NamedTuple):
     """The sums of each row over each column tile, (C, tiles), and the buffer of E."""
@@ -62,7 +66,7 @@ class Lane(NamedTuple):
 
     r: Any
     token: Any
-    scale: Any
+    scale: Any  # these two times log2 e
     anchor: Any
 
 
@@ -72,7 +76,10 @@ def _store(stored, start, first_row, columns, mine, rows, head, E, out, TILE: tl
         E.store([first_row, start], stored)
     else:
         pointers = out.E + mine.r.to(tl.int64)[:, None] * out.stride_e + columns[None, :]
-        tl.store(pointers, stored, mask=(mine.r < rows.C)[:, None] & (columns < head.V)[None, :])
+        inside = (mine.r < rows.C)[:, None]
+        if not TILE.EVEN_V:
+            inside &= (columns < head.V)[None, :]
+        tl.store(pointers, stored, mask=inside)
 
 
 @triton.jit
@@ -91,9 +98,11 @@ def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.const
         r = r + r_right
     else:
         columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
-        z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
-        log2_e = tl.minimum((z - mine.anchor[:, None]) * LOG2E, LOG2_LARGEST_EXP, propagate_nan=tl.PropagateNan.ALL)
-        counts = (columns < head.V)[None, :] & (columns[None, :] != mine.token[:, None])
+        log2_z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
+        log2_e = log2_z - mine.anchor[:, None]
+        counts = columns[None, :] != mine.token[:, None]
+        if not TILE.EVEN_V:
+            counts &= (columns < head.V)[None, :]
         e = tl.where(counts, tl.exp2(log2_e), 0.0)
         s = tl.sum(e, 1)
         q = s
@@ -105,7 +114,10 @@ def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.const
                 e = e * slope
             stored = round_to(e, out.E.dtype.element_ty, TILE.WIDEN)
             if out.R is not None:
-                r = tl.sum(e - stored.to(tl.float32), 1)
+                if head.inner is None:
+                    r = s - tl.sum(stored.to(tl.float32), 1)
+                else:
+                    r = tl.sum(e - stored.to(tl.float32), 1)
             _store(stored, start, first_row, columns, mine, rows, head, E, out, TILE)
     return s, q, r
 
@@ -116,7 +128,7 @@ def _one_tile(place, X, W, rows, head, ANCHOR, E, out, TILE: tl.constexpr):
     row_tile, _ = tile_position(place, tl.cdiv(rows.C, TILE.ROWS), column_tiles)
     token = row_token(rows, r, inside).to(tl.int32)
     anchor = tl.load(ANCHOR + r, mask=inside, other=0.0)
-    mine = Lane(r, token, row_scale(rows, r, inside), anchor)
+    mine = Lane(r, token, row_scale(rows, r, inside) * LOG2E, anchor * LOG2E)
     s, q, taken = _epilogue(
         score, column_tile * TILE.COLUMNS, row_tile * TILE.ROWS, mine, rows, head, E, out, TILE.PARTS, TILE
     )  # fmt: skip
@@ -148,13 +160,13 @@ def anchored_exp(
     blocks: Blocks,
 ) -> TileSums:
     """Writes E into `exps` if given; returns the partial sums (C, column tiles)."""
-    columns = cdiv(len(p.weight), blocks.columns)
+    count, columns = p.tokens.shape[0], cdiv(p.weight.shape[0], blocks.columns)
     rounds, stride = exps is not None and exps.dtype != torch.float32, None if exps is None else exps.stride(0)
     out = TileSums(
         p.partials(columns), p.partials(columns) if entropy else None, p.partials(columns) if rounds else None, exps, stride
     )
-    if len(p.tokens):
-        tiles, descriptor = cdiv(len(p.tokens), blocks.rows) * columns, None
+    if count:
+        tiles, descriptor = cdiv(count, blocks.rows) * columns, None
         if blocks.stores and exps is not None and is_aligned(exps):
             descriptor = TensorDescriptor.from_tensor(exps, [blocks.rows, blocks.columns // blocks.parts])
         *first, tile = tile_arguments(p, blocks, descriptor is not None)

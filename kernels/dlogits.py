@@ -159,11 +159,11 @@ def dlogits(
 
     Returns the rounding error of each of its rows, (C,), or None where it is not rounded.
     """
-    tiles = cdiv(len(p.weight), blocks.columns)
+    count, tiles = p.tokens.shape[0], cdiv(p.weight.shape[0], blocks.columns)
     residual = p.partials(tiles) if out.dtype != torch.float32 else None
-    if len(p.tokens):
+    if count:
         *first, tile = tile_arguments(p, blocks)
-        grid = (cdiv(len(p.tokens), blocks.rows) * tiles,)
+        grid = (cdiv(count, blocks.rows) * tiles,)
         into = Slice(out, out.stride(0), start, residual)
         dlogits_kernel[grid](*first, statistics, incoming, into, tile, **blocks.options())
     return None if residual is None else residual.sum(1)

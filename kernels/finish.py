@@ -65,7 +65,7 @@ class Tokens(NamedTuple):
 class Terms(NamedTuple):
     """The inputs of a loss, (C,) each: the fields of `fastpg.loss.policy_loss.TokenTerms`."""
 
-    MASKED: Any  # uint8: 1 for rows that add nothing; None where every row counts
+    MASKED: Any  # uint8: 1 for rows that add nothing, whose other inputs may be anything; None where every row counts
     OLD: Any  # None: on-policy
     ADVANTAGES: Any
     WEIGHTS: Any  # or () where all rows share it
@@ -149,11 +149,11 @@ def _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, SHOW_LOST: 
 
 
 @triton.jit
-def _row_weights(terms, r, inside, SAME: tl.constexpr):
+def _row_weights(terms, r, keep, SAME: tl.constexpr):
     if SAME:
         return tl.load(terms.WEIGHTS)
     else:
-        return tl.load(terms.WEIGHTS + r, mask=inside, other=0.0)
+        return tl.load(terms.WEIGHTS + r, mask=keep, other=0.0)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _add_loss(total, weighted, r, inside, tokens, terms, results, into, OBJECTIV
     keep = inside
     if terms.MASKED is not None:
         keep = tl.load(terms.MASKED + r, mask=inside, other=1) == 0
-    old = _load(terms.OLD, r, inside)
+    old = _load(terms.OLD, r, keep)
     anchor = tl.zeros_like(total)
     if terms.OLD is not None:
         anchor = log_anchor(old)
@@ -171,8 +171,8 @@ def _add_loss(total, weighted, r, inside, tokens, terms, results, into, OBJECTIV
     t = log_total - anchor
     logp = log_sigmoid(-t)
     loss, g = token_loss(
-        logp, old, _load(terms.ADVANTAGES, r, inside), _row_weights(terms, r, inside, TILE.SAME_WEIGHT),
-        _load(terms.ROLLOUT, r, inside), _load(terms.REF, r, inside), OBJECTIVE, numbers.bounds, KL, numbers.kl_coef,
+        logp, old, _load(terms.ADVANTAGES, r, keep), _row_weights(terms, r, keep, TILE.SAME_WEIGHT),
+        _load(terms.ROLLOUT, r, keep), _load(terms.REF, r, keep), OBJECTIVE, numbers.bounds, KL, numbers.kl_coef,
         TILE.KL_IS_WEIGHTED,
     )  # fmt: skip
     in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
@@ -245,13 +245,11 @@ def finish_with_loss(
     """
     out = _row_sums(sums, False)
     if into is None:
-        count = programs(len(sums.S))
+        count = programs(sums.S.shape[0])
         into = Sums(sums.S.new_empty(FIELDS, count), count, 0)
     entropy, factor = (None if x is None else torch.empty_like(out.TOTAL) for x in (sums.Q, sums.E))
     state = torch.empty_like(out.TOTAL, dtype=torch.int8)
     results = Results(torch.empty_like(out.TOTAL), torch.empty_like(out.TOTAL), entropy, factor, state)
-    if terms.MASKED is not None:
-        terms = terms._replace(MASKED=terms.MASKED.view(torch.uint8))
     _launch(sums, tokens, out, terms, results, into, loss)
     return out, results
 
@@ -262,7 +260,7 @@ def programs(count: int) -> int:
 
 
 def _row_sums(sums: TileSums, weighted: bool) -> RowSums:
-    count = len(sums.S)
+    count = sums.S.shape[0]
     return RowSums(*(sums.S.new_empty(count) if wanted else None for wanted in (True, weighted, sums.R is not None)))
 
 
@@ -278,11 +276,11 @@ def _launch(
     count, tiles = sums.S.shape
     if not count:
         return
-    objective = kl = numbers = None
-    tile = Tile(ROWS_PER_PROGRAM, _BLOCK, INTERPRETED, False, False, False)
+    objective, kl, numbers, switches = None, None, None, (False, False, False)
     if loss is not None:
         objective, kl, numbers = loss.objective, loss.kl, numbers_of(loss)
-        tile = tile._replace(KL_IS_WEIGHTED=loss.kl_is_weighted, SHOW_LOST=loss.show_lost, SAME_WEIGHT=terms.WEIGHTS.dim() == 0)
+        switches = loss.kl_is_weighted, loss.show_lost, terms.WEIGHTS.dim() == 0
+    tile = Tile(ROWS_PER_PROGRAM, _BLOCK, INTERPRETED, *switches)
     vocab = 1 if sums.E is None else sums.E.shape[1]
     finish_kernel[(programs(count),)](
         sums, tokens, count, tiles, vocab, out, terms, results, into, objective, kl, numbers, tile

@@ -135,7 +135,8 @@ def keep_kernel(tokens, factors, INDICES, K, N, V, out, BLOCK: tl.constexpr):
 def keep(tokens: Tokens, factors: Factors | None, indices: torch.Tensor | None, vocab: int | None) -> Keep:
     """KEEP and COMPUTED, (N,) each; the sums of NUMBERS over programs, (6,) int64. indices (K,), of K <= N rows, or None."""
     ids = tokens.TOKENS
-    programs = cdiv(len(ids), _BLOCK)
+    count = ids.shape[0]
+    programs = cdiv(count, _BLOCK)
     out = Keep(
         torch.empty_like(ids, dtype=torch.bool),
         None if factors is None else torch.empty_like(ids, dtype=torch.bool),
@@ -144,6 +145,6 @@ def keep(tokens: Tokens, factors: Factors | None, indices: torch.Tensor | None, 
     if programs:
         computed = None if factors is None else out.COMPUTED.view(torch.uint8)
         as_bytes = Keep(out.KEEP.view(torch.uint8), computed, out.NUMBERS)
-        rows = None if indices is None else len(indices)
-        keep_kernel[(programs,)](tokens, factors, indices, rows, len(ids), vocab, as_bytes, BLOCK=_BLOCK)
-    return out._replace(NUMBERS=out.NUMBERS.sum(0))
+        rows = None if indices is None else indices.shape[0]
+        keep_kernel[(programs,)](tokens, factors, indices, rows, count, vocab, as_bytes, BLOCK=_BLOCK)
+    return Keep(out.KEEP, out.COMPUTED, out.NUMBERS.sum(0))

@@ -7,9 +7,6 @@ EXP_IS_ZERO = -1e4
 # sides, before it overflows or underflows.
 LOWEST_ANCHOR = -60.0
 
-# Kernels cap log2 E here, so that a sum of V <= 2^27 entries stays finite.
-LOG2_LARGEST_EXP = 100.0
-
 # A row whose sum S is not in [SMALLEST_SUM, LARGEST_SUM) has left the range of fp32, or is about to; it is recomputed.
 SMALLEST_SUM, LARGEST_SUM = 2.0**-90, 2.0**99
 

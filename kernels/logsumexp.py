@@ -190,11 +190,11 @@ def split_count(vocab: int, columns: int) -> int:
 
 def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
     """m, s, q of each row over the columns v != y of each split, (C, splits) fp32; `combine` or `finished` merges them."""
-    splits = split_count(len(p.weight), blocks.columns)
+    count, splits = p.tokens.shape[0], split_count(p.weight.shape[0], blocks.columns)
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
-    if len(p.tokens):
+    if count:
         *first, tile = tile_arguments(p, blocks)
-        grid = (cdiv(len(p.tokens), blocks.rows) * splits,)
+        grid = (cdiv(count, blocks.rows) * splits,)
         logsumexp_kernel[grid](*first, out, _TILES_PER_SPLIT, tile, **blocks.options())
     return out
 
@@ -211,7 +211,7 @@ def finished(partials: Running, target: torch.Tensor) -> Finished:
 
 
 def _vectors(partials: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
-    return [partials.M.new_empty(len(partials.M)) if is_wanted else None for is_wanted in wanted]
+    return [partials.M.new_empty(partials.M.shape[0]) if is_wanted else None for is_wanted in wanted]
 
 
 def _combined(partials: Running, target: torch.Tensor | None, out):

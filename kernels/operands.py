@@ -32,11 +32,11 @@ class Operands(NamedTuple):
 
     def vector(self) -> torch.Tensor:
         """An empty (C,) fp32."""
-        return self.hidden.new_empty(len(self.tokens), dtype=torch.float32)
+        return self.hidden.new_empty(self.tokens.shape[0], dtype=torch.float32)
 
     def partials(self, tiles: int) -> torch.Tensor:
         """An empty (C, tiles) fp32."""
-        return self.hidden.new_empty(len(self.tokens), tiles, dtype=torch.float32)
+        return self.hidden.new_empty(self.tokens.shape[0], tiles, dtype=torch.float32)
 
 
 class Rows(NamedTuple):
@@ -69,7 +69,8 @@ class Tile(NamedTuple):
     DEPTH: int
     PARTS: int
     WARP_GROUPS: int
-    EVEN_H: bool
+    EVEN_H: bool  # DEPTH divides H
+    EVEN_V: bool  # COLUMNS divides V
     DESCRIPTORS: bool
     WIDEN: bool
     RANK: int
@@ -89,8 +90,9 @@ def tile_arguments(p: Operands, blocks: Blocks, stores: bool = False) -> tuple[A
     descriptors = blocks.descriptors and is_aligned(x) and is_aligned(w)
     low_rank, b = (None, None) if p.lora is None else _lora_operands(*p.lora, x.dtype)
     rank_step = 16 if b is None or x.dtype == torch.float32 else min(32, max(16, triton.next_power_of_2(b.shape[1])))
+    even_h, even_v = depth % blocks.depth == 0, w.shape[0] % blocks.columns == 0
     tile = Tile(
-        blocks.rows, blocks.columns, blocks.depth, blocks.parts, blocks.warp_groups, depth % blocks.depth == 0, descriptors,
+        blocks.rows, blocks.columns, blocks.depth, blocks.parts, blocks.warp_groups, even_h, even_v, descriptors,
         INTERPRETED, rank_step, blocks.persistent, stores,
     )  # fmt: skip
     rows, head = rows_of(p, low_rank), head_of(p, b)
@@ -103,7 +105,7 @@ def tile_arguments(p: Operands, blocks: Blocks, stores: bool = False) -> tuple[A
 def rows_of(p: Operands, low_rank: torch.Tensor | None) -> Rows:
     vector, number = (p.scale, None) if isinstance(p.scale, torch.Tensor) else (None, float(p.scale))
     stride_l = None if low_rank is None else low_rank.stride(0)
-    return Rows(p.tokens, vector, number, low_rank, p.hidden.stride(0), stride_l, len(p.tokens))
+    return Rows(p.tokens, vector, number, low_rank, p.hidden.stride(0), stride_l, p.tokens.shape[0])
 
 
 def head_of(p: Operands, b: torch.Tensor | None) -> Head:

@@ -58,11 +58,12 @@ def target_logits(p: Operands, old: torch.Tensor | None = None) -> tuple[torch.T
 
     With old (C,) fp32 the anchor z_y - clamp(old, -60, 0) in place of z_y.
     """
-    target, slope = p.vector(), None if p.inner is None else p.vector()
-    if len(p.tokens):
+    target, slope, count = p.vector(), None if p.inner is None else p.vector(), p.tokens.shape[0]
+    if count:
         low_rank, b = (None, None) if p.lora is None else p.lora
-        target_kernel[(cdiv(len(p.tokens), ROWS_PER_PROGRAM),)](
-            p.hidden, p.weight, rows_of(p, low_rank), head_of(p, b), None if b is None else b.stride(1), old, target, slope,
+        stride_r = None if b is None else b.stride(1)
+        target_kernel[(cdiv(count, ROWS_PER_PROGRAM),)](
+            p.hidden, p.weight, rows_of(p, low_rank), head_of(p, b), stride_r, old, target, slope,
             ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
         )  # fmt: skip
     return target, slope

@@ -18,8 +18,7 @@ Rows are computed in chunks, as long as the workspace allows. A chunk takes thre
 holds all rows, dW is written once. On Triton the launch that completes the sums also computes the loss of named objectives
 (`operators.anchored_loss`).
 
-Range. The kernels cap E at 2^100; in PyTorch E may become infinite, and so may its sum. A row is flagged where it fails one of
-two conditions:
+Range. An entry of E may become infinite, and then its sum is. A row is flagged where it fails one of two conditions:
 
     condition                           rows that fail it                                     their log-probability
     2^-90 <= S < 2^99                   old_n too far off (over- or underflow), NaN,          is computed again by the
@@ -63,7 +62,7 @@ from ..tiles.structures import (
 )
 from ..tiles.torch_tiles import store_target
 from . import operators
-from .rows import Rows
+from .rows import Rows, part
 from .statistics import row_statistics
 from .workspace import Plan, exps_dtype, row_stride
 
@@ -124,7 +123,7 @@ def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosse
     while the host waits. If there are any, they are computed again. Without it nothing is read: a row whose sum S is NaN or not
     below 2^99, or whose u is not finite, gets a NaN log-probability and makes the gradients NaN.
     """
-    count, length = len(rows.tokens), options.plan.sweep_rows
+    count, length = rows.tokens.shape[0], options.plan.sweep_rows
     sweep = _Sweep(head, token_losses, options, rows, min(count, length))
     found, summary, flagged = [], None, None
     for span in _spans(count, length):
@@ -190,7 +189,7 @@ class _Sweep:
         self.exps = None
         if any(self.wanted):
             exps = large_pages.empty((longest, row_stride(head)), exps_dtype(weight.dtype), weight.device)
-            vocab = head.weight.shape[0]
+            vocab = weight.shape[0]
             if weight.device.type == "cpu":
                 exps[:, vocab:] = 0  # products may read past the end of a row (see `products`)
             self.exps = exps[:, :vocab]
@@ -205,7 +204,7 @@ class _Sweep:
         self.dweight = self.dlora_weight = self.dbias = None
         self.sums = None
         if options.device_loss is not None:
-            self.sums = tiles.loss_sums(len(rows.tokens), hidden.device)
+            self.sums = tiles.loss_sums(rows.tokens.shape[0], hidden.device)
 
     def first_product(
         self, rows: Rows, span: slice, terms: TokenTerms, anchors: torch.Tensor | None = None
@@ -215,7 +214,7 @@ class _Sweep:
         anchors (C,): the rows' log-probabilities where they are known already, for rows that are recomputed.
         """
         chunk = rows.chunk(span.start, span.stop, self.operand_dtype, multiple=self.padding)
-        exps = None if self.exps is None else self.exps[: span.stop - span.start]
+        exps = None if self.exps is None else part(self.exps, 0, span.stop - span.start)
         loss = self.options.device_loss
         if loss is None or anchors is not None:
             return chunk, self._any_objective(chunk, exps, terms, anchors)
@@ -299,7 +298,7 @@ class _Sweep:
         dhidden, dlora_hidden = (_rows_to_write(x, rows, span) for x in (self.dhidden, self.dlora_hidden))
         sums = Sums(dhidden, dlora_hidden, self.dweight, self.dlora_weight, self.dbias)
         operators.gradient_products(
-            self.exps[:count], vectors.factor, vectors.residual, chunk, self.head, sums, add, self.options.backend
+            part(self.exps, 0, count), vectors.factor, vectors.residual, chunk, self.head, sums, add, self.options.backend
         )  # fmt: skip
 
     def widen_weight(self, chunk: Chunk, vectors: _RowVectors) -> bool:
@@ -379,7 +378,7 @@ def _joined(chunks: list[_RowVectors], name: str) -> torch.Tensor | None:
 
 def _rows_to_write(sums: torch.Tensor | None, rows: Rows, span: slice) -> torch.Tensor | None:
     """The part of a gradient (N, ...) that a chunk writes to: its rows, or all of it where these are gathered."""
-    return sums if sums is None or rows.indices is not None else sums[span]
+    return sums if sums is None or rows.indices is not None else part(sums, span.start, span.stop)
 
 
 def _summed(sums: torch.Tensor | None, rows: Rows, group: ProcessGroup) -> torch.Tensor | None:

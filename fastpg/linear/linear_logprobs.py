@@ -11,7 +11,7 @@ from ..distributed.agreement import one_outcome
 from ..lm_head import LMHead
 from ..tiles.structures import Gradients, Head, Incoming, RowStatistics, Wanted
 from . import operators
-from .call import counted, differentiable, head_of, needs_gradient, prepare, with_inputs
+from .call import counted, differentiable, head_of, needs_gradient, prepare, with_inputs, without_autocast
 from .kept import Kept
 from .online import Plan
 from .rows import Rows, rows_of
@@ -82,7 +82,7 @@ def linear_logprobs(
         tokens_that_count = counted(inputs)
         chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
         agreed.describe(inputs, tokens_that_count.keep, entropy=entropy)
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
+    with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, tokens_that_count)
         values = row_logprobs(rows, inputs.head, entropy, chunk_rows, inputs.backend)
     tokens_that_count.check()
@@ -144,7 +144,7 @@ def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wan
     """The two-pass backward. dX is summed over the ranks of the group, so it is complete on each."""
     rows, group = call.rows, call.group
     plan = Plan(call.chunk_rows, call.backend, group is not None)
-    with torch.autocast(rows.hidden.device.type, enabled=False):  # backward() may be called under autocast
+    with without_autocast(rows.hidden.device):  # backward() may be called under autocast
         gradients = operators.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)
     if group is None:
         return gradients

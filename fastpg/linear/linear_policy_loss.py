@@ -21,7 +21,7 @@ from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
 from ..tiles.structures import Gradients, Head, TokenTerms, Wanted
 from .anchored import Options, TokenLosses, loss_gradient, one_pass
-from .call import Counted, Inputs, counted, differentiable, head_of, prepare, wanted_of, with_inputs
+from .call import Counted, Inputs, counted, differentiable, head_of, prepare, wanted_of, with_inputs, without_autocast
 from .kept import Kept
 from .linear_logprobs import row_logprobs
 from .rows import Rows, rows_of
@@ -120,11 +120,11 @@ def linear_policy_loss(
         )  # fmt: skip
         agreed.describe(inputs, that_count.computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
 
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
+    with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, that_count)
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
-        call = _Call(rows, head, _terms(given, rows, weights), losses, options, inputs.head.weight_grad)
+        call = _Call(rows, head, _terms(given, rows, weights, options), losses, options, inputs.head.weight_grad)
         if plan.sweeps:
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
@@ -201,10 +201,12 @@ def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, p
     return Options(wanted, entropy, plan, inputs.host_reads, inputs.backend, loss, wide_weight, group)
 
 
-def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor) -> TokenTerms:
+def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor, options: Options) -> TokenTerms:
+    """On kernels the inputs of masked rows stay what they are: nothing of them reaches a result."""
+    by_kernels = options.device_loss is not None and options.plan.sweeps
     return token_terms(
-        rows.of, rows.masked, weights, given.old_logprobs, given.advantages, given.rollout_weights, given.ref_logprobs,
-        weights.dtype,
+        rows.read if by_kernels else rows.of, rows.masked, weights, given.old_logprobs, given.advantages,
+        given.rollout_weights, given.ref_logprobs, weights.dtype,
     )  # fmt: skip
 
 

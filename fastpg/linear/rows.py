@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from .call import Counted, Inputs
 
 
+def part(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """x[start:stop]; x itself where that is all of it, as a slice costs the host 3 us."""
+    return x if start == 0 and stop == x.shape[0] else x[start:stop]
+
+
 class Rows(NamedTuple):
     """The K rows of hidden (N, H) that a call computes.
 
@@ -33,8 +38,8 @@ class Rows(NamedTuple):
         # A transposed layout is summed in another order. Padding copies the rows, so bits would depend on whether there is any.
         hidden = dense(hidden if hidden.stride(1) == 1 else hidden.contiguous())
         lora_hidden = None if self.lora_hidden is None else self._gather(self.lora_hidden, start, stop)
-        tokens = self.tokens[start:stop]
-        temperature = None if self.temperature is None else self.temperature[start:stop]
+        tokens = part(self.tokens, start, stop)
+        temperature = None if self.temperature is None else part(self.temperature, start, stop)
         padding = (start - stop) % multiple
         if padding:
             hidden = torch.cat([hidden, hidden.new_zeros(padding, hidden.shape[1])])
@@ -43,12 +48,12 @@ class Rows(NamedTuple):
             tokens = torch.cat([tokens, tokens.new_full((padding,), -1)])
             if temperature is not None:
                 temperature = torch.cat([temperature, temperature.new_ones(padding)])
-        places = None if self.indices is None else self.indices[start:stop]
+        places = None if self.indices is None else part(self.indices, start, stop)
         return Chunk(hidden, lora_hidden, tokens, None if temperature is None else temperature[:, None], places)
 
     def _gather(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        x = x[start:stop] if self.indices is None else x[self.indices[start:stop]]
-        return x if self.masked is None else x.masked_fill(self.masked[start:stop, None], 0)
+        x = part(x, start, stop) if self.indices is None else x[part(self.indices, start, stop)]
+        return x if self.masked is None else x.masked_fill(part(self.masked, start, stop)[:, None], 0)
 
     def select(self, positions: torch.Tensor) -> Rows:
         """The rows at `positions` among these K."""
@@ -58,11 +63,16 @@ class Rows(NamedTuple):
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all tokens (...) -> those of these rows (K,), 0 where a row is masked."""
-        flat = values.reshape(-1)
+        flat = values if values.dim() == 1 else values.reshape(-1)
         if self.indices is not None:
             return flat[self.indices]
         # a copy: later changes by the caller must not reach it, and kernels read contiguous vectors
         return flat.clone(memory_format=torch.contiguous_format) if self.masked is None else flat.masked_fill(self.masked, 0)
+
+    def read(self, values: torch.Tensor) -> torch.Tensor:
+        """`of` without the zeros and the copy: for kernels, which keep nothing and let no masked value reach a result."""
+        flat = values if values.dim() == 1 else values.reshape(-1)
+        return flat.contiguous() if self.indices is None else flat[self.indices]
 
     def scatter_rounded(self, values: torch.Tensor) -> torch.Tensor:
         """`scatter` of (K, H), rounded to hidden's dtype a few rows at a time."""
@@ -87,21 +97,21 @@ class Rows(NamedTuple):
 def rows_of(inputs: Inputs, counted: Counted) -> Rows:
     """The rows that are computed. Where the host does not know how many, all are, those that do not count as zeros."""
     hidden, head, keep = inputs.hidden, inputs.head, counted.computed.reshape(-1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     low_rank = None if head.lora is None else lora_hidden(flat, keep, head.lora)
     indices = masked = None
     if counted.indices is not None:
         indices = counted.indices
     elif counted.rows is None:
         masked = ~keep
-    elif counted.rows < len(keep):
+    elif counted.rows < keep.shape[0]:
         indices = torch.nonzero_static(keep, size=counted.rows)[:, 0]  # the size is known, so that nothing waits
     rows = Rows(flat, low_rank, indices, masked, inputs.tokens, None)
     own = rows.of(inputs.tokens).long()
     if head.group is not None:  # ids count from row 0 of this rank's weight
         own = own - head.vocab_start
-    temperature = _per_row(rows, inputs.temperature, len(own), accumulation_dtype(hidden.dtype))
-    return rows._replace(tokens=own, temperature=temperature)
+    temperature = _per_row(rows, inputs.temperature, own.shape[0], accumulation_dtype(hidden.dtype))
+    return Rows(flat, low_rank, indices, masked, own, temperature)
 
 
 def _per_row(rows: Rows, temperature: float | torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor | None:

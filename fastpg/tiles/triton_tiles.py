@@ -116,13 +116,17 @@ def keep(given: TokenInputs) -> Keep:
     tokens = keep_kernel.Tokens(_flat(given.tokens), mask, temperature, stride)
     with _device_of(given.tokens):
         found = keep_kernel.keep(tokens, factors, given.indices, given.vocab)
+    if given.tokens.dim() == 1:
+        return Keep(*found)
     shape = given.tokens.shape
     computed = None if found.COMPUTED is None else found.COMPUTED.view(shape)
     return Keep(found.KEEP.view(shape), computed, found.NUMBERS)
 
 
 def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous().view(-1)
+    if x is None or (x.dim() == 1 and x.is_contiguous()):
+        return x
+    return x.contiguous().view(-1)
 
 
 def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
@@ -235,8 +239,11 @@ def anchored_loss(
         scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
         vector, number = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
         tokens = finish_kernel.Tokens(chunk.tokens, slope, vector, number)
+        masked = None if terms.masked is None else terms.masked.view(torch.uint8)
         into = summary_kernel.Sums(sums.values, sums.values.shape[1], sums.first)
-        found, results = finish_kernel.finish_with_loss(tiles, tokens, finish_kernel.Terms(*terms), _loss(loss), into)
+        found, results = finish_kernel.finish_with_loss(
+            tiles, tokens, finish_kernel.Terms(masked, *terms[1:]), _loss(loss), into
+        )
         return LossRows(*results, found.RESIDUAL)
 
 

@@ -61,8 +61,9 @@ MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
 
-# rows of a chunk (no multiple of 16), vocabulary of a head, vocabulary of a slice of it, hidden size, LoRA's rank
-_ROWS, _VOCAB, _SLICE, _SIZE, _RANK = 1000, 128_256, 8192, 2048, 8
+# rows of a chunk (no multiple of 16), vocabulary of a head (that no tile divides: so more is masked), vocabulary of a slice of
+# it, hidden size, LoRA's rank
+_ROWS, _VOCAB, _SLICE, _SIZE, _RANK = 1000, 128_272, 8192, 2048, 8
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _launch_finish(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
     if not set(flags) & set(OBJECTIVES):
         finish(sums, tokens)
         return
-    masked = meta(_ROWS, dtype=torch.bool) if flags == _WHOLE_LOSS else None
+    masked = meta(_ROWS, dtype=torch.uint8) if flags == _WHOLE_LOSS else None
     finish_with_loss(sums, tokens, Terms(masked, *_loss_terms(flags, meta)), _loss(flags))
 
 

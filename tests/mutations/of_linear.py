@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation(
         "rows: hidden states of masked rows are read",
         "fastpg/linear/rows.py",
-        "return x if self.masked is None else x.masked_fill(self.masked[start:stop, None], 0)",
+        "return x if self.masked is None else x.masked_fill(part(self.masked, start, stop)[:, None], 0)",
         "return x",
         "one_pass_masks lora",
         "garbage or without_host_reads",
@@ -243,8 +243,8 @@ MUTATIONS = [
     Mutation(
         "two passes: autocast narrows the products of backward",
         "fastpg/linear/linear_logprobs.py",
-        "with torch.autocast(rows.hidden.device.type, enabled=False):",
-        'with torch.autocast(rows.hidden.device.type, enabled=torch.is_autocast_enabled("cpu")):',
+        "with without_autocast(rows.hidden.device):",
+        "if True:",
         "fp32_head",
         "backward_may",
     ),

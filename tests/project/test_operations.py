@@ -1,7 +1,7 @@
 """How many operations and launches a step asks of a device (see `operations`): they are what a call costs the host.
 
                                           at 12db879    at most
-    one pass, check=False                        131         20
+    one pass, check=False                        131         18
     one pass, check=True, no row flagged         141         25
     two passes and policy_loss                   160         26
     ... each further slice of the vocabulary      16          4
@@ -51,7 +51,7 @@ def scoring(check):
 
 
 MOST = {
-    "one pass": (lambda: one_pass(check=False), 20),
+    "one pass": (lambda: one_pass(check=False), 18),
     "one pass, checked": (lambda: one_pass(check=True), 25),
     "two passes": (two_passes, 26),
     "scoring, checked": (lambda: scoring(check=True), 10),
