@@ -13,6 +13,7 @@ from . import advantages
 from .linear.kept import Kept, kept
 from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
+from .linear.outputs import TokenStatistics
 from .linear.selective_logprobs import selective_logprobs
 from .lm_head import LMHead
 from .loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
@@ -35,6 +36,7 @@ __all__ = [
     "PolicyLossOutput",
     "Reinforce",
     "TokenLogprobs",
+    "TokenStatistics",
     "advantages",
     "kept",
     "linear_cispo_loss",

@@ -31,7 +31,8 @@ A row of the gradient is, in essence, one number times a softmax. The whole libr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,42 @@ def token_distribution(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torc
     return logprobs, torch.where(t.isinf(), 0, binary_entropy) + F.logsigmoid(t).exp() * others_entropy
 
 
+class Statistics(NamedTuple):
+    """The fields of `fastpg.TokenStatistics`; None where not asked for."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    logsumexp: torch.Tensor | None
+    is_top1: torch.Tensor | None
+    argmax: torch.Tensor | None
+    mean_logits: torch.Tensor | None
+    log_sum_sq_probs: torch.Tensor | None
+    rank: torch.Tensor | None
+    top_logprobs: torch.Tensor | None
+    top_ids: torch.Tensor | None
+
+
+def token_statistics(logits: torch.Tensor, tokens: torch.Tensor, top_k: int = 0) -> Statistics:
+    """Every statistic of logits (N, V) and tokens (N,).
+
+        lse_n = log sum_v exp z_nv        mean_n = sum_v z_nv / V        log sum_v p_nv^2 = logsumexp_v 2 (z_nv - lse_n)
+        rank_n = 0 if y_n = argmax_v z_nv, else max(1, |{v != y_n: z_nv > z_n,y}|)
+
+    Of equal logits the smaller id comes first, in the argmax and in the top_k largest.
+    """
+    logprobs, entropies = token_distribution(logits, tokens)
+    lse, argmax = torch.logsumexp(logits, -1), logits.argmax(-1)
+    larger = (logits > logits.gather(1, tokens[:, None])).sum(-1)
+    rank = torch.where(argmax == tokens, 0, torch.where(larger < 1, 1, larger))
+    log_p = logits - lse[:, None]
+    log_sum_sq = torch.logsumexp(2 * log_p, -1)
+    top_ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return Statistics(
+        logprobs, entropies, lse, argmax == tokens, argmax, logits.sum(-1) / logits.shape[1], log_sum_sq, rank,
+        log_p.gather(1, top_ids), top_ids,
+    )  # fmt: skip
+
+
 def linear_logprobs(
     hidden: torch.Tensor,
     head: torch.Tensor | LMHead,
@@ -105,14 +142,30 @@ def linear_logprobs(
     *,
     mask: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (..., H), tokens (...) -> (logprobs (...), entropies (...)); 0 where masked or where the token is -100."""
+    outputs: Sequence[str] = (),
+    top_k: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor] | Statistics:
+    """hidden (..., H), tokens (...) -> (logprobs (...), entropies (...)); 0 where masked or where the token is -100.
+
+    With outputs (names of fields of `Statistics`) or top_k (how many of the largest log-probabilities) -> Statistics, where
+    masked ids and ranks are -1.
+    """
     keep = tokens != -100 if mask is None else (tokens != -100) & mask
     per_token = isinstance(temperature, torch.Tensor) and temperature.dim() > 0
     kept_temperature = temperature.expand(tokens.shape)[keep] if per_token else temperature
-    kept = token_distribution(logits(hidden[keep], head, kept_temperature), tokens[keep])
-    logprobs, entropies = (torch.zeros(tokens.shape, dtype=k.dtype, device=k.device).masked_scatter(keep, k) for k in kept)
-    return logprobs, entropies
+    z = logits(hidden[keep], head, kept_temperature)
+
+    def placed(name: str, kept: torch.Tensor) -> torch.Tensor:
+        masked = -1 if name in ("argmax", "rank", "top_ids") else 0
+        whole = torch.full((*tokens.shape, *kept.shape[1:]), masked, dtype=kept.dtype, device=kept.device)
+        return whole.masked_scatter(keep.view(*keep.shape, *(1,) * (kept.dim() - 1)), kept)
+
+    if not outputs and not top_k:
+        logprobs, entropies = (placed("", kept) for kept in token_distribution(z, tokens[keep]))
+        return logprobs, entropies
+    asked = {"logprobs", *outputs} | ({"top_logprobs", "top_ids"} if top_k else set())
+    found = token_statistics(z, tokens[keep], top_k)._asdict()
+    return Statistics(**{name: placed(name, kept) if name in asked else None for name, kept in found.items()})
 
 
 def reinforce(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

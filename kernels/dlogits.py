@@ -1,10 +1,10 @@
 """Kernel 5, the backward of the two-pass schedule: one slice of the gradient of the logits, which are recomputed in registers.
 
-The incoming gradients are g (of logp) and h (of the entropy H). With log p_v = z_v - logsumexp and t the log-odds against the
-target, the gradient of z_v is
+The incoming gradients are g (of logp), h (of the entropy H) and l (of the logsumexp). With log p_v = z_v - logsumexp and t the
+log-odds against the target, the gradient of z_v is
 
-    v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho)           Ho: entropy of the others alone; the h part is 0 at infinite t
-    else    -g p_v - h p_v (log p_v + H)                      0 where p_v = 0
+    v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho) + l p_y   Ho: entropy of the others alone; the h part is 0 at infinite t
+    else    -(g - l) p_v - h p_v (log p_v + H)                0 where p_v = 0
 
 and the kernel stores it times d z / d score (scale_n; with a softcap also inner and its slope). The target's column takes
 sigmoid(t), not p_y - 1, which cancels.
@@ -52,6 +52,7 @@ class Incoming(NamedTuple):
     G: Any  # of logp
     H: Any = None  # of the entropy, or None
     UNIT: Any = None  # (C,), or None
+    L: Any = None  # of the logsumexp, or None
 
 
 class Slice(NamedTuple):
@@ -68,7 +69,7 @@ class Lane(NamedTuple):
     token: Any
     scale: Any
     lse: Any
-    g: Any
+    g: Any  # g - l
     h: Any
     entropy: Any
     at_target: Any
@@ -89,6 +90,10 @@ def row_terms(r, inside, token, scale, factor, statistics, incoming):
         p_q = tl.exp(tl.load(statistics.LOGP + r, mask=inside, other=0.0) + log_1mp)
         from_entropy = h * p_q * (t - tl.load(statistics.OTHERS + r, mask=inside, other=0.0))
         at_target += tl.where(tl.abs(t) == float("inf"), 0.0, from_entropy)
+    if incoming.L is not None:  # not (g - l) sigmoid(t) + l, which cancels at a small p_y
+        of_lse = tl.load(incoming.L + r, mask=inside, other=0.0) * factor
+        at_target += of_lse * tl.exp(tl.load(statistics.LOGP + r, mask=inside, other=0.0))
+        g = g - of_lse
     lse = tl.load(statistics.LOGSUMEXP + r, mask=inside, other=0.0)
     return Lane(r, token, scale, lse, g, h, entropy, at_target)
 

@@ -14,6 +14,8 @@ columns, it also finishes the row: its log-probability and its entropy.
 
 A column that must not count (the target's, or one beyond the vocabulary) enters as z = -inf. The pivot is 0 until a column has
 counted, because -inf - -inf would be NaN. A NaN logit reaches s, whatever the maximum makes of it.
+
+Further statistics of a row, where they are asked for, come from the same sweep (`row_statistics`).
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ import triton.language as tl
 
 from .blocks import Blocks, cdiv
 from .operands import Operands, tile_arguments
+from .row_statistics import Further, combine_further, fold_further, of_no_column, store_further
 from .tile import (
     EXP_IS_ZERO,
     LOG2E,
@@ -85,16 +88,20 @@ def others_only(z, columns, token, V):
 
 
 @triton.jit
-def _fold_parts(score, start, m, s, q, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The running statistics, updated with a tile, part by part."""
+def _fold_parts(score, start, m, s, q, f, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """The running statistics, updated with a tile, part by part. f: further ones, or None."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
-        m, s, q = _fold_parts(left, start, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
+        m, s, q, f = _fold_parts(left, start, m, s, q, f, token, scale, head, ENTROPY, PARTS // 2, TILE)
         middle = start + right.shape[1] // TILE.WARP_GROUPS
-        return _fold_parts(right, middle, m, s, q, token, scale, head, ENTROPY, PARTS // 2, TILE)
+        return _fold_parts(right, middle, m, s, q, f, token, scale, head, ENTROPY, PARTS // 2, TILE)
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
-    return fold(others_only(z, columns, token, head.V), m, s, q, ENTROPY)
+    others = others_only(z, columns, token, head.V)
+    larger, s, q = fold(others, m, s, q, ENTROPY)
+    if f is not None:
+        f = fold_further(f, z, others, columns, head.V, m, larger)
+    return larger, s, q, f
 
 
 @triton.jit
@@ -106,7 +113,8 @@ def store_running(out, place, inside, m, s, q):
 
 
 @triton.jit
-def logsumexp_kernel(X, W, rows, head, out, TILES: tl.constexpr, TILE: tl.constexpr):
+def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
+    """further: Further of (C, splits), of which K keys are kept; or None."""
     splits = tl.cdiv(head.V, TILE.COLUMNS * TILES)
     row_tile, split = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), splits)
     r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
@@ -117,11 +125,17 @@ def logsumexp_kernel(X, W, rows, head, out, TILES: tl.constexpr, TILE: tl.conste
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
+    f = None
+    if further is not None:
+        f = of_no_column(further, r, inside, ROWS, K)
     for tile in range(0, tl.minimum(TILES, tl.cdiv(head.V, TILE.COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * TILE.COLUMNS
         score = product_tile(X, W, row_tile * TILE.ROWS, start, rows, head, TILE)
-        m, s, q = _fold_parts(score, start, m, s, q, token, scale, head, out.Q is not None, TILE.PARTS, TILE)
-    store_running(out, r.to(tl.int64) * splits + split, inside, m, s, q)
+        m, s, q, f = _fold_parts(score, start, m, s, q, f, token, scale, head, out.Q is not None, TILE.PARTS, TILE)
+    place = r.to(tl.int64) * splits + split
+    store_running(out, place, inside, m, s, q)
+    if further is not None:
+        store_further(further, place, inside, f, K)
 
 
 @triton.jit
@@ -148,10 +162,13 @@ def finish_row(m, s, q, target, out, r, inside):
 
 
 @triton.jit
-def combine_kernel(partials, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(
+    partials, TARGET, out, further, merged, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Merges the splits of each row.
 
     partials: Running of (C, splits). out: Finished with FINISH, which needs z_y in TARGET (C,); else Running of (C,).
+    further: Further of (C, splits), merged into Further of (C,), but for its keys; or both None.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_chunk = r < C
@@ -182,43 +199,52 @@ def combine_kernel(partials, TARGET, out, C, splits, FINISH: tl.constexpr, ROWS:
         finish_row(maximum, tl.sum(s, 1), tl.sum(q, 1), target, out, r, in_chunk)
     else:
         store_running(out, r, in_chunk, maximum, tl.sum(s, 1), tl.sum(q, 1))
+    if further is not None:
+        combine_further(partials.M, further, merged, r, in_chunk, pivot, tl.sum(s, 1), splits, ROWS, BLOCK)
 
 
 def split_count(vocab: int, columns: int) -> int:
     return cdiv(vocab, columns * _TILES_PER_SPLIT)
 
 
-def logsumexp(p: Operands, entropy: bool, blocks: Blocks) -> Running:
-    """m, s, q of each row over the columns v != y of each split, (C, splits) fp32; `combine` or `finished` merges them."""
+def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further | None = None) -> Running:
+    """m, s, q of each row over the columns v != y of each split, (C, splits) fp32; `combine` or `finished` merges them.
+
+    further: where further statistics of each split are written, or None.
+    """
     count, splits = p.tokens.shape[0], split_count(p.weight.shape[0], blocks.columns)
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if count:
         *first, tile = tile_arguments(p, blocks)
         grid = (cdiv(count, blocks.rows) * splits,)
-        logsumexp_kernel[grid](*first, out, _TILES_PER_SPLIT, tile, **blocks.options())
+        keys = 0 if further is None or further.TOP is None else further.TOP.shape[2]
+        logsumexp_kernel[grid](*first, out, further, keys, _TILES_PER_SPLIT, tile, **blocks.options())
     return out
 
 
-def combine(partials: Running) -> Running:
-    """m, s, q (C,) over all splits."""
-    return _combined(partials, None, Running(*_vectors(partials, (True, True, partials.Q is not None))))
+def combine(partials: Running, further: Further | None = None, merged: Further | None = None) -> Running:
+    """m, s, q (C,) over all splits. Of further statistics, sums over all splits are written to `merged`."""
+    return _combined(partials, None, Running(*_vectors(partials, (True, True, partials.Q is not None))), further, merged)
 
 
-def finished(partials: Running, target: torch.Tensor) -> Finished:
-    """The statistics of each row, (C,) each, from those of its splits and z_y (C,)."""
+def finished(
+    partials: Running, target: torch.Tensor, further: Further | None = None, merged: Further | None = None
+) -> Finished:
+    """The statistics of each row, (C,) each, from those of its splits and z_y (C,); and `merged` as in `combine`."""
     entropy = partials.Q is not None
-    return _combined(partials, target, Finished(*_vectors(partials, (True, entropy, True, True, entropy))))
+    return _combined(partials, target, Finished(*_vectors(partials, (True, entropy, True, True, entropy))), further, merged)
 
 
 def _vectors(partials: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor | None]:
     return [partials.M.new_empty(partials.M.shape[0]) if is_wanted else None for is_wanted in wanted]
 
 
-def _combined(partials: Running, target: torch.Tensor | None, out):
+def _combined(partials: Running, target: torch.Tensor | None, out, further: Further | None, merged: Further | None):
     count, splits = partials.M.shape
     if count:
         grid = (cdiv(count, ROWS_PER_PROGRAM),)
         combine_kernel[grid](
-            partials, target, out, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK
+            partials, target, out, further, merged, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM,
+            BLOCK=_BLOCK,
         )  # fmt: skip
     return out

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _EQUAL = (
     "fp32_head", "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora",
     "lora's scale", "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
-    "whether there is a gradient to compute", "the backend", "check", "old_logprobs",
+    "whether there is a gradient to compute", "the backend", "check", "old_logprobs", "outputs", "top_k",
 )  # fmt: skip
 _OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "rows of a chunk")
 
@@ -43,9 +43,11 @@ class Facts:
         computed: torch.Tensor,
         *,
         entropy: bool,
+        further: tuple[int, ...] = (0,),
         old_logprobs: torch.Tensor | None = None,
         chunk: int = 0,
     ) -> None:
+        """further: which further statistics are asked for, and last top_k."""
         hidden, head, tokens, _, temperature, backend, check = inputs
         if head.group is None:
             return
@@ -64,6 +66,7 @@ class Facts:
             _bits(head.softcap or 0), _bits(head.logit_scale),
             _checksum(temperature, computed, place), int(entropy), grad * (2 * hidden.requires_grad + of_lora),
             int(any(wanted)), int(backend == "triton"), int(check), _checksum(old_logprobs, computed, place),
+            sum(2**i * asked for i, asked in enumerate(further[:-1])), further[-1],
         )  # fmt: skip
         smallest, largest = torch.where(flat, kept, 0), kept
         if len(kept):
@@ -153,6 +156,8 @@ def _compare(table: list[dict[str, int]], facts: Facts) -> None:
     if table[0]["smallest token"] < 0 or table[0]["largest token"] >= edge:
         bad = min(table[0]["smallest token"], 0) or table[0]["largest token"]
         raise ValueError(f"tokens must be in [0, {edge}), the vocabulary of all ranks, or -100; got {bad}")
+    if table[0]["top_k"] > edge:
+        raise ValueError(f"top_k must be at most V = {edge}, the vocabulary of all ranks; got {table[0]['top_k']}")
     facts.chunk = min(row["rows of a chunk"] for row in table) or None
 
 

@@ -5,7 +5,8 @@ Only these numbers of a row of logits cross ranks:
 
     one pass    z_y of the rank that has the token (with a softcap its slope there too), then the sums S (and Q for an entropy),
                 and at the end the sum of dX
-    two passes  m, s, q, z_y of each rank's columns, and in backward the sum of dX
+    two passes  m, s, q, z_y of each rank's columns, and in backward the sum of dX; of further statistics their partials, and
+                for ranks of tokens z_y before the sweep
 
 Vectors are added in rank order, so that every rank has equal bits; dX takes an all-reduce. With LoRA the gradient of A x is
 summed like dX.
@@ -21,9 +22,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from ..kernels.limits import EXP_IS_ZERO
-from ..tiles.structures import Partials
+from ..tiles.row_statistics import largest_of
+from ..tiles.structures import FurtherPartials, Partials
 
 # torch may be built without torch.distributed
 Group = dist.ProcessGroup | None if dist.is_available() else None
@@ -59,15 +62,46 @@ def on_the_owner(values: torch.Tensor, tokens: torch.Tensor, vocab_size: int, gr
     return torch.where(total[:, -1:] == 1, total[:, :-1], torch.nan).view_as(values)
 
 
-def combine(partials: Partials, tokens: torch.Tensor, vocab_size: int, group: dist.ProcessGroup) -> Partials:
+def combine(
+    partials: Partials, tokens: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, kept: int = 0, first_column: int = 0
+) -> tuple[Partials, torch.Tensor | None]:
     """The partials over the columns of all ranks: m is the largest, s and q are rescaled to it and added in rank order, and z_y
-    is that of the token's owner."""
-    maximum, total, weighted, target = partials
+    is that of the token's owner. Of the largest logits, `kept` are kept; ids count from 0 on the first of all columns.
+
+    Also returns the number of all columns, where a mean over them is asked for.
+    """
+    maximum, total, weighted, target, further = partials
     maxima, totals = gathered(torch.stack([maximum, total]), group).unbind(1)
     largest = maxima.amax(0)
     pivot = torch.where(largest == -torch.inf, 0, largest)
     shift = (maxima - pivot).clamp(min=EXP_IS_ZERO)
-    decay = shift.exp()
+    shares = shift.exp() * totals
     if weighted is not None:
-        weighted = (decay * (gathered(weighted, group) + totals * shift)).sum(0)
-    return Partials(largest, (decay * totals).sum(0), weighted, on_the_owner(target, tokens, vocab_size, group))
+        weighted = (shift.exp() * (gathered(weighted, group) + totals * shift)).sum(0)
+    values, ids, sums, squares, above = further
+    columns = None
+    if values is not None:
+        values, ids = _largest_of_ranks(values, ids + first_column, kept, group)
+    if sums is not None:
+        columns = sum_over_ranks(tokens.new_tensor([vocab_size]), group)
+        sums = sum_over_ranks(sums, group)
+    if squares is not None:
+        total_of_squares = (gathered(squares, group).exp() * shares.square()).sum(0).log()
+        squares = torch.where(shares.sum(0) == 0, 0, total_of_squares - 2 * shares.sum(0).log())
+    if above is not None:
+        above = sum_over_ranks(above, group)
+    further = FurtherPartials(values, ids, sums, squares, above)
+    target = on_the_owner(target, tokens, vocab_size, group)
+    return Partials(largest, shares.sum(0), weighted, target, further), columns
+
+
+def _largest_of_ranks(
+    values: torch.Tensor, ids: torch.Tensor, kept: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `kept` largest logits (C, kept) of all ranks, and their ids; of equal ones the smaller id, whichever rank has it."""
+    missing = kept - values.shape[1]  # a rank may have fewer columns
+    values = F.pad(values, (0, missing), value=-torch.inf)
+    ids = F.pad(ids, (0, missing), value=torch.iinfo(ids.dtype).max)
+    values, ids = (gathered(x, group).transpose(0, 1).flatten(1) for x in (values, ids))
+    by_id = ids.argsort(1)
+    return largest_of(values.gather(1, by_id), ids.gather(1, by_id), kept)

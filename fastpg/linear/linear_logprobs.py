@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,14 @@ import torch
 from ..distributed import vocab_parallel
 from ..distributed.agreement import one_outcome
 from ..lm_head import LMHead
-from ..tiles.structures import Gradients, Head, Incoming, RowStatistics, Wanted
+from ..tiles.structures import Asked, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted
 from . import operators
 from .call import counted, differentiable, head_of, needs_gradient, prepare, with_inputs, without_autocast
 from .kept import Kept
 from .online import Plan
+from .outputs import TokenStatistics, asked_of, check_top_k, token_statistics
 from .rows import Rows, rows_of
-from .statistics import row_statistics
+from .statistics import row_results
 from .workspace import plan_logprobs
 
 
@@ -37,10 +39,12 @@ def linear_logprobs(
     mask: torch.Tensor | Kept | None = None,  # (...)
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     entropy: bool = False,
+    outputs: Sequence[str] = (),
+    top_k: int = 0,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
-) -> TokenLogprobs:
+) -> TokenLogprobs | TokenStatistics:
     """log softmax(logits)[token] for each token, and the entropy of softmax(logits), without the logits.
 
         z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
@@ -49,6 +53,20 @@ def linear_logprobs(
     Both results are differentiable in hidden, weight and bias, so that any loss can be written on top. The forward keeps a few
     numbers per row, and the backward recomputes the logits tile by tile: four matrix products in all. Logits are fp32 for bf16
     and fp16 inputs. Gradients are summed in fp32 and rounded once.
+
+    With `outputs` or `top_k` the result is a `TokenStatistics`, which has a field for each of these. They come from the same
+    sweep over the vocabulary, and what is not asked for costs nothing:
+
+        "entropy"            H, as with entropy=True
+        "logsumexp"          logsumexp_v z_v, differentiable, so that a z-loss can be written on top
+        "argmax"             the id of the largest logit, the smallest id of equal logits
+        "is_top1"            argmax == token
+        "mean_logits"        sum_v z_v / V
+        "log_sum_sq_probs"   log sum_v p_v^2
+        "rank"               0 where is_top1, else the number of v != token with z_v > z[token], but at least 1
+        top_k=k              the k largest log p_v in descending order, and their ids (..., k)
+
+    Only logprobs, entropy and logsumexp are differentiable.
 
     Args:
         hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
@@ -61,6 +79,8 @@ def linear_logprobs(
             `fastpg.kept` makes of it before the model runs, saves the wait for the number of rows.
         temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
         entropy: also return the entropy of each row, in nats.
+        outputs: any of the names above, as a tuple or a list.
+        top_k: from 0 to 8, and at most V.
         workspace: bytes of transient memory; default 256 MiB on a CPU, 1 GiB on accelerators. On top come the results, and
             one fp32 copy of dX. Log-probabilities do not depend on it.
         backend: "torch" or "triton"; None: triton for CUDA and ROCm tensors, torch elsewhere. The environment variable
@@ -72,20 +92,26 @@ def linear_logprobs(
     The inputs and five numbers per row are saved for backward. Double backward raises. Under non-reentrant checkpointing the
     forward's product runs again. On a CPU, bf16 products set a process-wide torch switch while they run (see `products`).
 
-    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
-    too small for one tile.
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, for unknown or repeated
+    names in outputs, for a top_k out of range, and for a workspace too small for one tile.
     """
     with one_outcome(head) as agreed:
+        asked = asked_of(entropy, outputs, top_k)
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         if isinstance(mask, Kept) and mask.skips:
             raise ValueError("mask=kept(mask, advantages) leaves out tokens whose advantage is 0: pass kept(mask)")
+        if inputs.head.group is None:  # else `agreed` knows V
+            check_top_k(asked.top_k, inputs.head.vocab_size)
         tokens_that_count = counted(inputs)
-        chunk_rows = plan_logprobs(head_of(inputs.head), entropy=entropy, workspace=workspace, backend=inputs.backend)
-        agreed.describe(inputs, tokens_that_count.keep, entropy=entropy)
+        chunk_rows = plan_logprobs(head_of(inputs.head), asked=asked, workspace=workspace, backend=inputs.backend)
+        agreed.describe(inputs, tokens_that_count.keep, entropy=asked.entropy, further=asked[1:])
     with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, tokens_that_count)
-        values = row_logprobs(rows, inputs.head, entropy, chunk_rows, inputs.backend)
+        found = _row_results(rows, inputs.head, asked, chunk_rows, inputs.backend)
     tokens_that_count.check()
+    if len(outputs) or asked.top_k:
+        return token_statistics(found, rows, tokens.shape, inputs.head.vocab_start or 0, outputs)
+    values = found.statistics[:2]
     return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
 
 
@@ -93,11 +119,19 @@ def row_logprobs(
     rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities and entropies (K,) of the rows, differentiable where an input needs a gradient."""
+    return _row_results(rows, head, Asked(entropy), chunk_rows, backend).statistics[:2]
+
+
+def _row_results(rows: Rows, head: LMHead, asked: Asked, chunk_rows: int, backend: str) -> RowResults:
+    """What is asked of the rows. Where an input needs a gradient, log-probabilities, entropies and logsumexps have one, and the
+    other numbers of `RowStatistics` are None."""
+    first_column = 0 if head.group is None else head.vocab_start
     if not needs_gradient(rows.hidden, head):
         with torch.no_grad():
-            return row_statistics(rows, head_of(head), entropy, chunk_rows, backend, head.group)[:2]
-    call = _Call(rows, head_of(head), entropy, chunk_rows, backend, head.group, head.weight_grad)
-    return _LinearLogprobs.apply(*differentiable(call), with_inputs(call))
+            return row_results(rows, head_of(head), asked, chunk_rows, backend, head.group, first_column)
+    call = _Call(rows, head_of(head), asked, chunk_rows, backend, head.group, first_column, head.weight_grad)
+    logprobs, entropy, logsumexp, *further = _LinearLogprobs.apply(*differentiable(call), with_inputs(call))
+    return RowResults(RowStatistics(logprobs, entropy, None, logsumexp, None), Further(*further))
 
 
 class _Call(NamedTuple):
@@ -105,31 +139,33 @@ class _Call(NamedTuple):
 
     rows: Rows
     head: Head
-    entropy: bool
+    asked: Asked
     chunk_rows: int
     backend: str
     group: vocab_parallel.Group
+    first_column: int
     weight_grad: torch.Tensor | None
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """(logprobs (K,), entropy (K,) or None) of the rows of a call."""
+    """(logprobs (K,), entropy (K,) or None, logsumexp (K,) or None, and the fields of `Further`) of the rows of a call."""
 
     @staticmethod
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
         whole = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
-        statistics = row_statistics(
-            whole.rows, whole.head, call.entropy, call.chunk_rows, call.backend, call.group
-        )  # fmt: skip
+        statistics, further = row_results(
+            whole.rows, whole.head, call.asked, call.chunk_rows, call.backend, call.group, call.first_column
+        )
         ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)
         ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # saved_tensors hold the rows
         ctx.set_materialize_grads(False)
-        return statistics.logprobs, statistics.entropy
+        ctx.mark_non_differentiable(*(x for x in further if x is not None))
+        return statistics.logprobs, statistics.entropy, statistics.logsumexp if call.asked.logsumexp else None, *further
 
     # Not once_differentiable: where the incoming gradient is a constant, it would drop a second derivative silently. The
     # operator called here has no derivative, and raises when one is asked for.
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(ctx, grad_logprobs, grad_entropy, grad_logsumexp, *of_further):
         saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
         count = len(Rows._fields)
         rows, statistics = Rows(*saved[:count]), RowStatistics(*saved[count + 3 :])
@@ -137,7 +173,8 @@ class _LinearLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics.logprobs)
         wanted = Wanted(*ctx.needs_input_grad[:5])
-        return *gradients_of(call, statistics, Incoming(grad_logprobs, grad_entropy), wanted), None
+        incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp)
+        return *gradients_of(call, statistics, incoming, wanted), None
 
 
 def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:

@@ -41,7 +41,20 @@ import torch.nn.functional as F
 from ..tiles import large_pages
 from ..tiles.backend import TileOps
 from ..tiles.products import accumulation_dtype, add_residual, product, skinny_product, weight_product
-from ..tiles.structures import Chunk, Gradients, Head, Incoming, Partials, RowStatistics, Wanted, lora_rank
+from ..tiles.structures import (
+    Asked,
+    Chunk,
+    Further,
+    FurtherPartials,
+    Gradients,
+    Head,
+    Incoming,
+    Partials,
+    RowResults,
+    RowStatistics,
+    Wanted,
+    lora_rank,
+)
 from .rows import Rows
 
 
@@ -53,27 +66,58 @@ class Plan(NamedTuple):
     partial: bool  # other ranks hold other columns: dX is returned for the K rows alone and unrounded, to be summed over ranks
 
 
-def two_pass_statistics(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> RowStatistics:
-    """The statistics of every row, (K,) each."""
-    return RowStatistics(*_forward(tiles.row_statistics, tiles, rows, head, entropy, chunk_rows))
+def two_pass_statistics(tiles: TileOps, rows: Rows, head: Head, asked: Asked, chunk_rows: int) -> RowResults:
+    """The statistics of every row."""
+
+    def of_chunk(chunk: Chunk, span: slice) -> list:
+        statistics, further = tiles.row_statistics(chunk, head, asked)
+        return [*statistics, *further]
+
+    found, count = _forward(of_chunk, tiles, rows, head, chunk_rows), len(RowStatistics._fields)
+    return RowResults(RowStatistics(*found[:count]), Further(*found[count:]))
 
 
-def two_pass_partials(tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> Partials:
-    """The partial statistics of every row over the columns of `head`, (K,) each, for `finish_rows`."""
-    return Partials(*_forward(tiles.online_logsumexp, tiles, rows, head, entropy, chunk_rows))
+def two_pass_partials(
+    tiles: TileOps, rows: Rows, head: Head, asked: Asked, chunk_rows: int, target: torch.Tensor | None
+) -> Partials:
+    """The partial statistics of every row over the columns of `head`, for `finish_rows` and `finish_further`.
+
+    target: z_y (K,), which a rank needs (`two_pass_targets` of the rank that has the token).
+    """
+
+    def of_chunk(chunk: Chunk, span: slice) -> list:
+        partials = tiles.online_logsumexp(chunk, head, asked, _padded(target, span, len(chunk.tokens)))
+        return [*partials[:4], *partials.further]
+
+    found = _forward(of_chunk, tiles, rows, head, chunk_rows)
+    return Partials(*found[:4], FurtherPartials(*found[4:]))
 
 
-def _forward(tile_op: Callable, tiles: TileOps, rows: Rows, head: Head, entropy: bool, chunk_rows: int) -> list:
+def two_pass_targets(tiles: TileOps, rows: Rows, head: Head, chunk_rows: int) -> torch.Tensor:
+    """z_y of every row, (K,)."""
+    (found,) = _forward(lambda chunk, span: [tiles.target_logits(chunk, head).logit], tiles, rows, head, chunk_rows)
+    return found
+
+
+def _forward(
+    of_chunk: Callable[[Chunk, slice], list], tiles: TileOps, rows: Rows, head: Head, chunk_rows: int
+) -> list[torch.Tensor | None]:
+    """What of_chunk returns of each chunk, put together."""
     count = len(rows.tokens)
     dtype, padding = tiles.operand_dtype(head.weight.dtype, head.weight.device), tiles.tile_shape(head).padding
     chunks = []
     for start in range(0, max(count, 1), chunk_rows):  # without rows, one empty chunk
         stop = min(start + chunk_rows, count)
-        found = tile_op(rows.chunk(start, stop, dtype, multiple=padding), head, entropy)
+        found = of_chunk(rows.chunk(start, stop, dtype, multiple=padding), slice(start, stop))
         chunks.append([None if x is None else x[: stop - start] for x in found])
     if len(chunks) == 1:
         return chunks[0]
     return [None if x[0] is None else torch.cat(x) for x in zip(*chunks, strict=True)]
+
+
+def _padded(values: torch.Tensor | None, span: slice, count: int) -> torch.Tensor | None:
+    """values[span], with zeros for the padding of a chunk of `count` rows."""
+    return None if values is None else F.pad(values[span], (0, count - (span.stop - span.start)))
 
 
 def two_pass_backward(
@@ -86,7 +130,7 @@ def two_pass_backward(
     plan: Plan,
     weight_grad: torch.Tensor | None = None,
 ) -> Gradients:
-    """Gradients for incoming gradients (K,) of the log-probabilities and entropies.
+    """Gradients for incoming gradients (K,) of the log-probabilities, entropies and logsumexps.
 
     weight_grad (V, H) in the accumulation dtype: dW is added to it, and not returned.
     """
@@ -255,12 +299,16 @@ def _fp16_scales(
     incoming: Incoming,
     spans: list[slice],
 ) -> _Fp16Scales:
-    """The scales of a call, from |D_nv| <= m_n = sigmoid(t) (|g| + |h| (|t| + Ho + 1)) logit_scale / T, rounded up to 2^k."""
+    """The scales of a call, from |D_nv| <= m_n = (sigmoid(t) (|g| + |h| (|t| + Ho + 1)) + |l|) logit_scale / T, rounded up to
+    2^k."""
     bound = incoming.logprobs.abs()
     if incoming.entropy is not None:
         log_odds = torch.where(statistics.t.isinf(), 0, statistics.t.abs())
         bound = bound + incoming.entropy.abs() * (log_odds + statistics.others_entropy + 1)
-    bound = bound * F.logsigmoid(statistics.t).exp() * head.logit_scale
+    bound = bound * F.logsigmoid(statistics.t).exp()
+    if incoming.logsumexp is not None:
+        bound = bound + incoming.logsumexp.abs()
+    bound = bound * head.logit_scale
     unit = _to_2_14(bound if rows.temperature is None else bound / rows.temperature)
     largest = bound.new_ones(len(bound))
     for span in spans:

@@ -10,8 +10,11 @@ from ..tiles.backend import TileOps, tiles_of
 from ..tiles.operator import is_opaque, operator
 from ..tiles.products import Sums, accumulation_dtype
 from ..tiles.structures import (
+    Asked,
     Chunk,
     DeviceLoss,
+    Further,
+    FurtherPartials,
     Gradients,
     Head,
     Incoming,
@@ -21,12 +24,14 @@ from ..tiles.structures import (
     LossSums,
     Partials,
     ReadyLogits,
+    RowResults,
     RowStatistics,
     RowSums,
     Target,
     TokenInputs,
     TokenTerms,
     Wanted,
+    largest_kept,
 )
 from . import online
 from .rows import Rows
@@ -49,26 +54,55 @@ def keep(given: TokenInputs, backend: str) -> Keep:
     return tiles_of(backend).keep(given)
 
 
-def _fake_statistics(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> RowStatistics:
-    count = rows.tokens.shape[0]
-    return RowStatistics(*(_vector(head.weight, count, present) for present in (True, entropy, True, True, entropy)))
+def _like_rows(rows: Rows, dtype: torch.dtype, *shape: int, present: bool = True) -> torch.Tensor | None:
+    return rows.tokens.new_empty(rows.tokens.shape[0], *shape, dtype=dtype) if present else None
+
+
+def _fake_statistics(rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str) -> RowResults:
+    wide, entropy, top = accumulation_dtype(head.weight.dtype), asked.entropy, asked.top_k > 0
+    statistics = (_like_rows(rows, wide, present=present) for present in (True, entropy, True, True, entropy))
+    further = Further(
+        _like_rows(rows, torch.int64, present=asked.argmax), _like_rows(rows, wide, present=asked.mean),
+        _like_rows(rows, wide, present=asked.squares), _like_rows(rows, torch.int64, present=asked.rank),
+        _like_rows(rows, wide, asked.top_k, present=top), _like_rows(rows, torch.int64, asked.top_k, present=top),
+    )  # fmt: skip
+    return RowResults(RowStatistics(*statistics), further)
 
 
 @operator(_fake_statistics)
-def two_pass_statistics(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> RowStatistics:
-    """`RowStatistics` of the rows."""
-    return online.two_pass_statistics(tiles_of(backend), rows, head, entropy, chunk_rows)
+def two_pass_statistics(rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str) -> RowResults:
+    """`RowResults` of the rows."""
+    return online.two_pass_statistics(tiles_of(backend), rows, head, asked, chunk_rows)
 
 
-def _fake_partials(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> Partials:
-    count = rows.tokens.shape[0]
-    return Partials(*(_vector(head.weight, count, present) for present in (True, True, entropy, True)))
+def _fake_partials(
+    rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str, target: torch.Tensor | None
+) -> Partials:
+    wide, kept = accumulation_dtype(head.weight.dtype), largest_kept(asked)
+    further = FurtherPartials(
+        _like_rows(rows, wide, kept, present=kept > 0), _like_rows(rows, torch.int64, kept, present=kept > 0),
+        *(_like_rows(rows, wide, present=present) for present in (asked.mean, asked.squares)),
+        _like_rows(rows, torch.int64, present=asked.rank),
+    )  # fmt: skip
+    return Partials(*(_like_rows(rows, wide, present=present) for present in (True, True, asked.entropy, True)), further)
 
 
 @operator(_fake_partials)
-def two_pass_partials(rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str) -> Partials:
-    """`Partials` of the rows, over the columns of this rank's weight."""
-    return online.two_pass_partials(tiles_of(backend), rows, head, entropy, chunk_rows)
+def two_pass_partials(
+    rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str, target: torch.Tensor | None
+) -> Partials:
+    """`Partials` of the rows, over the columns of this rank's weight (`online.two_pass_partials`)."""
+    return online.two_pass_partials(tiles_of(backend), rows, head, asked, chunk_rows, target)
+
+
+def _fake_targets(rows: Rows, head: Head, chunk_rows: int, backend: str) -> torch.Tensor:
+    return _like_rows(rows, accumulation_dtype(head.weight.dtype))
+
+
+@operator(_fake_targets)
+def two_pass_targets(rows: Rows, head: Head, chunk_rows: int, backend: str) -> torch.Tensor:
+    """z_y of the rows, (K,); NaN for a token that is not among the columns."""
+    return online.two_pass_targets(tiles_of(backend), rows, head, chunk_rows)
 
 
 def _fake_backward(

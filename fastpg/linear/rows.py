@@ -87,11 +87,11 @@ class Rows(NamedTuple):
                 out.index_copy_(0, self.indices[span], values[span].to(out.dtype))
         return out
 
-    def scatter(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the K rows (K, ...) -> (N, ...), 0 where a row was not computed."""
+    def scatter(self, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """Values of the K rows (K, ...) -> (N, ...), `fill` where a row was not computed."""
         if self.indices is not None:
-            return values.new_zeros(len(self.hidden), *values.shape[1:]).index_copy_(0, self.indices, values)
-        return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), 0)
+            return values.new_full((len(self.hidden), *values.shape[1:]), fill).index_copy_(0, self.indices, values)
+        return values if self.masked is None else values.masked_fill(self.masked.view(-1, *(1,) * (values.dim() - 1)), fill)
 
 
 def rows_of(inputs: Inputs, counted: Counted) -> Rows:

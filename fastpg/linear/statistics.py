@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..distributed import vocab_parallel
-from ..tiles.row_statistics import finish_rows
-from ..tiles.structures import Head, RowStatistics
+from ..tiles.row_statistics import finish_further, finish_rows
+from ..tiles.structures import Asked, Head, RowResults, RowStatistics, largest_kept
 from . import operators
 from .rows import Rows
 
@@ -16,7 +16,21 @@ def row_statistics(
 
     group: the ranks that hold the other rows of the weight; None where this process has all of them.
     """
+    return row_results(rows, head, Asked(entropy), chunk_rows, backend, group).statistics
+
+
+def row_results(
+    rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str, group: vocab_parallel.Group, first_column: int = 0
+) -> RowResults:
+    """What is asked of the rows. first_column: the token id of this rank's first column; ids count all columns."""
     if group is None:
-        return operators.two_pass_statistics(rows, head, entropy, chunk_rows, backend)
-    partials = operators.two_pass_partials(rows, head, entropy, chunk_rows, backend)
-    return finish_rows(vocab_parallel.combine(partials, rows.tokens, head.weight.shape[0], group), entropy)
+        return operators.two_pass_statistics(rows, head, asked, chunk_rows, backend)
+    target, vocab_size, kept = None, head.weight.shape[0], largest_kept(asked)
+    if asked.rank:  # every rank counts the logits above that of the token, which one of them has
+        target = operators.two_pass_targets(rows, head, chunk_rows, backend)
+        target = vocab_parallel.on_the_owner(target, rows.tokens, vocab_size, group)
+    local = Asked(*asked[:-1], min(asked.top_k, vocab_size))
+    partials = operators.two_pass_partials(rows, head, local, chunk_rows, backend, target)
+    partials, columns = vocab_parallel.combine(partials, rows.tokens, vocab_size, group, kept, first_column)
+    statistics = finish_rows(partials, asked.entropy)
+    return RowResults(statistics, finish_further(partials.further, statistics, rows.tokens + first_column, columns, asked))

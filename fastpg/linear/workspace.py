@@ -17,7 +17,7 @@ import torch
 
 from ..tiles.backend import tiles_of
 from ..tiles.products import WIDENED_ROWS, accumulation_dtype, tile_columns, widened_entries
-from ..tiles.structures import Head, Wanted, lora_rank
+from ..tiles.structures import Asked, Head, Wanted, is_further, largest_kept, lora_rank
 from ..validation import is_positive_number
 
 _DEFAULT = {"cpu": 256 * 2**20}
@@ -56,9 +56,9 @@ def _once(plan: Callable) -> Callable:
 
 
 @_once
-def plan_logprobs(head: Head, *, entropy: bool, workspace: int | None, backend: str) -> int:
+def plan_logprobs(head: Head, *, asked: Asked, workspace: int | None, backend: str) -> int:
     """Rows of a chunk of two passes. Raises ValueError where the workspace is too small for a tile."""
-    return two_pass_rows(head, entropy, workspace_bytes(workspace, head.weight.device), backend)
+    return two_pass_rows(head, asked, workspace_bytes(workspace, head.weight.device), backend)
 
 
 @_once
@@ -75,7 +75,7 @@ def plan_policy_loss(
     if given is None and sweeps:  # a default must not refuse a large vocabulary: it grows
         fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
         workspace = max(workspace, fixed + tiles_of(backend).tile_shape(head).rows * per_row)
-    two_pass = two_pass_rows(head, entropy, workspace, backend)
+    two_pass = two_pass_rows(head, Asked(entropy), workspace, backend)
     if not sweeps:
         return Plan(sweeps, two_pass, two_pass)
     rows = sweep_rows(head, count, entropy, gradient, workspace, backend)
@@ -194,16 +194,17 @@ def _widened(head: Head) -> int:
 # ---- two passes
 
 
-def two_pass_rows(head: Head, entropy: bool, workspace: int, backend: str) -> int:
+def two_pass_rows(head: Head, asked: Asked, workspace: int, backend: str) -> int:
     """Rows per chunk of two passes. Raises ValueError where not even one tile fits."""
     rows, columns, _, longest = tiles_of(backend).tile_shape(head)
     weight, columns = head.weight, min(columns, head.weight.shape[0])
     dtype, device = weight.dtype, weight.device
     wide, narrow = accumulation_dtype(dtype).itemsize, tiles_of(backend).operand_dtype(dtype, device).itemsize
-    fixed, per_row = _triton_two_passes(head, entropy) if backend == "triton" else _torch_two_passes(head, entropy)
+    fixed, per_row = _triton_two_passes(head, asked) if backend == "triton" else _torch_two_passes(head, asked)
     fixed += columns * weight.shape[1] * wide  # a tile of dW
     # hidden states (gathered, widened or scaled), a row of dlogits, and twenty numbers per row
     per_row += 2 * (weight.shape[1] + 3 * lora_rank(head)) * wide + columns * narrow + 20 * wide
+    per_row += is_further(asked) * (12 + 8 * largest_kept(asked)) * 8  # beside them: results and partials, and their merging
     fixed += 4 * columns * lora_rank(head) * wide
     if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
         per_row += 2 * (columns + weight.shape[1])
@@ -217,20 +218,23 @@ def two_pass_rows(head: Head, entropy: bool, workspace: int, backend: str) -> in
     return min(fitting * rows, longest)
 
 
-def _torch_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
+def _torch_two_passes(head: Head, asked: Asked) -> tuple[int, int]:
     """(bytes of the call, of a row) of `torch_tiles.online_logsumexp` or `dlogits`, without the slice of dL/dlogits and the
     chunk's hidden states."""
     rows, columns, wide, narrow = _tile(head)
-    tiles = 1 + 2 * entropy + (3 if head.softcap is not None else 0)
+    # with the entropy two temporaries, with the softcap three; a copy from which the largest are taken, and a mask
+    tiles = 1 + 2 * asked.entropy + (3 if head.softcap is not None else 0) + (asked.top_k > 1) + asked.rank
     # before the tiles exist: the targets' rows of the weight, widened, and their products
     of_targets = 3 * rows * head.weight.shape[1] * wide
     return max(of_targets, columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide), 0
 
 
-def _triton_two_passes(head: Head, entropy: bool) -> tuple[int, int]:
+def _triton_two_passes(head: Head, asked: Asked) -> tuple[int, int]:
     tiles, vocab, dtype = tiles_of("triton"), head.weight.shape[0], head.weight.dtype
     slice_tiles = tiles.most_column_tiles(min(tiles.tile_shape(head).columns, vocab), dtype)
-    return _lora_operands(head), 4 * max((2 + entropy) * tiles.most_splits(vocab, dtype), slice_tiles)
+    # of each split m, s and q; what else is asked for; and keys of 8 bytes, twice while the largest are taken
+    sums = 2 + asked.entropy + asked.mean + asked.squares + asked.rank + 4 * tiles.keys_of_a_split(largest_kept(asked))
+    return _lora_operands(head), 4 * max(sums * tiles.most_splits(vocab, dtype), slice_tiles)
 
 
 # ---- both

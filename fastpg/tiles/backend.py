@@ -11,12 +11,14 @@ import torch
 
 from . import torch_tiles
 from .structures import (
+    Asked,
     Chunk,
     Head,
     Incoming,
     Keep,
     Partials,
     ReadyLogits,
+    RowResults,
     RowStatistics,
     RowSums,
     Target,
@@ -65,8 +67,8 @@ class TileOps(Protocol):
     def scale_(self, gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None: ...
 
     # two passes
-    def online_logsumexp(self, chunk: Chunk, head: Head, entropy: bool) -> Partials: ...
-    def row_statistics(self, chunk: Chunk, head: Head, entropy: bool) -> RowStatistics: ...
+    def online_logsumexp(self, chunk: Chunk, head: Head, asked: Asked, target: torch.Tensor | None = None) -> Partials: ...
+    def row_statistics(self, chunk: Chunk, head: Head, asked: Asked) -> RowResults: ...
     def dlogits(
         self,
         chunk: Chunk,

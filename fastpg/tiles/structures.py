@@ -67,6 +67,38 @@ class TileShape(NamedTuple):
     longest: int  # most rows of a chunk of the two-pass schedule: longer chunks gain nothing
 
 
+class Asked(NamedTuple):
+    """What the forward of two passes returns of each row beside its log-probability."""
+
+    entropy: bool = False
+    logsumexp: bool = False
+    argmax: bool = False
+    mean: bool = False  # of the logits
+    squares: bool = False  # the sum of squared probabilities
+    rank: bool = False  # needs argmax
+    top_k: int = 0
+
+
+def largest_kept(asked: Asked) -> int:
+    """How many of a row's largest logits a forward keeps."""
+    return max(asked.top_k, int(asked.argmax))
+
+
+def is_further(asked: Asked) -> bool:
+    """Whether anything is asked for that the log-probability and the entropy do not need."""
+    return largest_kept(asked) > 0 or asked.mean or asked.squares or asked.rank
+
+
+class FurtherPartials(NamedTuple):
+    """Further partial statistics of each row over some columns, None where not asked for. `finish_further` completes them."""
+
+    values: torch.Tensor | None = None  # (C, k): the largest logits, in descending order
+    ids: torch.Tensor | None = None  # (C, k) int64: their columns; of equal logits the first one comes first
+    sum: torch.Tensor | None = None  # (C,): sum z_v
+    squares: torch.Tensor | None = None  # (C,): log sum q_v^2 over v != y, with q_v = exp(z_v - m) / s; 0 where s = 0
+    above: torch.Tensor | None = None  # (C,) int64: how many columns v != y have z_v > z_y
+
+
 class Partials(NamedTuple):
     """The partial statistics of each row over some columns, (C,) each in the accumulation dtype.
 
@@ -78,6 +110,7 @@ class Partials(NamedTuple):
     total: torch.Tensor
     weighted: torch.Tensor | None
     target: torch.Tensor  # NaN for a token that is not among the columns
+    further: FurtherPartials = FurtherPartials()
 
 
 class RowStatistics(NamedTuple):
@@ -93,14 +126,33 @@ class RowStatistics(NamedTuple):
         return RowStatistics(*(None if x is None else x[rows] for x in self))
 
 
+class Further(NamedTuple):
+    """Further statistics of each row over all columns, None where not asked for. `finish_further` defines them."""
+
+    argmax: torch.Tensor | None = None  # (C,) int64
+    mean_logits: torch.Tensor | None = None  # (C,)
+    log_sum_sq_probs: torch.Tensor | None = None  # (C,)
+    rank: torch.Tensor | None = None  # (C,) int64
+    top_logprobs: torch.Tensor | None = None  # (C, k)
+    top_ids: torch.Tensor | None = None  # (C, k) int64
+
+
+class RowResults(NamedTuple):
+    """All that a two-pass forward finds out about each row."""
+
+    statistics: RowStatistics
+    further: Further = Further()
+
+
 class Incoming(NamedTuple):
     """Incoming gradients of the rows' results, (C,) each."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
+    logsumexp: torch.Tensor | None = None
 
     def select(self, rows: slice) -> Incoming:
-        return Incoming(self.logprobs[rows], None if self.entropy is None else self.entropy[rows])
+        return Incoming(*(None if x is None else x[rows] for x in self))
 
 
 class Target(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
+from . import running
 from .keep import keep as keep
 from .products import (
     WIDENED_ROWS,
@@ -27,17 +28,21 @@ from .products import (
     tile_columns,
     to_inner_size,
 )
-from .row_statistics import finish_rows
+from .row_statistics import finish_further, finish_rows
 from .structures import (
+    Asked,
     Chunk,
+    FurtherPartials,
     Head,
     Incoming,
     Partials,
     ReadyLogits,
+    RowResults,
     RowStatistics,
     RowSums,
     Target,
     TileShape,
+    is_further,
     lora_rank,
 )
 
@@ -84,24 +89,37 @@ def weight_buffer(head: Head) -> torch.Tensor | None:
     return torch.zeros(columns, inner, dtype=dtype, device=weight.device)
 
 
-def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
+def online_logsumexp(chunk: Chunk, head: Head, asked: Asked, target: torch.Tensor | None = None) -> Partials:
     """One pass over the vocabulary: for each row, over the columns v != y,
 
         m = max z_v      s = sum exp(z_v - m)      q = sum exp(z_v - m) (z_v - m)
 
     which every tile updates (Milakov and Gimelshein, arXiv 1805.02867), so that nothing larger than a tile of logits exists.
-    q only if `entropy`. z_y comes from `target_logits`, as in the one-pass schedule: NaN for a token that is not among the
-    columns.
+    q only if asked for an entropy. z_y comes from `target_logits`, as in the one-pass schedule: NaN for a token that is not
+    among the columns. `FurtherPartials` has what else may be asked for.
+
+    target: z_y (C,) of the rows, where some of their tokens are on other ranks; only a rank needs it.
     """
+    own, further = _targets(chunk, head), None
+    if is_further(asked):
+        further = running.of_no_column(asked, len(own), own.dtype, own.device)
+    tiles, compared = _tiles_of_head(chunk, head), own if target is None else target
+    m, s, q = _folded(tiles, chunk.tokens, own.dtype, asked.entropy, further, compared)
+    return Partials(m, s, q, own, FurtherPartials() if further is None else running.closed(further, s))
+
+
+def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
+    """`finish_rows` and `finish_further` of `online_logsumexp`."""
+    partials = online_logsumexp(chunk, head, asked)
+    statistics = finish_rows(partials, asked.entropy)
+    return RowResults(statistics, finish_further(partials.further, statistics, chunk.tokens, len(head.weight), asked))
+
+
+def _targets(chunk: Chunk, head: Head) -> torch.Tensor:
+    """z_y (C,), a tile of rows at a time."""
     rows = tile_shape(head).rows
     blocks = [slice(r, r + rows) for r in range(0, max(len(chunk.tokens), 1), rows)]
-    target = torch.cat([target_logits(_block_of(chunk, block), head).logit for block in blocks])
-    return Partials(*_folded(_tiles_of_head(chunk, head), chunk.tokens, target.dtype, entropy), target)
-
-
-def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
-    """`finish_rows` of `online_logsumexp`."""
-    return finish_rows(online_logsumexp(chunk, head, entropy), entropy)
+    return torch.cat([target_logits(_block_of(chunk, block), head).logit for block in blocks])
 
 
 def _block_of(chunk: Chunk, block: slice) -> Chunk:
@@ -138,21 +156,30 @@ def _tiles_of_ready(ready: ReadyLogits) -> _Tiles:
 
 
 def _folded(
-    tiles: _Tiles, tokens: torch.Tensor, dtype: torch.dtype, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """m, s and q of the columns v != y, (C,) each."""
+    tiles: _Tiles, tokens: torch.Tensor, dtype: torch.dtype, entropy: bool,
+    further: FurtherPartials | None = None, target: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """m, s and q of the columns v != y, (C,) each. Updates `further`, for whose ranks the rows have the logits `target`."""
     maximum = torch.full(tokens.shape, -torch.inf, dtype=dtype, device=tokens.device)
     total = torch.zeros_like(maximum)
     weighted = torch.zeros_like(maximum) if entropy else None
+    squares = None if further is None else further.squares
     for block, start, z in tiles:
         column, inside = _target_column(tokens[block], start, start + z.shape[1])
+        if further is not None:
+            running.add_columns(further, block, start, z)
         z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
-        _fold_tile(z, maximum[block], total[block], weighted[block] if entropy else None)
+        if further is not None:
+            running.count_above(further, block, z, target)
+        sums = (None if x is None else x[block] for x in (weighted, squares))
+        _fold_tile(z, maximum[block], total[block], *sums)
     return maximum, total, weighted
 
 
-def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor | None) -> None:
-    """Folds a tile of logits (which it overwrites) into the running m, s and q of its rows, in place."""
+def _fold_tile(
+    z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor | None, squares: torch.Tensor | None
+) -> None:
+    """Folds a tile of logits (which it overwrites) into the running m, s, q and sum exp(2 (z_v - m)) of its rows, in place."""
     larger = torch.maximum(maximum, z.amax(1))
     pivot = torch.where(larger == -torch.inf, 0, larger)  # -inf - -inf would be NaN while no column has counted yet
     shift = (maximum - pivot).clamp_(min=EXP_IS_ZERO)
@@ -165,6 +192,8 @@ def _fold_tile(z: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, weig
     else:
         e = z.exp_()
     total.mul_(decay).add_(e.sum(1))
+    if squares is not None:
+        squares.mul_(decay.square_()).add_(e.square_().sum(1))
     maximum.copy_(larger)
 
 
@@ -183,18 +212,19 @@ def dlogits(
     For a bf16 head the entries are rounded to bf16, whatever dtype `out` has. Returns the rounding error of the sum of each
     row, (C,), or None where nothing is rounded. `unit` is None here: only a D in fp16 has units, and here fp16 is widened.
 
-    For incoming g (logp) and h (entropy), each (C,), with log p_v = z_v - logsumexp:
+    For incoming g (logp), h (entropy) and l (logsumexp), each (C,), with log p_v = z_v - logsumexp:
 
-        v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho)
-        else    -g p_v - h p_v (log p_v + H)
+        v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho) + l p_y
+        else    -(g - l) p_v - h p_v (log p_v + H)
 
     times logit_scale / T and the slope of the softcap. (`reference` derives it.)
     """
     rows = tile_shape(head).rows
     scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
     g = incoming.logprobs * scale
-    h = None if incoming.entropy is None else incoming.entropy * scale
-    at_target = _target_gradient(statistics, g, h)
+    h, ell = (None if x is None else x * scale for x in incoming[1:])
+    at_target = _target_gradient(statistics, g, h, ell)
+    g = g if ell is None else g - ell
     wide = statistics.t.dtype
     stored = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else out.dtype
     residual = torch.zeros(len(out), dtype=wide, device=out.device) if stored != wide else None
@@ -212,10 +242,14 @@ def dlogits(
     return residual
 
 
-def _target_gradient(statistics: RowStatistics, g: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
+def _target_gradient(
+    statistics: RowStatistics, g: torch.Tensor, h: torch.Tensor | None, ell: torch.Tensor | None = None
+) -> torch.Tensor:
     """dL/dz in the target's column, (C,)."""
     log_1mp = F.logsigmoid(statistics.t)
     at_target = g * log_1mp.exp()
+    if ell is not None:  # not (g - l) sigmoid(t) + l, which cancels at a small p_y
+        at_target = at_target + ell * statistics.logprobs.exp()
     if h is None:
         return at_target
     p_q = (statistics.logprobs + log_1mp).exp()

@@ -17,6 +17,7 @@ from ..kernels import gradient_rows as rows_kernel
 from ..kernels import keep as keep_kernel
 from ..kernels import objectives
 from ..kernels import policy_loss as policy_loss_kernel
+from ..kernels import row_statistics as further_kernel
 from ..kernels import scale as scale_kernel
 from ..kernels import selective as selective_kernel
 from ..kernels import summary as summary_kernel
@@ -27,9 +28,12 @@ from ..kernels.operands import Operands
 from ..kernels.target import target_logits as target_kernel_logits
 from ..kernels.tile import INTERPRETED
 from .products import dense
+from .row_statistics import finish_further
 from .structures import (
+    Asked,
     Chunk,
     DeviceLoss,
+    FurtherPartials,
     Head,
     Incoming,
     Keep,
@@ -39,12 +43,15 @@ from .structures import (
     LossSums,
     Partials,
     ReadyLogits,
+    RowResults,
     RowStatistics,
     RowSums,
     Target,
     TileShape,
     TokenInputs,
     TokenTerms,
+    is_further,
+    largest_kept,
 )
 
 __all__ = [
@@ -55,6 +62,7 @@ __all__ = [
     "first_of_sums",
     "gradient_rows",
     "keep",
+    "keys_of_a_split",
     "loss_summary",
     "loss_sums",
     "most_column_tiles",
@@ -89,6 +97,11 @@ def most_column_tiles(columns: int, dtype: torch.dtype) -> int:
 def most_splits(vocab: int, dtype: torch.dtype) -> int:
     """The most splits of `online_logsumexp`, on any device: each has partial sums for every row."""
     return split_count(vocab, fewest_columns(dtype))
+
+
+def keys_of_a_split(largest: int) -> int:
+    """How many logits each of them keeps where the `largest` ones are wanted."""
+    return further_kernel.kept(largest)
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -129,16 +142,53 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous().view(-1)
 
 
-def online_logsumexp(chunk: Chunk, head: Head, entropy: bool) -> Partials:
+def online_logsumexp(chunk: Chunk, head: Head, asked: Asked, target: torch.Tensor | None = None) -> Partials:
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
-        return Partials(*combine(logsumexp(p, entropy, _blocks(head, "logsumexp"))), target_kernel_logits(p)[0])
+        own = target_kernel_logits(p)[0]
+        further, merged = _further(p, head, asked, own if target is None else target)
+        running = combine(logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further), *_summed(further, merged))
+        return Partials(*running, own, _further_partials(further, merged, asked))
 
 
-def row_statistics(chunk: Chunk, head: Head, entropy: bool) -> RowStatistics:
+def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
-        return RowStatistics(*finished(logsumexp(p, entropy, _blocks(head, "logsumexp")), target_kernel_logits(p)[0]))
+        target = target_kernel_logits(p)[0]
+        further, merged = _further(p, head, asked, target)
+        running = logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further)
+        statistics = RowStatistics(*finished(running, target, *_summed(further, merged)))
+        partials = _further_partials(further, merged, asked)
+        return RowResults(statistics, finish_further(partials, statistics, chunk.tokens, len(head.weight), asked))
+
+
+def _further(
+    p: Operands, head: Head, asked: Asked, target: torch.Tensor
+) -> tuple[further_kernel.Further | None, further_kernel.Further | None]:
+    """Where further statistics are written: those of splits, and those of rows without keys. None for nothing."""
+    if not is_further(asked):
+        return None, None
+    wanted = further_kernel.Further(None, asked.mean, asked.squares, asked.rank, target.contiguous())
+    rows, splits = len(p.tokens), split_count(len(head.weight), _blocks(head, "logsumexp").columns)
+    keys = keys_of_a_split(largest_kept(asked))
+    return (
+        further_kernel.empty_further(target, (rows, splits), keys, wanted),
+        further_kernel.empty_further(target, (rows,), 0, wanted),
+    )
+
+
+def _summed(further: further_kernel.Further | None, merged: further_kernel.Further | None) -> tuple:
+    """What `combine` takes: nothing where only keys are kept, which are merged by `largest_of`."""
+    return (None, None) if merged is None or all(x is None for x in merged) else (further, merged)
+
+
+def _further_partials(
+    further: further_kernel.Further | None, merged: further_kernel.Further | None, asked: Asked
+) -> FurtherPartials:
+    if further is None:
+        return FurtherPartials()
+    values, ids = (None, None) if further.TOP is None else further_kernel.largest_of(further.TOP, largest_kept(asked))
+    return FurtherPartials(values, ids, merged.SUM, merged.SQUARES, None if merged.ABOVE is None else merged.ABOVE.long())
 
 
 def target_logits(chunk: Chunk, head: Head) -> Target:
@@ -170,7 +220,8 @@ def _statistics(statistics: RowStatistics) -> dlogits_kernel.Statistics:
 
 
 def _incoming(incoming: Incoming, unit: torch.Tensor | None) -> dlogits_kernel.Incoming:
-    return dlogits_kernel.Incoming(*(None if x is None else x.contiguous() for x in incoming), unit)
+    g, h, of_lse = (None if x is None else x.contiguous() for x in incoming)
+    return dlogits_kernel.Incoming(g, h, unit, of_lse)
 
 
 def selective_statistics(ready: ReadyLogits, entropy: bool) -> RowStatistics:

@@ -60,6 +60,14 @@ MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 # combinations of flags of `finish`, beside each flag alone
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
+# of the two passes, beside each flag alone and all: every further statistic, with the argmax or with the most of the largest
+# logits, and a gradient of the logsumexp
+_FURTHER = {
+    ("logsumexp", "bfloat16"): [("statistics",), ("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k")],
+    ("logsumexp", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k")],
+    ("combine", "float32"): [("statistics",), ("entropy", "finish", "statistics")],
+    ("dlogits", "bfloat16"): [("bias", "softcap", "entropy", "lora", "temperature", "logsumexp")],
+}
 
 # rows of a chunk (no multiple of 16), vocabulary of a head (that no tile divides: so more is masked), vocabulary of a slice of
 # it, hidden size, LoRA's rank
@@ -103,11 +111,13 @@ class Compiled:
 def variants(kernels: list[str] | None = None, targets: list[str] | None = None) -> Iterator[Variant]:
     """Every kernel, target, dtype and combination of flags that is compiled. "plain" has no flag.
 
-    combine          plain, entropy, finish, both
+    combine          plain, entropy, finish, both; with further statistics
     finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
     gradient_rows    plain, and in bf16 each flag alone
     policy_loss      CISPO, and a whole loss
     anchored_exp     as other kernels; on sm_90 also the persistent tile of other hidden sizes
+    logsumexp        as other kernels; also with further statistics
+    dlogits          as other kernels; in bf16 also with a gradient of the logsumexp
     other kernels    plain, in bf16 each flag alone but temperature, all flags
     """
     for kernel in kernels or KERNELS:
@@ -126,6 +136,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
                     chosen = [("cispo",), _WHOLE_LOSS]
                 elif kernel == "finish":
                     chosen = [(), *alone, *_WITH_KL, _WHOLE_LOSS] if alone else [_WHOLE_LOSS]
+                chosen += _FURTHER.get((kernel, dtype), [])
                 yield from (Variant(kernel, target, dtype, combination) for combination in dict.fromkeys(chosen))
 
 
@@ -153,6 +164,7 @@ def _launch(variant: Variant) -> None:
     from ..kernels.dlogits import Incoming, Statistics, dlogits
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
+    from ..kernels.row_statistics import Further, empty_further, kept
     from ..kernels.scale import scale as scale_gradients
     from ..kernels.selective import ready_logits, selective_dlogits, selective_logsumexp
     from ..kernels.target import target_logits
@@ -177,7 +189,13 @@ def _launch(variant: Variant) -> None:
     blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None, tile_of, p.hidden.shape[1])
     statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
-    incoming = Incoming(vector(), vector(entropy), unit)
+    incoming = Incoming(vector(), vector(entropy), unit, vector("logsumexp" in flags))
+
+    def further(shape: tuple[int, ...], largest: int) -> Further | None:
+        """Every further statistic."""
+        wanted = Further(None, True, True, True, vector())
+        return empty_further(vector(), shape, kept(largest), wanted) if "statistics" in flags else None
+
     if variant.kernel in ("keep", "summary", "policy_loss"):
         _launch_on_vectors(variant, meta)
     elif variant.kernel == "target":
@@ -187,10 +205,11 @@ def _launch(variant: Variant) -> None:
     elif variant.kernel == "finish":
         _launch_finish(variant, meta)
     elif variant.kernel == "logsumexp":
-        logsumexp(p, entropy, blocks)
+        logsumexp(p, entropy, blocks, further((_ROWS, 63), 8 if "top_k" in flags else 1))
     elif variant.kernel == "combine":
         parts = Running(meta(_ROWS, 63), meta(_ROWS, 63), meta(_ROWS, 63) if entropy else None)
-        finished(parts, vector()) if "finish" in flags else combine(parts)
+        sums = further((_ROWS, 63), 1), further((_ROWS,), 0)
+        finished(parts, vector(), *sums) if "finish" in flags else combine(parts, *sums)
     elif variant.kernel == "dlogits":
         dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
     elif variant.kernel == "gradient_rows":

@@ -22,7 +22,7 @@ from fastpg.linear.workspace import plan_logprobs, plan_policy_loss
 from fastpg.loss.objectives import device_loss
 from fastpg.loss.policy_loss import token_losses
 from fastpg.tiles import products, triton_tiles
-from fastpg.tiles.structures import Incoming, RowStatistics, TokenTerms, Wanted
+from fastpg.tiles.structures import Asked, Incoming, RowStatistics, TokenTerms, Wanted
 
 GIB = 2**30
 WANTED = Wanted(True, False, True, False, False)
@@ -174,7 +174,7 @@ def test_two_passes(shape, dtype, gather, entropy):
     wanted = Wanted(True, False, True, False, False)
 
     def backward():
-        chunk_rows = plan_logprobs(head, entropy=entropy, workspace=GIB, backend="triton")
+        chunk_rows = plan_logprobs(head, asked=Asked(entropy), workspace=GIB, backend="triton")
         plan = online.Plan(chunk_rows, "triton", partial=False)
         online.two_pass_backward(triton_tiles, rows, head, statistics, Incoming(g, h), wanted, plan)
 

@@ -11,7 +11,7 @@ from fastpg.linear.operators import two_pass_backward, two_pass_partials, two_pa
 from fastpg.linear.rows import Rows
 from fastpg.tiles.products import product
 from fastpg.tiles.row_statistics import finish_rows
-from fastpg.tiles.structures import Head, Incoming, Wanted
+from fastpg.tiles.structures import Asked, Head, Incoming, Wanted
 
 
 def small_inputs(dtype=torch.float64, rows=7, vocab=9, hidden_size=4):
@@ -58,8 +58,8 @@ def rows_and_head(dtype, gather, rank=None):
 )  # fmt: skip
 def test_opcheck_two_pass(dtype, gather, entropy):
     rows, head = rows_and_head(dtype, gather, 2 if entropy else None)
-    statistics = opcheck(two_pass_statistics, rows, head, entropy, 2**24, "torch")
-    partials = opcheck(two_pass_partials, rows, head, entropy, 2**24, "torch")
+    statistics, _ = opcheck(two_pass_statistics, rows, head, Asked(entropy), 2**24, "torch")
+    partials = opcheck(two_pass_partials, rows, head, Asked(entropy), 2**24, "torch", None)
     for x, y in zip(finish_rows(partials, entropy), statistics, strict=True):
         assert x is y is None or torch.equal(x, y)
     g = torch.randn_like(statistics.t)

@@ -12,7 +12,7 @@ from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.linear.call import head_of
 from fastpg.tiles import torch_tiles
 from fastpg.tiles.backend import tiles_of
-from fastpg.tiles.structures import Chunk
+from fastpg.tiles.structures import Asked, Chunk
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 HALF = [torch.bfloat16, torch.float16]
@@ -64,7 +64,7 @@ def test_the_targets_logit_of_two_passes_is_that_of_one(backend):
     chunk = Chunk(problem.hidden.to(tiles.operand_dtype(torch.bfloat16, problem.hidden.device)), low_rank, problem.tokens, None)
     target = tiles.target_logits(chunk, head).logit
     for entropy in (False, True):
-        assert torch.equal(tiles.online_logsumexp(chunk, head, entropy).target, target)
+        assert torch.equal(tiles.online_logsumexp(chunk, head, Asked(entropy)).target, target)
 
 
 def test_it_does_not_come_from_the_product(monkeypatch):

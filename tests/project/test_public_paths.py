@@ -10,7 +10,7 @@ import fastpg
 
 TOP_LEVEL = """
     CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput Reinforce SAPO
-    TokenLogprobs advantages kept linear_cispo_loss linear_logprobs linear_policy_loss masked_mean policy_loss
+    TokenLogprobs TokenStatistics advantages kept linear_cispo_loss linear_logprobs linear_policy_loss masked_mean policy_loss
     selective_logprobs
 """
 PATHS = {
@@ -20,8 +20,8 @@ PATHS = {
     """,
     "fastpg.distributed": "global_count",
     "fastpg.reference": """
-        cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences policy_loss
-        ppo_clip reduce reinforce sapo softcap token_distribution
+        Statistics cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences
+        policy_loss ppo_clip reduce reinforce sapo softcap token_distribution token_statistics
     """,
     "fastpg.crosscheck": "assert_matches_oracle",
     "fastpg.integrations.transformers": """
