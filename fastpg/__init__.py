@@ -11,6 +11,7 @@ if find_spec("fastpg.kernels") is None:
 
 from . import advantages
 from .linear.kept import Kept, kept
+from .linear.linear_cross_entropy import linear_cross_entropy
 from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
 from .linear.outputs import TokenStatistics
@@ -40,6 +41,7 @@ __all__ = [
     "advantages",
     "kept",
     "linear_cispo_loss",
+    "linear_cross_entropy",
     "linear_logprobs",
     "linear_policy_loss",
     "masked_mean",

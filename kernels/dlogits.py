@@ -53,6 +53,7 @@ class Incoming(NamedTuple):
     H: Any = None  # of the entropy, or None
     UNIT: Any = None  # (C,), or None
     L: Any = None  # of the logsumexp, or None
+    M: Any = None  # of the sum of the row's logits, or None
 
 
 class Slice(NamedTuple):
@@ -73,6 +74,7 @@ class Lane(NamedTuple):
     h: Any
     entropy: Any
     at_target: Any
+    of_sum: Any  # or None
 
 
 @triton.jit
@@ -94,8 +96,11 @@ def row_terms(r, inside, token, scale, factor, statistics, incoming):
         of_lse = tl.load(incoming.L + r, mask=inside, other=0.0) * factor
         at_target += of_lse * tl.exp(tl.load(statistics.LOGP + r, mask=inside, other=0.0))
         g = g - of_lse
+    of_sum = None
+    if incoming.M is not None:
+        of_sum = tl.load(incoming.M + r, mask=inside, other=0.0) * factor
     lse = tl.load(statistics.LOGSUMEXP + r, mask=inside, other=0.0)
-    return Lane(r, token, scale, lse, g, h, entropy, at_target)
+    return Lane(r, token, scale, lse, g, h, entropy, at_target, of_sum)
 
 
 @triton.jit
@@ -109,7 +114,10 @@ def gradient_entries(z, columns, mine, HAS_ENTROPY: tl.constexpr):
         d = (-mine.h[:, None] * surprise - mine.g[:, None]) * p
     else:
         d = -mine.g[:, None] * p
-    return tl.where(columns[None, :] == mine.token[:, None], mine.at_target[:, None], d)
+    d = tl.where(columns[None, :] == mine.token[:, None], mine.at_target[:, None], d)
+    if mine.of_sum is not None:
+        d += mine.of_sum[:, None]
+    return d
 
 
 @triton.jit

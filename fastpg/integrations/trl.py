@@ -1,17 +1,18 @@
-"""fastpg under TRL's trainers: unchanged GRPOTrainer and RLOOTrainer, with log-probabilities from `linear_logprobs`.
+"""fastpg under TRL's trainers: unchanged SFT, DPO, KTO, GRPO, RLOO and others, with log-probabilities from `linear_logprobs`.
 
     trainer = GRPOTrainer(...)
     use_fastpg(trainer)
     trainer.train()
 
 TRL (1.16 and later) replaces the forward of its policy and reference model. Called with `fused_lm_head=True` and `labels`, that
-forward returns per-token log-probabilities and entropies, from which every loss is computed. `use_fastpg` puts one more forward
-in front of it, on the model's instance. This one answers such calls and passes all others (generation) on to TRL's. It runs in
-the place of TRL's, inside the model's wrappers, so that hooks of DDP and FSDP fire and adapters switch as PEFT wants.
+forward returns log-probabilities and statistics of each token, from which every loss is computed. `use_fastpg` puts one more
+forward in front of it, on the model's instance. This one answers such calls and passes all others (generation) on to TRL's. It
+runs in the place of TRL's, inside the model's wrappers, so that hooks of DDP and FSDP fire and adapters switch as PEFT wants.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 import warnings
@@ -23,12 +24,16 @@ from torch import nn
 
 from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import TokenLogprobs, linear_logprobs
+from ..linear.outputs import TokenStatistics
 from ..lm_head import LMHead
 from ..loss.reductions import mean_of_kept
 from ..validation import IGNORED_TOKEN
 
 _NEEDED = "fastpg.integrations.trl needs trl >= 1.16, the first whose trainers call the model with fused_lm_head=True"
-_PROVIDED = {"log_probs", "entropy"}
+_TESTED = "1.16.0"  # the versions of TRL that the tests have run on, the oldest and the newest of them being one
+# what TRL's head may be asked for beside log_probs: names of `linear_logprobs` too
+_STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_ANSWERED = ("loss", "log_probs", *_STATISTICS, "label_mask", "aux_loss")
 
 
 class FastpgHeads:
@@ -63,28 +68,27 @@ class FastpgHeads:
 
 
 def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | None = None) -> FastpgHeads:
-    """Makes a TRL trainer's models compute log-probabilities and entropies by `linear_logprobs`.
+    """Makes a TRL trainer's models compute log-probabilities and their statistics by `linear_logprobs`.
 
         use_fastpg(trainer)
         trainer.train()
 
-    The trainer is a constructed GRPOTrainer or RLOOTrainer, or another one that uses TRL's fused head. Losses, masks, metrics
-    and reference models remain the trainer's own. Logits are fp32 whatever the dtype of the model; TRL's own head rounds them
-    to that dtype. cast_lm_head_to_fp32=True in the trainer's args, or a head that casts by itself, sets `LMHead`'s fp32_head.
+    The trainer is a constructed SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, or another one that uses TRL's
+    fused head. Losses, masks, metrics and reference models remain the trainer's own. Logits are fp32 whatever the dtype of the
+    model; TRL's own head rounds them to that dtype. cast_lm_head_to_fp32=True in the trainer's args, or a head that casts by
+    itself, sets `LMHead`'s fp32_head.
     Only `forward` of the trainer's own models is changed, nothing global.
 
     Args:
         workspace: bytes of transient memory, as in `linear_logprobs`.
         backend: "torch" or "triton", as in `linear_logprobs`.
 
-    Returns a handle with `undo()`, also a context manager. If the trainer reads more than log-probabilities and entropies (SFT,
-    DPO and KTO: is_top1, mean_logits, log_sum_sq_probs), all of its models keep TRL's own head, a warning says so, and the
-    handle's `models` are empty.
+    Returns a handle with `undo()`, also a context manager.
 
     For LoRA on the lm_head, which TRL's trainers refuse when built, see `build_trainer`.
 
     Raises, before anything is changed:
-        ImportError: trl is older than 1.16.
+        ImportError: trl is older than 1.16, or its head gives or takes other things than those that the tests have run on.
         TypeError, ValueError: the trainer's models have no fused head, or have fastpg's already; Liger or DeepSpeed ZeRO-3 is
             in use; the head is no linear layer; it has an adapter that `LMHead.from_model` cannot express in training mode,
             such as one with dropout; or it gives other log-probabilities than the policy's own forward on four tokens.
@@ -92,20 +96,12 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
     output = _output_class()
     _check_trainer(trainer)
     found = [(model, settings) for name in ("model", "ref_model") for model, settings in _fused_models(trainer, name)]
-    missing = sorted({x for _, settings in found for x in settings.outputs} - _PROVIDED)
     if not found:
         raise ValueError(
             f"{type(trainer).__name__}'s models have no fused lm_head of TRL's; use_fastpg wants a trainer that has, such as "
-            "GRPOTrainer or RLOOTrainer"
+            "SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer"
         )
     heads = FastpgHeads()
-    if missing:
-        warnings.warn(
-            f"{type(trainer).__name__} reads {', '.join(missing)} of TRL's fused lm_head, which fastpg does not compute: "
-            "TRL's own head stays",
-            stacklevel=2,
-        )
-        return heads
     scorers = [_Scorer(settings, workspace, backend) for _, settings in found]
     for (model, _), scorer in zip(found, scorers, strict=True):
         _check_head(model)
@@ -137,13 +133,7 @@ def build_trainer(
         trainer = trainer_class(model, *args, **kwargs)
     finally:
         del base.get_output_embeddings
-    heads = use_fastpg(trainer, workspace=workspace, backend=backend)
-    if not heads.models and _has_adapter(base):
-        raise ValueError(
-            f"{type(trainer).__name__} keeps TRL's own head, which would not train the adapter on the lm_head; remove it from "
-            "target_modules"
-        )
-    return trainer, heads
+    return trainer, use_fastpg(trainer, workspace=workspace, backend=backend)
 
 
 class _Settings(NamedTuple):
@@ -159,7 +149,9 @@ class _Scorer(NamedTuple):
     workspace: int | None
     backend: str | None
 
-    def __call__(self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor, rows: Kept | None = None) -> TokenLogprobs:
+    def __call__(
+        self, model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor, rows: Kept | None = None
+    ) -> TokenLogprobs | TokenStatistics:
         """Scores tokens (B, T) given hidden (B, T, H). The head is read at each call, as PEFT and FSDP replace its tensors."""
         head = LMHead.from_model(model, fp32_head=self.settings.cast_lm_head_to_fp32)
         device = head.weight.device
@@ -169,7 +161,7 @@ class _Scorer(NamedTuple):
             tokens.to(device),
             mask=rows if rows is not None and tokens.device == device else None,
             temperature=self.settings.temperature,
-            entropy="entropy" in self.settings.outputs,
+            outputs=[name for name in _STATISTICS if name in self.settings.outputs],
             workspace=self.workspace,
             backend=self.backend,
         )
@@ -209,18 +201,21 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
         tokens = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_TOKEN)], 1)
     rows = kept(tokens != IGNORED_TOKEN)  # the host waits before the model runs
     backbone = model.base_model(*args, **kwargs)
-    log_probs, entropy = scorer(model, backbone.last_hidden_state, tokens, rows)
-    mask = tokens.to(log_probs.device) != IGNORED_TOKEN
+    found = scorer(model, backbone.last_hidden_state, tokens, rows)
+    per_token = {"log_probs": found.logprobs} | {
+        name: getattr(found, name) for name in _STATISTICS if name in scorer.settings.outputs
+    }
+    per_token["label_mask"] = tokens.to(found.logprobs.device) != IGNORED_TOKEN
     if shift_labels is None:
-        log_probs, mask = log_probs[:, :-1], mask[:, :-1]
-        entropy = None if entropy is None else entropy[:, :-1]
+        per_token = {name: x[:, :-1] for name, x in per_token.items()}
+    log_probs, mask = per_token["log_probs"], per_token["label_mask"]
     count = count.to(log_probs.device) if isinstance(count, torch.Tensor) else count
     loss = mean_of_kept(-log_probs, mask, count)  # 0 without a label; TRL's is 0 / 0 if the count is 0
     aux_loss = None
     if kwargs.get("output_router_logits"):
         aux_loss = _load_balancing_loss(model, backbone.router_logits, kwargs.get("attention_mask"))
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-    return output(loss=loss, log_probs=log_probs, entropy=entropy, label_mask=mask, aux_loss=aux_loss)
+    return output(loss=loss, aux_loss=aux_loss, **per_token)
 
 
 def _load_balancing_loss(model: nn.Module, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -238,6 +233,12 @@ def _output_class() -> type:
         from trl.trainer.utils import FusedCausalLMOutput
     except ImportError as error:
         raise ImportError(f"{_NEEDED}; found trl {trl.__version__}") from error
+    fields = {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
+    if fields != set(_ANSWERED):
+        raise ImportError(
+            f"the output of trl {trl.__version__}'s fused lm_head differs from that of {_TESTED}, which fastpg answers, in "
+            f"{', '.join(sorted(fields ^ set(_ANSWERED)))}: use that version"
+        )
     return FusedCausalLMOutput
 
 
@@ -275,15 +276,26 @@ def _layers(forward: Any) -> Iterator[Any]:
 
 
 def _settings_of(function: Any) -> _Settings | None:
-    """Read from the closure of TRL's fused forward, as it keeps them nowhere else. None for any other function."""
+    """Read from the closure of TRL's fused forward, as it keeps them nowhere else. None for any other function.
+
+    This function and `_output_class` are all that knows TRL's contract.
+    """
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is None or cells is None or function.__globals__.get("__name__") != "trl.trainer.utils":
         return None
     values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
     try:
-        return _Settings(*(values[name] for name in _Settings._fields))
+        settings = _Settings(*(values[name] for name in _Settings._fields))
     except KeyError as error:
-        raise ImportError(f"{_NEEDED}; the installed version's fused forward has no {error}") from error
+        raise ImportError(
+            f"{_NEEDED}; tested with {_TESTED}, but the installed version's fused forward has no {error}"
+        ) from error
+    unknown = sorted(set(settings.outputs) - {"log_probs", *_STATISTICS})
+    if unknown:
+        raise ImportError(
+            f"the trainer asks its lm_head for {', '.join(unknown)}, which trl {_TESTED} did not know: use that version"
+        )
+    return settings
 
 
 def _linear_layer(layer: Any) -> Any:

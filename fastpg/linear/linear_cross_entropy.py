@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -57,15 +59,16 @@ def linear_cross_entropy(
     """
     _check(labels, ignore_index, label_smoothing, z_loss, reduction, denominator, check)
     options = {"temperature": temperature, "workspace": workspace, "backend": backend, "check": check}
-    mask = None if ignore_index == IGNORED_TOKEN else labels != ignore_index
+    # (a label to be ignored may be outside the vocabulary)
+    labels = labels if ignore_index == IGNORED_TOKEN else labels.masked_fill(labels == ignore_index, IGNORED_TOKEN)
     if reduction != "none" and not label_smoothing and not z_loss:
         ones = torch.ones_like(labels, dtype=torch.float32)
         how = {"reduction": "token-mean" if reduction == "mean" else "sum", "denominator": denominator}
-        return linear_policy_loss(
-            hidden, head, labels, None, ones, objective=Reinforce(), mask=mask, **how, **options
-        ).loss  # fmt: skip
+        with _labels_named():
+            return linear_policy_loss(hidden, head, labels, None, ones, objective=Reinforce(), **how, **options).loss
     outputs = ("logsumexp",) * bool(z_loss or label_smoothing) + ("mean_logits",) * bool(label_smoothing)
-    found = linear_logprobs(hidden, head, labels, mask=mask, outputs=outputs, **options)
+    with _labels_named():
+        found = linear_logprobs(hidden, head, labels, outputs=outputs, **options)
     losses = -found.logprobs
     if label_smoothing:
         losses = (1 - label_smoothing) * losses + label_smoothing * (found.logsumexp - found.mean_logits)
@@ -75,9 +78,20 @@ def linear_cross_entropy(
         return losses
     if reduction == "sum":
         return losses.sum()
-    keep = labels != IGNORED_TOKEN if mask is None else (labels != IGNORED_TOKEN) & mask
-    count = keep.sum().clamp(min=1) if denominator is None else denominator
+    count = (labels != IGNORED_TOKEN).sum().clamp(min=1) if denominator is None else denominator
     return losses.sum() * inverse_denominator(count, losses.dtype, losses.device)
+
+
+@contextmanager
+def _labels_named() -> Iterator[None]:
+    """The functions called here have their labels as `tokens`: their errors name the argument that was given."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("tokens "):
+            raise
+        words = "labels" + str(error).removeprefix("tokens").replace("predicts tokens[", "predicts labels[")
+        raise type(error)(words) from None
 
 
 def _check(

@@ -61,12 +61,12 @@ def linear_logprobs(
         "logsumexp"          logsumexp_v z_v, differentiable, so that a z-loss can be written on top
         "argmax"             the id of the largest logit, the smallest id of equal logits
         "is_top1"            argmax == token
-        "mean_logits"        sum_v z_v / V
+        "mean_logits"        sum_v z_v / V, differentiable, so that label smoothing can be
         "log_sum_sq_probs"   log sum_v p_v^2
         "rank"               0 where is_top1, else the number of v != token with z_v > z[token], but at least 1
         top_k=k              the k largest log p_v in descending order, and their ids (..., k)
 
-    Only logprobs, entropy and logsumexp are differentiable.
+    Only logprobs, entropy, logsumexp and mean_logits are differentiable.
 
     Args:
         hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
@@ -159,13 +159,13 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)
         ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # saved_tensors hold the rows
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in further if x is not None))
+        ctx.mark_non_differentiable(*(x for x in further if x is not None and x is not further.mean_logits))
         return statistics.logprobs, statistics.entropy, statistics.logsumexp if call.asked.logsumexp else None, *further
 
     # Not once_differentiable: where the incoming gradient is a constant, it would drop a second derivative silently. The
     # operator called here has no derivative, and raises when one is asked for.
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy, grad_logsumexp, *of_further):
+    def backward(ctx, grad_logprobs, grad_entropy, grad_logsumexp, grad_argmax, grad_mean_logits, *others):
         saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
         count = len(Rows._fields)
         rows, statistics = Rows(*saved[:count]), RowStatistics(*saved[count + 3 :])
@@ -173,8 +173,15 @@ class _LinearLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics.logprobs)
         wanted = Wanted(*ctx.needs_input_grad[:5])
-        incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp)
+        of_sum = None if grad_mean_logits is None else grad_mean_logits / _columns(call)
+        incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp, of_sum)
         return *gradients_of(call, statistics, incoming, wanted), None
+
+
+def _columns(call: _Call) -> int | torch.Tensor:
+    """V, of all ranks."""
+    vocab = call.head.weight.shape[0]
+    return vocab if call.group is None else vocab_parallel.sum_over_ranks(call.rows.tokens.new_tensor([vocab]), call.group)
 
 
 def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:

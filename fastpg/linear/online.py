@@ -299,15 +299,15 @@ def _fp16_scales(
     incoming: Incoming,
     spans: list[slice],
 ) -> _Fp16Scales:
-    """The scales of a call, from |D_nv| <= m_n = (sigmoid(t) (|g| + |h| (|t| + Ho + 1)) + |l|) logit_scale / T, rounded up to
-    2^k."""
+    """The scales of a call, from |D_nv| <= (sigmoid(t) (|g| + |h| (|t| + Ho + 1)) + |l| + |m|) logit_scale / T, rounded up to
+    2^k. m: the incoming gradient of the sum of the logits."""
     bound = incoming.logprobs.abs()
     if incoming.entropy is not None:
         log_odds = torch.where(statistics.t.isinf(), 0, statistics.t.abs())
         bound = bound + incoming.entropy.abs() * (log_odds + statistics.others_entropy + 1)
     bound = bound * F.logsigmoid(statistics.t).exp()
-    if incoming.logsumexp is not None:
-        bound = bound + incoming.logsumexp.abs()
+    for gradient in (incoming.logsumexp, incoming.sum_logits):
+        bound = bound if gradient is None else bound + gradient.abs()
     bound = bound * head.logit_scale
     unit = _to_2_14(bound if rows.temperature is None else bound / rows.temperature)
     largest = bound.new_ones(len(bound))

@@ -81,3 +81,17 @@ def largest_of(values: torch.Tensor, ids: torch.Tensor, count: int) -> tuple[tor
     """The `count` largest of the values (C, n) in descending order, with their ids; of equal ones, those that come first."""
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return values.gather(1, order), ids.gather(1, order)
+
+
+def target_gradient(
+    statistics: RowStatistics, g: torch.Tensor, h: torch.Tensor | None, ell: torch.Tensor | None = None
+) -> torch.Tensor:
+    """dL/dz in the target's column, (C,)."""
+    log_1mp = F.logsigmoid(statistics.t)
+    at_target = g * log_1mp.exp()
+    if ell is not None:  # not (g - l) sigmoid(t) + l, which cancels at a small p_y
+        at_target = at_target + ell * statistics.logprobs.exp()
+    if h is None:
+        return at_target
+    p_q = (statistics.logprobs + log_1mp).exp()
+    return at_target + torch.where(statistics.t.isinf(), 0, h * p_q * (statistics.t - statistics.others_entropy))

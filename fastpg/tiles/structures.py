@@ -150,6 +150,7 @@ class Incoming(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
     logsumexp: torch.Tensor | None = None
+    sum_logits: torch.Tensor | None = None  # of sum_v z_v, over the columns of all ranks
 
     def select(self, rows: slice) -> Incoming:
         return Incoming(*(None if x is None else x[rows] for x in self))

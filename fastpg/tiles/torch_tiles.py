@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
 from . import running
@@ -28,7 +27,7 @@ from .products import (
     tile_columns,
     to_inner_size,
 )
-from .row_statistics import finish_further, finish_rows
+from .row_statistics import finish_further, finish_rows, target_gradient
 from .structures import (
     Asked,
     Chunk,
@@ -212,18 +211,18 @@ def dlogits(
     For a bf16 head the entries are rounded to bf16, whatever dtype `out` has. Returns the rounding error of the sum of each
     row, (C,), or None where nothing is rounded. `unit` is None here: only a D in fp16 has units, and here fp16 is widened.
 
-    For incoming g (logp), h (entropy) and l (logsumexp), each (C,), with log p_v = z_v - logsumexp:
+    For incoming g (logp), h (entropy), l (logsumexp) and m (sum of the logits), each (C,), with log p_v = z_v - logsumexp:
 
-        v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho) + l p_y
-        else    -(g - l) p_v - h p_v (log p_v + H)
+        v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho) + l p_y + m
+        else    -(g - l) p_v - h p_v (log p_v + H) + m
 
     times logit_scale / T and the slope of the softcap. (`reference` derives it.)
     """
     rows = tile_shape(head).rows
     scale = head.logit_scale if chunk.temperature is None else head.logit_scale / chunk.temperature[:, 0]
     g = incoming.logprobs * scale
-    h, ell = (None if x is None else x * scale for x in incoming[1:])
-    at_target = _target_gradient(statistics, g, h, ell)
+    h, ell, of_sum = (None if x is None else x * scale for x in incoming[1:])
+    at_target = target_gradient(statistics, g, h, ell)
     g = g if ell is None else g - ell
     wide = statistics.t.dtype
     stored = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else out.dtype
@@ -233,6 +232,8 @@ def dlogits(
         z = out[block] if out.dtype == wide else torch.empty_like(out[block], dtype=wide)
         slope = _logits(chunk, block, w, head, start, z, want_slope=True)
         _to_gradient_(z, chunk.tokens, block, start, statistics, g, h, at_target)
+        if of_sum is not None:
+            z.add_(of_sum[block, None])
         if slope is not None:
             z.mul_(slope)
         if stored != wide:
@@ -240,20 +241,6 @@ def dlogits(
             out[block].copy_(z.to(stored))  # `out[block]` may be z itself
             residual[block] = sums - out[block].sum(1, dtype=wide)
     return residual
-
-
-def _target_gradient(
-    statistics: RowStatistics, g: torch.Tensor, h: torch.Tensor | None, ell: torch.Tensor | None = None
-) -> torch.Tensor:
-    """dL/dz in the target's column, (C,)."""
-    log_1mp = F.logsigmoid(statistics.t)
-    at_target = g * log_1mp.exp()
-    if ell is not None:  # not (g - l) sigmoid(t) + l, which cancels at a small p_y
-        at_target = at_target + ell * statistics.logprobs.exp()
-    if h is None:
-        return at_target
-    p_q = (statistics.logprobs + log_1mp).exp()
-    return at_target + torch.where(statistics.t.isinf(), 0, h * p_q * (statistics.t - statistics.others_entropy))
 
 
 def _to_gradient_(
@@ -492,7 +479,7 @@ def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: I
     scale = keep.to(statistics.t.dtype) if temperature is None else keep / temperature[:, 0]
     g = torch.where(keep, incoming.logprobs * scale, 0)
     h = None if incoming.entropy is None else torch.where(keep, incoming.entropy * scale, 0)
-    at_target = torch.where(keep, _target_gradient(statistics, g, h), 0)
+    at_target = torch.where(keep, target_gradient(statistics, g, h), 0)
     for block, start, z in _tiles_of_ready(ready):
         _to_gradient_(z, ready.tokens, block, start, statistics, g, h, at_target)
         out[block, start : start + z.shape[1]] = z

@@ -220,8 +220,8 @@ def _statistics(statistics: RowStatistics) -> dlogits_kernel.Statistics:
 
 
 def _incoming(incoming: Incoming, unit: torch.Tensor | None) -> dlogits_kernel.Incoming:
-    g, h, of_lse = (None if x is None else x.contiguous() for x in incoming)
-    return dlogits_kernel.Incoming(g, h, unit, of_lse)
+    g, h, of_lse, of_sum = (None if x is None else x.contiguous() for x in incoming)
+    return dlogits_kernel.Incoming(g, h, unit, of_lse, of_sum)
 
 
 def selective_statistics(ready: ReadyLogits, entropy: bool) -> RowStatistics:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (imports behind importorskip)
 
+import dataclasses
 import re
 import types
 
@@ -12,7 +13,6 @@ from torch import nn
 pytest.importorskip("trl.trainer.utils", reason="needs the extra [trl]")
 peft = pytest.importorskip("peft")
 
-import datasets
 import trl
 import trl.trainer.utils as trl_utils
 from tiny_trl import VOCAB, fused, stub, tiny_model
@@ -108,23 +108,17 @@ def test_the_reference_is_checked_before_anything_changes():
     refused(stub(fused(tiny_model()), reference), ValueError, "Packed")
 
 
-@pytest.mark.parametrize("outputs", [("is_top1",), ("mean_logits", "log_sum_sq_probs")])
-def test_trainers_that_read_more_keep_trls_head(calls, outputs):
-    trainer = stub(fused(tiny_model(), outputs=("log_probs", "entropy", *outputs)), fused(tiny_model()))
+def test_a_head_that_is_asked_for_something_unknown(calls):
+    trainer = stub(fused(tiny_model(), outputs=("log_probs", "entropy", "variance")), fused(tiny_model()))
     before = [dict(vars(m)) for m in (trainer.model, trainer.ref_model)]
-    with pytest.warns(UserWarning, match=f"{', '.join(sorted(outputs))} of TRL's .*TRL's own head stays"):
-        heads = use_fastpg(trainer)
-    assert not heads.models
+    with pytest.raises(ImportError, match=r"asks its lm_head for variance, which trl 1\.16\.0 did not know"):
+        use_fastpg(trainer)
     assert [vars(m) for m in (trainer.model, trainer.ref_model)] == before
     assert not calls
 
 
-def test_sft_keeps_trls_head(tokenizer, tmp_path):
-    rows = datasets.Dataset.from_dict({"prompt": ["w3 w4", "w5"], "completion": [" w6", " w7 w8"]})
-    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=tokenizer)
-    with pytest.warns(UserWarning, match="SFTTrainer reads is_top1"):
-        use_fastpg(trainer)
-    options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": peft.LoraConfig(target_modules=["lm_head"])}
-    with pytest.warns(UserWarning, match="is_top1"), pytest.raises(ValueError, match="would not train the adapter"):
-        build_trainer(trl.SFTTrainer, tiny_model(), args, **options)
+def test_an_output_with_other_fields(monkeypatch):
+    fields = dataclasses.fields(trl_utils.FusedCausalLMOutput)
+    names = [(field.name, object, None) for field in fields if field.name != "is_top1"] + [("variance", object, None)]
+    monkeypatch.setattr(trl_utils, "FusedCausalLMOutput", dataclasses.make_dataclass("FusedCausalLMOutput", names))
+    refused(stub(fused(tiny_model())), ImportError, "differs from that of .* in is_top1, variance: use that version")

@@ -1,0 +1,161 @@
+"""`linear_cross_entropy` against torch's on float64 logits: losses and gradients of hidden, weight, bias."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from schedules import KERNEL_DEVICE
+
+from fastpg import LMHead, linear_cross_entropy
+from fastpg.crosscheck.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE
+from fastpg.tiles import triton_tiles
+
+ROWS, SIZE, VOCAB = 33, 24, 300
+FORMS = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01, "reduction": "sum"},
+    {"label_smoothing": 0.3, "z_loss": 0.1},
+    {"label_smoothing": 0.3, "z_loss": 0.1, "reduction": "none"},
+    {"denominator": 70.0},
+    {"denominator": 70.0, "label_smoothing": 0.2},
+]
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(dtype, device="cpu", ignored=-100):
+    hidden, weight, bias = torch.randn(ROWS, SIZE), torch.randn(VOCAB, SIZE) * 0.3, torch.randn(VOCAB) * 0.1
+    labels = torch.randint(0, VOCAB, (ROWS,))
+    labels[::5] = ignored
+    return *(x.to(device, dtype).requires_grad_() for x in (hidden, weight, bias)), labels.to(device)
+
+
+def expected(hidden, weight, bias, labels, softcap=None, ignored=-100, **form):
+    """By full logits."""
+    z_loss, reduction, denominator = form.pop("z_loss", 0.0), form.pop("reduction", "mean"), form.pop("denominator", None)
+    z = hidden @ weight.T + bias
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    losses = F.cross_entropy(z, labels, ignore_index=ignored, reduction="none", **form)
+    keep = labels != ignored
+    losses = losses + torch.where(keep, z_loss * z.logsumexp(-1).square(), 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (1 if reduction == "sum" else denominator or keep.sum())
+
+
+def device_of(backend):
+    return KERNEL_DEVICE if backend == "triton" else "cpu"
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_is_torchs(backend, dtype, form, softcap):
+    if backend == "triton" and dtype == torch.float64:
+        return
+    *leaves, labels = inputs(dtype, device_of(backend))
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    got = linear_cross_entropy(leaves[0], LMHead(*leaves[1:], softcap=softcap), labels, backend=backend, **form)
+    want = expected(*wide, labels, softcap, **form)
+    assert got.shape == want.shape
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
+    grad = torch.rand_like(want) + 0.5
+    got.backward(grad.to(got.dtype))
+    want.backward(grad)
+    whole = WEIGHT_TOLERANCE[dtype]
+    row = ROW_TOLERANCE.get(dtype, whole)
+    errors = (leaves[0].grad.double() - wide[0].grad).norm(dim=1)
+    assert (errors <= row * wide[0].grad.norm(dim=1)).all()
+    for x, y in zip(leaves[1:], wide[1:], strict=True):
+        assert (x.grad.double() - y.grad).norm() <= whole * y.grad.norm()
+
+
+@pytest.mark.parametrize("form", [{}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("ignored", [7, -1, 10**6])
+def test_ignore_index_may_be_any_number(ignored, form):
+    *leaves, labels = inputs(torch.float32, ignored=ignored)
+    got = linear_cross_entropy(leaves[0], LMHead(*leaves[1:]), labels, ignore_index=ignored, **form)
+    wide = [x.detach().double() for x in leaves]
+    safe = labels.masked_fill(labels == ignored, -100)
+    assert torch.allclose(got.double(), expected(*wide, safe, **form), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"z_loss": 0.1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("rows", [0, 4])
+def test_without_a_label_the_loss_is_0_and_differentiable(rows, form):
+    hidden = torch.full((rows, SIZE), torch.nan, requires_grad=True)
+    weight = torch.randn(VOCAB, SIZE, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.full((rows,), -100), **form).sum()
+    assert loss == 0
+    loss.backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_sequences_keep_their_shape():
+    *leaves, labels = inputs(torch.float32)
+    hidden, labels = leaves[0].detach()[:30].view(5, 6, SIZE), labels[:30].view(5, 6)
+    weight = leaves[1].detach()
+    losses = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    assert losses.shape == (5, 6)
+    packed = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), reduction="none")
+    assert torch.equal(losses.flatten(), packed)
+    mean = linear_cross_entropy(hidden, weight, labels)
+    assert torch.allclose(mean, losses.sum() / (labels != -100).sum(), rtol=1e-5)
+
+
+def test_micro_batches_add_up():
+    *leaves, labels = inputs(torch.float32)
+    head, count = LMHead(*(x.detach() for x in leaves[1:])), (labels != -100).sum()
+    for form in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+        whole = linear_cross_entropy(leaves[0].detach(), head, labels, **form)
+        parts = [
+            linear_cross_entropy(leaves[0].detach()[part], head, labels[part], denominator=count, **form)
+            for part in (slice(0, 10), slice(10, ROWS))
+        ]
+        assert torch.allclose(sum(parts), whole, rtol=1e-5)
+
+
+@pytest.mark.skipif(not triton_tiles.INTERPRETED, reason="counts launches in the interpreter")
+@pytest.mark.parametrize(("form", "products"), [({}, 3), ({"z_loss": 0.1}, 4), ({"reduction": "none"}, 4)], ids=str)
+def test_the_plain_mean_takes_three_products(form, products, monkeypatch):
+    from fastpg.tiles import products as of_tiles
+
+    made, multiply = [], of_tiles._multiply
+    monkeypatch.setattr(of_tiles, "_multiply", lambda *args, **kwargs: made.append(1) or multiply(*args, **kwargs))
+    *leaves, labels = inputs(torch.float32)
+    linear_cross_entropy(leaves[0], leaves[1], labels.clamp(min=0), backend="torch", **form).sum().backward()
+    assert len(made) == products
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be a number in \[0, 1\); got 1.0"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be a number >= 0; got -1.0"),
+        ({"z_loss": torch.tensor(1.0)}, ValueError, "z_loss must be"),
+        ({"reduction": "token-mean"}, ValueError, 'reduction must be "mean", "sum" or "none"; got \'token-mean\''),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got 1.5"),
+        ({"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator replaces the count"),
+        ({"denominator": 0.0}, ValueError, "denominator must be a positive number"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels must be an int64 or int32 tensor; got torch.float32"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, ValueError, r"labels must have the leading shape of hidden, \(33,\)"),
+        (
+            {"labels": torch.full((ROWS,), VOCAB)},
+            ValueError,
+            r"labels must be in \[0, 300\) or -100; got 300 at position \(0,\)",
+        ),
+        ({"labels": torch.full((ROWS,), -1), "z_loss": 0.1}, ValueError, r"labels must be in \[0, 300\) or -100; got -1"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(change, error, words):
+    *leaves, labels = inputs(torch.float32)
+    labels = change.pop("labels", labels)
+    with pytest.raises(error, match=words):
+        linear_cross_entropy(leaves[0], leaves[1], labels, **change)
