@@ -116,20 +116,28 @@ class LMHead:
         fp32_head: as in `LMHead`. A layer whose own forward casts to float32 and is linear otherwise sets it, such as
         `F.linear(x.float(), self.weight.float())` in a class or on the instance. `casting_heads` runs the layer to know.
 
+        PEFT's trainable tokens are rows of the weight, of which a copy is made. Wrappers (torch.compile, DDP, FSDP) and
+        accelerate's hooks are seen through.
+
         Raises ValueError where the model has no output embeddings, or where they are another layer: quantised, with another
-        forward of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training).
+        forward of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training); and
+        where their weight is not there, offloaded by accelerate or partitioned by DeepSpeed's ZeRO-3.
         """
+        while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
+            model = model.module
+        if not hasattr(model, "get_output_embeddings"):
+            raise TypeError(f"from_model wants a transformers model, which may be wrapped; got {kind(model)}")
         output = model.get_output_embeddings()
         if output is None:
             raise ValueError(
                 f"{type(model).__name__} has no output embeddings; pass LMHead(weight, ...) instead of LMHead.from_model(model)"
             )
-        layer, lora = _layer_and_lora(output)
+        layer, weight, lora = _layer_and_tensors(output)
         fp32_head = fp32_head or not _has_forward_of(layer, torch.nn.Linear)  # _linear refuses all but layers that cast
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         softcap = next((cap for name in _SOFTCAP_NAMES if (cap := getattr(config, name, None))), None)
         bias = getattr(layer, "bias", None)
-        return cls(layer.weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
+        return cls(weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
 
 
 def as_head(head: torch.Tensor | LMHead) -> LMHead:
@@ -191,18 +199,24 @@ def _config_scale(config) -> float:
     return float(scale)
 
 
-def _layer_and_lora(layer: torch.nn.Module) -> tuple[torch.nn.Module, LoRA | None]:
-    """The linear layer inside output embeddings (plain, or casting to float32), and the LoRA that PEFT adds to it."""
+def _layer_and_tensors(layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor, LoRA | None]:
+    """The linear layer inside output embeddings (plain, or casting to float32), its weight, and the LoRA that PEFT adds."""
     if "peft" in sys.modules:  # whoever wrapped the layer has imported it
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
+        from peft.utils.other import TrainableTokensWrapper
 
         if isinstance(layer, BaseTunerLayer):
-            return _linear(layer.base_layer), _active_lora(layer)
+            base = _linear(layer.base_layer)
+            return base, base.weight, _active_lora(layer)
         if isinstance(layer, ModulesToSaveWrapper):
             active = [] if layer.disable_adapters else layer.active_adapters
             layer = layer.modules_to_save[active[0]] if active else layer.original_module
-    return _linear(layer), None
+        elif isinstance(layer, TrainableTokensWrapper):
+            rows = layer.token_adapter
+            base, own = _linear(rows.base_layer), rows.merged or rows.disable_adapters
+            return base, base.weight if own else rows.get_merged_weights(layer.active_adapters), None
+    return _linear(layer), layer.weight, None
 
 
 def _linear(layer: torch.nn.Module) -> torch.nn.Module:
@@ -211,6 +225,15 @@ def _linear(layer: torch.nn.Module) -> torch.nn.Module:
         raise ValueError(
             f"the output embeddings are {_type_name(layer)}, whose forward is not that of torch.nn.Linear; compute the logits "
             "in full, or pass LMHead(weight, ...) if they are hidden @ weight.T + bias"
+        )
+    if is_partitioned(layer.weight):
+        raise ValueError(
+            "the output embeddings' weight is partitioned by DeepSpeed's ZeRO-3 outside their own forward; use token_logprobs "
+            "or causal_lm_policy_loss, which read it there, or deepspeed.zero.GatheredParameters around call and backward"
+        )
+    if layer.weight.is_meta and "_hf_hook" in vars(layer):
+        raise ValueError(
+            "the output embeddings' weight is offloaded by accelerate; give lm_head a device in device_map, where it stays"
         )
     if type(layer.weight).__module__.partition(".")[0] != "torch":
         raise ValueError(f"the output embeddings hold a weight of type {_type_name(layer.weight)}; a plain tensor is wanted")
@@ -247,8 +270,15 @@ def _active_lora(layer: torch.nn.Module) -> LoRA | None:
     raise ValueError(f"the output embeddings' LoRA adapter {name!r} {problem}")
 
 
+def is_partitioned(weight: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds a share of the weight on every rank, so that there is none here."""
+    return hasattr(weight, "ds_id") and weight.shape != getattr(weight, "ds_shape", weight.shape)
+
+
 def _has_forward_of(layer: torch.nn.Module, cls: type) -> bool:
-    return type(layer).forward is cls.forward and "forward" not in vars(layer)
+    own = vars(layer)
+    forward = own.get("_old_forward" if "_hf_hook" in own else "forward")  # accelerate's hooks wrap the layer's own
+    return type(layer).forward is cls.forward and (forward is None or getattr(forward, "__func__", None) is cls.forward)
 
 
 def _type_name(x: object) -> str:

@@ -80,7 +80,7 @@ class Facts:
         }  # fmt: skip
 
 
-def one_outcome(head: object) -> AbstractContextManager[Facts]:
+def one_outcome(head: object, facts: Facts) -> AbstractContextManager[None]:
     """A context for the checks of a call: every rank of head.group raises, or none does. Leaving it compares the ranks.
 
     Raises TypeError for a group that is not a process group. Raises ValueError where torch.distributed is not initialised or
@@ -88,18 +88,17 @@ def one_outcome(head: object) -> AbstractContextManager[Facts]:
     arguments that must be equal and are not, for a token outside the whole vocabulary, and where another rank's checks failed.
     """
     if isinstance(head, LMHead) and head.group is not None:
-        return _one_outcome(head)
-    return nullcontext(Facts())
+        return _one_outcome(head, facts)
+    return nullcontext()  # (Dynamo cannot break a graph inside one that holds a value)
 
 
 @contextmanager
-def _one_outcome(head: LMHead) -> Iterator[Facts]:
-    facts = Facts()
+def _one_outcome(head: LMHead, facts: Facts) -> Iterator[None]:
     _check_group(head)
     try:
         if head.vocab_start is None and not is_dtensor(head.weight):
             raise ValueError("head.vocab_start is needed with head.group: which entry of the vocabulary row 0 of the weight is")
-        yield facts
+        yield
     except Exception:
         facts.numbers = {"failed": 1}
         _exchange(facts, head)

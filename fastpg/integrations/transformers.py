@@ -16,6 +16,7 @@ TRL and verl. A token is kept if it has a prediction and is asked for:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from .. import validation
 from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import linear_policy_loss
-from ..lm_head import LMHead
+from ..lm_head import LMHead, is_partitioned
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput, per_token
 from ..loss.reductions import Reduction, mean_of_kept
@@ -40,6 +41,7 @@ from ..loss.sequences import check_sequence_ids
 # (hidden states (B, T, H), the head, arguments of the loss such as `labels`) -> fields of a HeadlessOutput
 _Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]
 
+_SCALED_BEFORE_THE_HEAD = ("minicpm3",)  # models that divide hidden states, and not logits, by config.logits_scaling
 _OURS = "_fastpg_patched"  # attribute that marks a forward which replaces a model's own
 _REFUSED = {"labels", "num_items_in_batch", "logits_to_keep", "past_key_values", "inputs_embeds", "return_dict"}
 
@@ -120,10 +122,10 @@ def token_logprobs(
     rows = kept(tokens != validation.IGNORED_TOKEN) if check else None  # the host waits before the model runs
     temperature = _ahead(input_ids, "temperature", temperature)
 
-    def compute(hidden: torch.Tensor, head: LMHead, _: dict[str, Any]) -> dict[str, Any]:
+    def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         out = linear_logprobs(
-            hidden, head, tokens, mask=rows, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend,
-            check=check,
+            hidden, _until_backward(head, arguments), tokens.to(hidden.device), mask=_on(rows, hidden),
+            temperature=_on(temperature, hidden), entropy=entropy, workspace=workspace, backend=backend, check=check,
         )  # fmt: skip
         return {"log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
@@ -193,13 +195,16 @@ def causal_lm_policy_loss(
     if add_aux_loss:
         coefficient, model_inputs = _router_coefficient(_causal_lm(model)), {**model_inputs, "output_router_logits": True}
 
-    def compute(hidden: torch.Tensor, head: LMHead, _: dict[str, Any]) -> dict[str, Any]:
+    def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         states = hidden.flatten(0, 1) if packed else hidden
+        if head.weight.dtype == torch.float16:  # takes two passes
+            head = _until_backward(head, arguments)
+        there = functools.partial(_on, like=hidden)
         out = linear_policy_loss(
-            states, head, targets, old_logprobs, advantages, objective=objective, mask=rows, sequence_ids=sequence_ids,
-            temperature=temperature, reduction=reduction, denominator=denominator, kl=kl, ref_logprobs=ref_logprobs,
-            rollout_weights=rollout_weights, entropy=entropy, skip_zero_weight=skip_zero_weight, workspace=workspace,
-            backend=backend, check=check,
+            states, head, there(targets), there(old_logprobs), there(advantages), objective=objective, mask=there(rows),
+            sequence_ids=there(sequence_ids), temperature=there(temperature), reduction=reduction, denominator=denominator,
+            kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(rollout_weights), entropy=entropy,
+            skip_zero_weight=skip_zero_weight, workspace=workspace, backend=backend, check=check,
         )  # fmt: skip
         return {"policy": out._replace(logprobs=_back(out.logprobs.view(input_ids.shape)))}
 
@@ -240,10 +245,11 @@ def patched(
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         if arguments["labels"] is None:
             return {}
-        tokens = _targets(_Batch(arguments["labels"], None, None, None, check, fp32_head))[1]
+        tokens = _targets(_Batch(arguments["labels"], None, None, None, check, fp32_head))[1].to(hidden.device)
         out = linear_logprobs(
-            hidden, head, tokens, temperature=temperature, entropy=entropy, workspace=workspace, backend=backend, check=check
-        )
+            hidden, _until_backward(head, arguments), tokens, temperature=temperature, entropy=entropy, workspace=workspace,
+            backend=backend, check=check,
+        )  # fmt: skip
         count = arguments["num_items_in_batch"]  # 0 on a rank without labels
         count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
         loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)
@@ -261,13 +267,14 @@ def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_he
     original = lm.forward
     if hasattr(original, _OURS):
         raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
-    LMHead.from_model(lm, fp32_head=fp32_head)  # for its errors; forward builds it anew, where FSDP's weights are whole
+    if not is_partitioned(getattr(lm.get_output_embeddings(), "weight", None)):
+        LMHead.from_model(lm, fp32_head=fp32_head)  # for its errors; it is built anew where the weights are whole
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> HeadlessOutput:
-        head = LMHead.from_model(lm, fp32_head=fp32_head)
-        return _headless_forward(lm, head, original, compute, check, args, kwargs)
+        return _headless_forward(lm, fp32_head, original, compute, check, args, kwargs)
 
+    forward = torch.compiler.disable(forward)  # a compiled model would trace hooks that every call has anew
     setattr(forward, _OURS, True)
     lm.forward = forward
     try:
@@ -280,28 +287,40 @@ def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_he
 
 def _headless_forward(
     lm: PreTrainedModel,
-    head: LMHead,
+    fp32_head: bool,
     original: Callable,
     compute: _Compute,
     check: bool,
     args: tuple,
     kwargs: dict[str, Any],
 ) -> HeadlessOutput:
-    """Runs the model's own forward, with `compute` in place of its lm_head."""
+    """Runs the model's own forward, with `compute` in place of its lm_head.
+
+    The head is read inside the layer's own call, where FSDP and ZeRO-3 have gathered its weight.
+    """
     arguments, inputs = _loss_arguments(original, args, kwargs)
     layer = lm.get_output_embeddings()
-    probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
-    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []  # (hidden states, fields computed from them)
+    before = getattr(layer, "weight", None)
+    arguments["gathered"] = False
+    calls: list[tuple] = []  # (hidden states, fields computed from them, the head, the probe)
+    scaled_before = lm.config.get_text_config().model_type in _SCALED_BEFORE_THE_HEAD
 
     def take(_: torch.nn.Module, inputs: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict]:
         if calls or keywords or len(inputs) != 1 or inputs[0].dim() != 3:
             raise ValueError(f"{type(lm).__name__} must call its output embeddings once, with hidden states (B, T, H) alone")
-        calls.append((inputs[0], compute(inputs[0], head, arguments)))
+        head = LMHead.from_model(lm, fp32_head=fp32_head)
+        head = dataclasses.replace(head, logit_scale=1.0) if scaled_before else head
+        arguments["gathered"] = hasattr(layer.weight, "ds_id") or layer.weight is not before
+        hidden = inputs[0].to(head.weight.device)  # as accelerate's hook does where the model is split across devices
+        probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
+        calls.append((hidden, compute(hidden, head, arguments), head, probe))
         return (inputs[0][:1, :1].detach(),), {}
 
     handles = [
         layer.register_forward_pre_hook(take, with_kwargs=True),  # after existing hooks, so that it sees the layer's input
-        layer.register_forward_hook(lambda *_: probe, prepend=True),  # before existing hooks, so that they act on the probe
+        layer.register_forward_hook(
+            lambda *_: calls[0][3], prepend=True
+        ),  # before existing hooks, so that they act on the probe
     ]
     try:
         out = original(**inputs)
@@ -310,13 +329,28 @@ def _headless_forward(
             handle.remove()
     if not calls:
         raise ValueError(f"{type(lm).__name__}.forward does not call its output embeddings")
+    hidden, fields, head, probe = calls[0]
     _check_logits(lm, out, head, probe, check)
-    hidden, fields = calls[0]
     names = ("aux_loss", "router_logits", "hidden_states", "attentions")
     result = HeadlessOutput(last_hidden_state=hidden, **fields, **{name: getattr(out, name, None) for name in names})
     if result.loss is not None and result.aux_loss is not None:
         result.loss = result.loss + _router_coefficient(lm) * result.aux_loss.to(result.loss.device)
     return result
+
+
+def _until_backward(head: LMHead, arguments: dict[str, Any]) -> LMHead:
+    """The head of two passes, whose backward multiplies by the weight again: a copy, if it was gathered for the call alone."""
+    if not arguments["gathered"] or not torch.is_grad_enabled():
+        return head
+    bias = None if head.bias is None else head.bias.clone()
+    return dataclasses.replace(head, weight=head.weight.clone(), bias=bias)
+
+
+def _on(x: Any, like: torch.Tensor) -> Any:
+    """x on the device of `like`, where it is a tensor or a `Kept`."""
+    if isinstance(x, Kept):
+        return x if x.mask.device == like.device else x.mask.to(like.device)
+    return x.to(like.device) if isinstance(x, torch.Tensor) and x.dim() else x
 
 
 def _loss_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -364,7 +398,9 @@ def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs:
     if position_ids is None and attention_mask is not None and "position_ids" in accepted and plain:
         position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
     inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    inputs |= {"use_cache": False} if "use_cache" in accepted else {}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "use_cache" in accepted or (takes_any and hasattr(lm.config.get_text_config(), "use_cache")):
+        inputs["use_cache"] = False
     inputs = {name: value for name, value in inputs.items() if value is not None} | model_inputs
     with _intercepted(model, compute, batch.check, batch.fp32_head):
         return model(**inputs)
@@ -414,6 +450,9 @@ def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside the wrapper of PEFT, DDP or FSDP."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
+        inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
+        if isinstance(inner, PreTrainedModel):
+            break
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
         if inner is None:
             raise TypeError(f"model must be a transformers model or a wrapper around one; got {type(model).__name__}")

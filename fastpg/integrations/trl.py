@@ -287,9 +287,7 @@ def _settings_of(function: Any) -> _Settings | None:
     try:
         settings = _Settings(*(values[name] for name in _Settings._fields))
     except KeyError as error:
-        raise ImportError(
-            f"{_NEEDED}; tested with {_TESTED}, but the installed version's fused forward has no {error}"
-        ) from error
+        raise ImportError(f"{_NEEDED}; the installed version's fused forward has no {error}") from error
     unknown = sorted(set(settings.outputs) - {"log_probs", *_STATISTICS})
     if unknown:
         raise ImportError(

@@ -8,11 +8,19 @@ from typing import NamedTuple
 import torch
 
 from ..distributed import vocab_parallel
-from ..distributed.agreement import one_outcome
+from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
 from ..tiles.structures import Asked, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted
 from . import operators
-from .call import counted, differentiable, head_of, needs_gradient, prepare, with_inputs, without_autocast
+from .call import (
+    counted,
+    differentiable,
+    head_of,
+    needs_gradient,
+    prepare,
+    with_inputs,
+    without_autocast,
+)
 from .kept import Kept
 from .online import Plan
 from .outputs import TokenStatistics, asked_of, check_top_k, token_statistics
@@ -95,7 +103,8 @@ def linear_logprobs(
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, for unknown or repeated
     names in outputs, for a top_k out of range, and for a workspace too small for one tile.
     """
-    with one_outcome(head) as agreed:
+    agreed = Facts()
+    with one_outcome(head, agreed):
         asked = asked_of(entropy, outputs, top_k)
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         if isinstance(mask, Kept) and mask.skips:

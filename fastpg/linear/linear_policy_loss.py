@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 
 from .. import validation
-from ..distributed.agreement import one_outcome
+from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
 from ..loss.metrics import Metrics, Summary
 from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
@@ -21,7 +21,17 @@ from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
 from ..tiles.structures import Gradients, Head, TokenTerms, Wanted
 from .anchored import Options, TokenLosses, loss_gradient, one_pass
-from .call import Counted, Inputs, counted, differentiable, head_of, prepare, wanted_of, with_inputs, without_autocast
+from .call import (
+    Counted,
+    Inputs,
+    counted,
+    differentiable,
+    head_of,
+    prepare,
+    wanted_of,
+    with_inputs,
+    without_autocast,
+)
 from .kept import Kept
 from .linear_logprobs import row_logprobs
 from .rows import Rows, rows_of
@@ -103,7 +113,8 @@ def linear_policy_loss(
     given = LossInputs(
         old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids, reduction, denominator
     )
-    with one_outcome(head) as agreed:
+    agreed = Facts()
+    with one_outcome(head, agreed):
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         _check_loss(given, inputs)
         head, wanted = head_of(inputs.head), wanted_of(inputs)

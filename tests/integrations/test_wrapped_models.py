@@ -1,0 +1,194 @@
+"""Models that are wrapped, compiled, split across devices or gathered by hooks: against the models' own logits."""
+
+import functools
+import types
+
+import pytest
+import torch
+import transformers
+
+from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs
+from fastpg.integrations.transformers import causal_lm_policy_loss, token_logprobs
+
+accelerate = pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
+V = 61
+IDS = torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(1))
+SIZES = {
+    "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def llama(**changes):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes})).eval()
+    return model.double()
+
+
+def own_logprobs(model):
+    logits = model(input_ids=IDS).logits
+    return torch.log_softmax(logits[:, :-1], -1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(model):
+    """Log-probabilities and gradients of both schedules are those of the model's own logits."""
+    want = own_logprobs(model)
+    got = token_logprobs(model, IDS).logprobs
+    assert torch.allclose(got[:, 1:], want, atol=1e-9)
+    weights = torch.rand_like(want)
+    old = want.detach() - 0.1
+    ratio = (want.detach() - old).exp()
+    advantages = torch.randn_like(IDS, dtype=torch.float64)
+    of_loss = causal_lm_policy_loss(model, IDS, None, torch.nn.functional.pad(old, (1, 0)), advantages, objective=CISPO())
+    full = -(ratio * advantages[:, 1:] * want).mean()
+    found = [
+        (gradients(model, (weights * got[:, 1:]).sum()), gradients(model, (weights * own_logprobs(model)).sum())),
+        (gradients(model, of_loss.loss), gradients(model, full)),
+    ]
+    for ours, theirs in found:
+        assert ours.keys() == theirs.keys()
+        assert ours
+        for name, gradient in theirs.items():
+            assert torch.allclose(ours[name], gradient, atol=1e-9), name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_trainable_tokens(tied):
+    model = llama(tie_word_embeddings=tied)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 58, 60], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).double().eval()
+    for name, p in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(p)
+    check(model)
+    with model.disable_adapter():
+        assert torch.allclose(token_logprobs(model, IDS).logprobs[:, 1:], own_logprobs(model), atol=1e-9)
+
+
+def test_a_model_that_accelerate_has_placed():
+    """Its hooks (those of device_map="auto") wrap every layer's forward."""
+    model = accelerate.dispatch_model(llama(), {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "_hf_hook" in vars(model.lm_head)
+    check(model)
+    assert LMHead.from_model(model).weight is model.lm_head.weight
+
+
+def test_a_forward_of_its_own_under_accelerates_hooks_is_refused():
+    model = llama()
+    model.lm_head.forward = types.MethodType(lambda self, x: 2 * (x @ self.weight.T), model.lm_head)
+    model = accelerate.dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    with pytest.raises(ValueError, match="whose forward is not that of"):
+        LMHead.from_model(model)
+
+
+def test_an_offloaded_head_is_named():
+    model = accelerate.cpu_offload(llama(), execution_device="cpu")
+    assert model.lm_head.weight.is_meta
+    with pytest.raises(ValueError, match="offloaded by accelerate; give lm_head a device in device_map"):
+        token_logprobs(model, IDS)
+
+
+def test_a_compiled_model():
+    model = llama()
+    compiled = torch.compile(model, backend="eager")
+    check(compiled)
+    assert LMHead.from_model(compiled).weight is model.lm_head.weight
+
+
+def test_from_model_sees_through_a_wrapper():
+    model = llama()
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    assert LMHead.from_model(wrapper).weight is model.lm_head.weight
+    with pytest.raises(TypeError, match="from_model wants a transformers model, which may be wrapped; got Linear"):
+        LMHead.from_model(torch.nn.Linear(2, 2))
+
+
+def partition(layer):
+    """What DeepSpeed's ZeRO-3 does with a layer: its weight is whole in its own forward alone."""
+    p, whole = layer.weight, layer.weight.data
+    p.ds_id, p.ds_shape = 0, whole.shape
+
+    def gather(*_):
+        p.data = whole
+
+    def release(*_):
+        p.data = torch.empty(0, dtype=whole.dtype)
+
+    layer.register_forward_pre_hook(gather)
+    layer.register_forward_hook(release)
+    release()
+    return gather
+
+
+def test_a_head_that_is_gathered_for_its_forward():
+    model = llama()
+    want, whole = own_logprobs(model), llama().requires_grad_(False)
+    whole.load_state_dict(model.state_dict())
+    gather = partition(model.lm_head)
+    got = token_logprobs(model, IDS).logprobs[:, 1:]
+    assert torch.allclose(got, want, atol=1e-9)
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed's ZeRO-3"):
+        LMHead.from_model(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    gather()  # DeepSpeed does before backward, for the layer's own products
+    model.lm_head.weight.data = torch.full_like(model.lm_head.weight.data, torch.nan)  # those of fastpg do not look
+    got.sum().backward()
+    assert model.lm_head.weight.grad.isfinite().all()
+    whole.requires_grad_()
+    own_logprobs(whole).sum().backward()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["GraniteMoe", "MiniCPM3"])
+def test_architectures(architecture, monkeypatch):
+    """One takes use_cache among its keyword arguments, one scales hidden states where others scale logits."""
+    if not hasattr(transformers, f"{architecture}Config"):
+        pytest.skip(f"this transformers has no {architecture}")
+    more = {
+        "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
+        "MiniCPM3": {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
+    }[architecture]
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **more})
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    built, init = [], transformers.cache_utils.Cache.__init__
+
+    @functools.wraps(init)
+    def spy(self, *args, **kwargs):
+        built.append(type(self))
+        init(self, *args, **kwargs)
+
+    with torch.no_grad():
+        want = own_logprobs(model)
+        monkeypatch.setattr(transformers.cache_utils.Cache, "__init__", spy)
+        assert torch.allclose(token_logprobs(model, IDS).logprobs[:, 1:], want, atol=1e-4)
+    assert not built
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch looks at it
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning")
+def test_functions_that_check_are_compiled_with_graph_breaks():
+    hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    tokens, advantages = torch.randint(0, 40, (8,)), torch.randn(8)
+
+    def step():
+        logprobs = linear_logprobs(hidden, weight, tokens).logprobs
+        return logprobs.sum() + linear_cispo_loss(hidden, weight, tokens, logprobs.detach(), advantages).loss
+
+    torch._dynamo.reset()
+    got, want = torch.compile(step, backend="eager")(), step()
+    assert torch.equal(got, want)
+    got.backward()
+    assert hidden.grad.isfinite().all()
+    torch._dynamo.reset()
