@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import Blocks, cdiv
+from .blocks import Blocks, cdiv, narrow_parts
 from .operands import Operands, tile_arguments
 from .row_statistics import Further, combine_further, fold_further, of_no_column, store_further
 from .tile import (
@@ -36,6 +36,7 @@ from .tile import (
     halves,
     log_sigmoid,
     logits,
+    others_only,
     part_columns,
     product_tile,
     row_scale,
@@ -79,12 +80,6 @@ def fold(z, m, s, q, ENTROPY: tl.constexpr):
         finite = tl.maximum(z, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         q = decay * (q + s * shift) + tl.sum(e * finite, 1)
     return larger, s * decay + tl.sum(e, 1), q
-
-
-@triton.jit
-def others_only(z, columns, token, V):
-    """z with -inf in the target's column and beyond the vocabulary."""
-    return tl.where((columns[None, :] == token[:, None]) | (columns >= V)[None, :], float("-inf"), z)
 
 
 @triton.jit
@@ -215,7 +210,7 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further | Non
     splits = split_count(len(p.weight), blocks.columns)
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if len(p.tokens):
-        *first, tile = tile_arguments(p, blocks)
+        *first, tile = tile_arguments(p, blocks if further is None else narrow_parts(blocks))
         grid = (cdiv(len(p.tokens), blocks.rows) * splits,)
         keys = 0 if further is None or further.TOP is None else further.TOP.shape[2]
         logsumexp_kernel[grid](*first, out, further, keys, _TILES_PER_SPLIT, tile, **blocks.options())

@@ -21,7 +21,7 @@ MUTATIONS = [
     ),
     Mutation(
         "logsumexp: one column beyond the vocabulary counts",
-        "kernels/logsumexp.py",
+        "kernels/tile.py",
         "(columns[None, :] == token[:, None]) | (columns >= V)[None, :]",
         "(columns[None, :] == token[:, None]) | (columns > V)[None, :]",
         "kernels",
