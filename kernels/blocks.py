@@ -86,15 +86,15 @@ _SINGLE = Blocks(64, 64, 16, 4, 2)
 _INTERPRETED = Blocks(128, 1024, 64, 4, 1, parts=2)
 
 
-# The keys of further statistics take two registers a logit.
-_NARROW = 16
+# Columns of a part with further statistics, whose keys take two registers a logit: for 16-bit operands, and for fp32 ones.
+_NARROW, _NARROW_SINGLE = 16, 32
 
 
 def narrow_parts(blocks: Blocks) -> Blocks:
     """The tile in parts so narrow that the sweep has registers for further statistics (`row_statistics`)."""
     if triton.knobs.runtime.interpret:
         return blocks
-    return blocks._replace(parts=max(blocks.parts, blocks.columns // _NARROW))
+    return blocks._replace(parts=max(blocks.parts, blocks.columns // (_NARROW_SINGLE if blocks == _SINGLE else _NARROW)))
 
 
 def cdiv(a: int, b: int) -> int:
