@@ -84,7 +84,7 @@ def fold(z, m, s, q, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _fold_parts(score, start, m, s, q, f, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The running statistics, updated with a tile, part by part. f: further ones, or None."""
+    """The running statistics, updated with a tile, part by part. f: further ones."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
         m, s, q, f = _fold_parts(left, start, m, s, q, f, token, scale, head, ENTROPY, PARTS // 2, TILE)
@@ -94,9 +94,7 @@ def _fold_parts(score, start, m, s, q, f, token, scale, head, ENTROPY: tl.conste
     z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
     others = others_only(z, columns, token, head.V)
     larger, s, q = fold(others, m, s, q, ENTROPY)
-    if f is not None:
-        f = fold_further(f, z, others, columns, head.V, m, larger)
-    return larger, s, q, f
+    return larger, s, q, fold_further(f, z, others, columns, head.V, m, larger)
 
 
 @triton.jit
@@ -120,9 +118,7 @@ def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
-    f = None
-    if further is not None:
-        f = of_no_column(further, r, inside, ROWS, K)
+    f = of_no_column(further, r, inside, ROWS, K)
     for tile in range(0, tl.minimum(TILES, tl.cdiv(head.V, TILE.COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * TILE.COLUMNS
         score = product_tile(X, W, row_tile * TILE.ROWS, start, rows, head, TILE)

@@ -40,22 +40,23 @@ class Further(NamedTuple):
 
 @triton.jit
 def of_no_column(out, r, inside, ROWS: tl.constexpr, K: tl.constexpr):
-    """The values of rows r before the first tile."""
+    """The values of rows r before the first tile; a structure of None where `out` is None, as a loop cannot carry None."""
     top = None
     total = None
     squares = None
     above = None
     target = None
-    if out.TOP is not None:
-        # distinct keys, so that one at a time is replaced
-        top = tl.zeros((ROWS, K), tl.int64) + LOWEST + tl.arange(0, K).to(tl.int64)[None, :]
-    if out.SUM is not None:
-        total = tl.zeros((ROWS,), tl.float32)
-    if out.SQUARES is not None:
-        squares = tl.zeros((ROWS,), tl.float32)
-    if out.ABOVE is not None:
-        above = tl.zeros((ROWS,), tl.int32)
-        target = tl.load(out.TARGET + r, mask=inside, other=0.0)
+    if out is not None:
+        if out.TOP is not None:
+            # distinct keys, so that one at a time is replaced
+            top = tl.zeros((ROWS, K), tl.int64) + LOWEST + tl.arange(0, K).to(tl.int64)[None, :]
+        if out.SUM is not None:
+            total = tl.zeros((ROWS,), tl.float32)
+        if out.SQUARES is not None:
+            squares = tl.zeros((ROWS,), tl.float32)
+        if out.ABOVE is not None:
+            above = tl.zeros((ROWS,), tl.int32)
+            target = tl.load(out.TARGET + r, mask=inside, other=0.0)
     return Further(top, total, squares, above, target)
 
 
