@@ -117,7 +117,7 @@ class Statistics(NamedTuple):
 def token_statistics(logits: torch.Tensor, tokens: torch.Tensor, top_k: int = 0) -> Statistics:
     """Every statistic of logits (N, V) and tokens (N,).
 
-        lse_n = log sum_v exp z_nv        mean_n = sum_v z_nv / V        log sum_v p_nv^2 = logsumexp_v 2 (z_nv - lse_n)
+        lse_n = log sum_v exp z_nv        mean_n = sum_v z_nv / V        log sum_v p_nv^2 = logsumexp_v 2 log p_nv
         rank_n = 0 if y_n = argmax_v z_nv, else max(1, |{v != y_n: z_nv > z_n,y}|)
 
     Of equal logits the smaller id comes first, in the argmax and in the top_k largest.
@@ -127,7 +127,8 @@ def token_statistics(logits: torch.Tensor, tokens: torch.Tensor, top_k: int = 0)
     larger = (logits > logits.gather(1, tokens[:, None])).sum(-1)
     rank = torch.where(argmax == tokens, 0, torch.where(larger < 1, 1, larger))
     log_p = logits - lse[:, None]
-    log_sum_sq = torch.logsumexp(2 * log_p, -1)
+    others = log_p.masked_fill(F.one_hot(tokens, logits.shape[1]).bool(), -torch.inf)
+    log_sum_sq = torch.logaddexp(2 * logprobs, torch.logsumexp(2 * others, -1))  # accurate for confident tokens too
     top_ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
     return Statistics(
         logprobs, entropies, lse, argmax == tokens, argmax, logits.sum(-1) / logits.shape[1], log_sum_sq, rank,

@@ -2,7 +2,7 @@
 
 The size depends on the target (the GPU's architecture), the kernel, the operands' dtype, H, and the head's bias and softcap. It
 depends neither on the number of rows nor on whether an entropy is asked for, so a token's log-probability has the same bits in
-every call.
+every call. Only further statistics need narrower parts of a tile on a GPU, whose sums may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -85,6 +85,17 @@ _LONGEST_SHORT, _SHORTEST_LONG = 640, 4096  # H between which it did not gain in
 _SINGLE = Blocks(64, 64, 16, 4, 2, parts=2)
 # The interpreter's time depends on the number of operations, not on their size: a wide tile.
 _INTERPRETED = Blocks(128, 1024, 64, 4, 1, parts=2)
+
+
+# Columns of a part with further statistics, whose keys take two registers a logit: for 16-bit operands, and for fp32 ones.
+_NARROW, _NARROW_SINGLE = 16, 32
+
+
+def narrow_parts(blocks: Blocks) -> Blocks:
+    """The tile in parts so narrow that the sweep has registers for further statistics (`row_statistics`)."""
+    if triton.knobs.runtime.interpret:
+        return blocks
+    return blocks._replace(parts=max(blocks.parts, blocks.columns // (_NARROW_SINGLE if blocks == _SINGLE else _NARROW)))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import Blocks, cdiv
+from .blocks import Blocks, cdiv, narrow_parts
 from .operands import Operands, tile_arguments
 from .row_statistics import Further, combine_further, fold_further, of_no_column, store_further
 from .tile import (
@@ -36,6 +36,7 @@ from .tile import (
     halves,
     log_sigmoid,
     logits,
+    others_only,
     part_columns,
     product_tile,
     row_scale,
@@ -82,14 +83,8 @@ def fold(z, m, s, q, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def others_only(z, columns, token, V):
-    """z with -inf in the target's column and beyond the vocabulary."""
-    return tl.where((columns[None, :] == token[:, None]) | (columns >= V)[None, :], float("-inf"), z)
-
-
-@triton.jit
 def _fold_parts(score, start, m, s, q, f, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The running statistics, updated with a tile, part by part. f: further ones, or None."""
+    """The running statistics, updated with a tile, part by part. f: further ones."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
         m, s, q, f = _fold_parts(left, start, m, s, q, f, token, scale, head, ENTROPY, PARTS // 2, TILE)
@@ -99,9 +94,7 @@ def _fold_parts(score, start, m, s, q, f, token, scale, head, ENTROPY: tl.conste
     z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
     others = others_only(z, columns, token, head.V)
     larger, s, q = fold(others, m, s, q, ENTROPY)
-    if f is not None:
-        f = fold_further(f, z, others, columns, head.V, m, larger)
-    return larger, s, q, f
+    return larger, s, q, fold_further(f, z, others, columns, head.V, m, larger)
 
 
 @triton.jit
@@ -125,9 +118,7 @@ def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     q = tl.zeros((ROWS,), tl.float32)
-    f = None
-    if further is not None:
-        f = of_no_column(further, r, inside, ROWS, K)
+    f = of_no_column(further, r, inside, ROWS, K)
     for tile in range(0, tl.minimum(TILES, tl.cdiv(head.V, TILE.COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * TILE.COLUMNS
         score = product_tile(X, W, row_tile * TILE.ROWS, start, rows, head, TILE)
@@ -215,7 +206,7 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further | Non
     count, splits = p.tokens.shape[0], split_count(p.weight.shape[0], blocks.columns)
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if count:
-        *first, tile = tile_arguments(p, blocks)
+        *first, tile = tile_arguments(p, blocks if further is None else narrow_parts(blocks))
         grid = (cdiv(count, blocks.rows) * splits,)
         keys = 0 if further is None or further.TOP is None else further.TOP.shape[2]
         logsumexp_kernel[grid](*first, out, further, keys, _TILES_PER_SPLIT, tile, **blocks.options())

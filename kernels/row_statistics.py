@@ -2,7 +2,7 @@
 
 Over the columns of a split, in each row:
 
-    the K largest logits and their columns, of all columns            K is 1, 2, 4 or 8
+    the K largest logits and their columns, of all columns            K is 2, 4 or 8
     sum z_v                                                           of all columns
     sum exp(2 (z_v - m))                                              of the columns v != y; moves with the pivot as e^(2d)
     how many z_v > z_y                                                of the columns v != y
@@ -23,9 +23,9 @@ import triton.language as tl
 from .tile import EXP_IS_ZERO, LOG2E
 
 _LOWEST = -(2**63)
-LOWEST = tl.constexpr(_LOWEST)  # below the key of every logit but NaN
-_BELOW = 0x7FFFFFFF
-BELOW = tl.constexpr(_BELOW)
+LOWEST = tl.constexpr(_LOWEST)  # below the key of every logit
+_NO_COLUMN = 0x7FFFFFFF
+NO_COLUMN = tl.constexpr(_NO_COLUMN)
 
 
 class Further(NamedTuple):
@@ -40,65 +40,60 @@ class Further(NamedTuple):
 
 @triton.jit
 def of_no_column(out, r, inside, ROWS: tl.constexpr, K: tl.constexpr):
-    """The values of rows r before the first tile."""
+    """The values of rows r before the first tile; a structure of None where `out` is None, as a loop cannot carry None."""
     top = None
     total = None
     squares = None
     above = None
     target = None
-    if out.TOP is not None:
-        # distinct keys, so that one at a time is replaced
-        top = tl.zeros((ROWS, K), tl.int64) + LOWEST + tl.arange(0, K).to(tl.int64)[None, :]
-    if out.SUM is not None:
-        total = tl.zeros((ROWS,), tl.float32)
-    if out.SQUARES is not None:
-        squares = tl.zeros((ROWS,), tl.float32)
-    if out.ABOVE is not None:
-        above = tl.zeros((ROWS,), tl.int32)
-        target = tl.load(out.TARGET + r, mask=inside, other=0.0)
+    if out is not None:
+        if out.TOP is not None:
+            # distinct keys, so that one at a time is replaced
+            top = tl.zeros((ROWS, K), tl.int64) + LOWEST + tl.arange(0, K).to(tl.int64)[None, :]
+        if out.SUM is not None:
+            total = tl.zeros((ROWS,), tl.float32)
+        if out.SQUARES is not None:
+            squares = tl.zeros((ROWS,), tl.float32)
+        if out.ABOVE is not None:
+            above = tl.zeros((ROWS,), tl.int32)
+            target = tl.load(out.TARGET + r, mask=inside, other=0.0)
     return Further(top, total, squares, above, target)
 
 
 @triton.jit
-def keys_of(z, columns, V):
-    """int64 (ROWS, COLUMNS); the lowest of all beyond the vocabulary."""
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)  # -0 and 0 are equal
-    ordered = tl.where(bits < 0, bits ^ BELOW, bits).to(tl.int64)
-    return tl.where((columns < V)[None, :], (ordered << 32) + (-columns).to(tl.int64)[None, :] + BELOW, LOWEST)
+def ordered_bits(z):
+    """fp32 -> int64 in the order of the numbers; -0 and 0 are equal."""
+    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ NO_COLUMN, bits).to(tl.int64)
 
 
 @triton.jit
-def insert(top, keys):
-    """The K largest of top (ROWS, K) and keys (ROWS, COLUMNS). Most tiles have few that belong there, and soon none."""
+def insert(top, z, columns, V):
+    """The K largest of the keys `top` (ROWS, K) and of the logits z (ROWS, COLUMNS), most of which have none to insert."""
+    keys = (ordered_bits(z) << 32) + ((-columns).to(tl.int64) + NO_COLUMN)[None, :]
+    keys = tl.where((columns < V)[None, :], keys, LOWEST)
     best = tl.max(keys, 1)
-    if top.shape[1] == 1:
-        top = tl.maximum(top, best[:, None])
-    else:
+    smallest = tl.min(top, 1)
+    while tl.max((best > smallest).to(tl.int32), 0) > 0:
+        is_replaced = (top == smallest[:, None]) & (best > smallest)[:, None]
+        top = tl.where(is_replaced, best[:, None], top)
+        keys = tl.where(keys == best[:, None], LOWEST, keys)
+        best = tl.max(keys, 1)
         smallest = tl.min(top, 1)
-        while tl.max((best > smallest).to(tl.int32), 0) > 0:
-            is_replaced = (top == smallest[:, None]) & (best > smallest)[:, None]
-            top = tl.where(is_replaced, best[:, None], top)
-            keys = tl.where(keys == best[:, None], LOWEST, keys)
-            best = tl.max(keys, 1)
-            smallest = tl.min(top, 1)
     return top
 
 
 @triton.jit
 def fold_further(f, z, others, columns, V, before, m):
-    """The values, updated with the logits z (ROWS, COLUMNS). others: z with -inf in columns that are not v != y.
+    """The values, updated with the logits z (ROWS, COLUMNS).
 
-    before, m: the running maximum of the others, without and with this tile.
+    others: z with -inf in columns that are not v != y. before, m: their running maximum, without and with these.
     """
     top = f.TOP
     total = f.SUM
     squares = f.SQUARES
     above = f.ABOVE
-    if f.TOP is not None:
-        top = insert(top, keys_of(z, columns, V))
-    if f.SUM is not None:
-        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
-    if f.SQUARES is not None:
+    if f.SQUARES is not None:  # as in `fold`, whose exponentials these are
         pivot = tl.where(m == float("-inf"), 0.0, m)
         shift = tl.maximum(before - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         decay = tl.exp2(shift * LOG2E)
@@ -106,6 +101,10 @@ def fold_further(f, z, others, columns, V, before, m):
         squares = squares * decay * decay + tl.sum(e * e, 1)
     if f.ABOVE is not None:
         above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
+    if f.SUM is not None:
+        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
+    if f.TOP is not None:
+        top = insert(top, z, columns, V)
     return Further(top, total, squares, above, f.TARGET)
 
 
@@ -123,7 +122,7 @@ def store_further(out, place, inside, f, K: tl.constexpr):
 
 @triton.jit
 def combine_further(M, further, out, r, inside, pivot, s, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Merges the splits of the rows r but for the keys (`largest_of`). pivot (ROWS, 1) and s (ROWS,): over all splits."""
+    """Merges the splits of the rows r but for the keys (see `largest_of`). pivot (ROWS, 1) and s (ROWS,): over all splits."""
     offsets = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -150,8 +149,8 @@ def combine_further(M, further, out, r, inside, pivot, s, splits, ROWS: tl.const
 
 
 def kept(largest: int) -> int:
-    """How many keys a split keeps for the `largest` that are wanted: a power of two, as the shapes of blocks are; 0 for 0."""
-    return 0 if largest == 0 else triton.next_power_of_2(largest)
+    """How many keys a split keeps for the `largest` that are wanted: 2, 4 or 8, as blocks have such shapes; 0 for 0."""
+    return 0 if largest == 0 else max(2, triton.next_power_of_2(largest))
 
 
 def empty_further(like: torch.Tensor, shape: tuple[int, ...], keys: int, wanted: Further) -> Further:
@@ -162,9 +161,12 @@ def empty_further(like: torch.Tensor, shape: tuple[int, ...], keys: int, wanted:
     return Further(top, total, squares, above, wanted.TARGET if wanted.ABOVE else None)
 
 
-def largest_of(top: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest logits (C, count) fp32 in descending order, and their columns (int64), from keys (C, splits, K)."""
+def largest_of(top: torch.Tensor, count: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits (C, count) fp32 in descending order, and their columns (int64), from keys (C, splits, K).
+
+    Where a row has fewer logits, the rest being NaN, they are NaN, and their columns any.
+    """
     keys = top.flatten(1).topk(count, 1).values
     ordered = keys >> 32
-    bits = torch.where(ordered < 0, ordered ^ _BELOW, ordered).to(torch.int32)
-    return bits.view(torch.float32), _BELOW - (keys & 0xFFFFFFFF)
+    bits = torch.where(ordered < 0, ordered ^ _NO_COLUMN, ordered).to(torch.int32)
+    return bits.view(torch.float32), (_NO_COLUMN - (keys & 0xFFFFFFFF)).clamp(max=vocab - 1)

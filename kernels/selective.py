@@ -16,8 +16,8 @@ import triton.language as tl
 
 from .blocks import cdiv
 from .dlogits import Incoming, Statistics, gradient_entries, row_terms
-from .logsumexp import Finished, Running, finished, fold, others_only, store_running
-from .tile import INTERPRETED, round_to
+from .logsumexp import Finished, Running, finished, fold, store_running
+from .tile import INTERPRETED, others_only, round_to
 
 _ROWS = 64 if INTERPRETED else 4
 _COLUMNS = 1024

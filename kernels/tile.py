@@ -154,6 +154,12 @@ def part_columns(start, WIDTH: tl.constexpr, RUN: tl.constexpr, WARP_GROUPS: tl.
 
 
 @triton.jit
+def others_only(z, columns, token, V):
+    """z with -inf in the target's column and beyond the vocabulary."""
+    return tl.where((columns[None, :] == token[:, None]) | (columns >= V)[None, :], float("-inf"), z)
+
+
+@triton.jit
 def logits(score, scale, inner):
     """score -> (z, slope of the softcap). Without a softcap, inner None, the slope is 1."""
     if inner is not None:

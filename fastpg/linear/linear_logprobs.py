@@ -63,7 +63,7 @@ def linear_logprobs(
     and fp16 inputs. Gradients are summed in fp32 and rounded once.
 
     With `outputs` or `top_k` the result is a `TokenStatistics`, which has a field for each of these. They come from the same
-    sweep over the vocabulary, and what is not asked for costs nothing:
+    sweep over the vocabulary, and what is not asked for costs nothing. On a GPU, asking may change the last bits of the others.
 
         "entropy"            H, as with entropy=True
         "logsumexp"          logsumexp_v z_v, differentiable, so that a z-loss can be written on top

@@ -65,7 +65,9 @@ def finish_further(
     if total is not None:
         mean = torch.where(logprobs.isnan(), torch.nan, total / columns)
     if squares is not None:
-        log_sum_sq = torch.logaddexp(2 * logprobs, squares + 2 * F.logsigmoid(statistics.t))
+        own, others = 2 * logprobs, squares + 2 * F.logsigmoid(statistics.t)
+        # log(e^a + e^b), as the bits of torch.logaddexp depend on a row's place in the vector
+        log_sum_sq = torch.maximum(own, others) - F.logsigmoid((own - others).abs())
     if above is not None:
         rank = torch.where(ids[:, 0] == tokens, 0, above.clamp(min=1))
     if asked.top_k:

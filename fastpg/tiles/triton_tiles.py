@@ -148,7 +148,7 @@ def online_logsumexp(chunk: Chunk, head: Head, asked: Asked, target: torch.Tenso
         own = target_kernel_logits(p)[0]
         further, merged = _further(p, head, asked, own if target is None else target)
         running = combine(logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further), *_summed(further, merged))
-        return Partials(*running, own, _further_partials(further, merged, asked))
+        return Partials(*running, own, _further_partials(further, merged, asked, len(head.weight)))
 
 
 def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
@@ -158,7 +158,7 @@ def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
         further, merged = _further(p, head, asked, target)
         running = logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further)
         statistics = RowStatistics(*finished(running, target, *_summed(further, merged)))
-        partials = _further_partials(further, merged, asked)
+        partials = _further_partials(further, merged, asked, len(head.weight))
         return RowResults(statistics, finish_further(partials, statistics, chunk.tokens, len(head.weight), asked))
 
 
@@ -183,11 +183,13 @@ def _summed(further: further_kernel.Further | None, merged: further_kernel.Furth
 
 
 def _further_partials(
-    further: further_kernel.Further | None, merged: further_kernel.Further | None, asked: Asked
+    further: further_kernel.Further | None, merged: further_kernel.Further | None, asked: Asked, vocab: int
 ) -> FurtherPartials:
     if further is None:
         return FurtherPartials()
-    values, ids = (None, None) if further.TOP is None else further_kernel.largest_of(further.TOP, largest_kept(asked))
+    values = ids = None
+    if further.TOP is not None:
+        values, ids = further_kernel.largest_of(further.TOP, largest_kept(asked), vocab)
     return FurtherPartials(values, ids, merged.SUM, merged.SQUARES, None if merged.ABOVE is None else merged.ABOVE.long())
 
 

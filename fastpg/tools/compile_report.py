@@ -164,7 +164,6 @@ def _launch(variant: Variant) -> None:
     from ..kernels.dlogits import Incoming, Statistics, dlogits
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
-    from ..kernels.row_statistics import Further, empty_further, kept
     from ..kernels.scale import scale as scale_gradients
     from ..kernels.selective import ready_logits, selective_dlogits, selective_logsumexp
     from ..kernels.target import target_logits
@@ -191,11 +190,6 @@ def _launch(variant: Variant) -> None:
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
     incoming = Incoming(vector(), vector(entropy), unit, vector("logsumexp" in flags))
 
-    def further(shape: tuple[int, ...], largest: int) -> Further | None:
-        """Every further statistic."""
-        wanted = Further(None, True, True, True, vector())
-        return empty_further(vector(), shape, kept(largest), wanted) if "statistics" in flags else None
-
     if variant.kernel in ("keep", "summary", "policy_loss"):
         _launch_on_vectors(variant, meta)
     elif variant.kernel == "target":
@@ -205,10 +199,10 @@ def _launch(variant: Variant) -> None:
     elif variant.kernel == "finish":
         _launch_finish(variant, meta)
     elif variant.kernel == "logsumexp":
-        logsumexp(p, entropy, blocks, further((_ROWS, 63), 8 if "top_k" in flags else 1))
+        logsumexp(p, entropy, blocks, _further(flags, vector(), (_ROWS, 63)))
     elif variant.kernel == "combine":
         parts = Running(meta(_ROWS, 63), meta(_ROWS, 63), meta(_ROWS, 63) if entropy else None)
-        sums = further((_ROWS, 63), 1), further((_ROWS,), 0)
+        sums = _further(flags, vector(), (_ROWS, 63)), _further(flags, vector(), (_ROWS,))
         finished(parts, vector(), *sums) if "finish" in flags else combine(parts, *sums)
     elif variant.kernel == "dlogits":
         dlogits(p, statistics, incoming, meta(_ROWS, vocab, dtype=dtype), blocks)
@@ -223,6 +217,14 @@ def _launch(variant: Variant) -> None:
             selective_logsumexp(ready, entropy)
         else:
             selective_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
+
+
+def _further(flags: tuple[str, ...], target: torch.Tensor, shape: tuple[int, ...]) -> object:
+    """Every further statistic, of splits or of rows (without keys); None without that flag."""
+    from ..kernels.row_statistics import Further, empty_further, kept
+
+    keys = 0 if len(shape) == 1 else kept(8 if "top_k" in flags else 1)
+    return empty_further(target, shape, keys, Further(None, True, True, True, target)) if "statistics" in flags else None
 
 
 def _launch_gradient_rows(p: object, flags: tuple[str, ...], meta: Callable[..., torch.Tensor]) -> None:

@@ -107,10 +107,11 @@ def test_the_whole_matrix_is_the_table_of_the_readme(tmp_path):
 
 
 def test_what_the_matrix_asks_for():
-    assert len(list(compile_report.variants())) <= 336
+    assert len(list(compile_report.variants())) <= 360
     count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
     assert count["anchored_exp", "bfloat16"] == 11  # plain, five flags alone, all; the persistent tile of sm_90
     assert count["logsumexp", "float16"] == count["dlogits", "float32"] == 2  # plain, all
+    assert count["logsumexp", "bfloat16"] == 8  # plain, four flags alone, all; further statistics without and with all
     assert len(set(compile_report.variants())) == (sum(count.values()) - 4) * len(TARGETS) + 4
 
 
@@ -130,6 +131,12 @@ def test_a_variant_is_what_its_launcher_would_compile():
             assert source.signature["W"].startswith("tensordesc") == given["TILE"].DESCRIPTORS
             assert (variant.target == "cuda:90" and variant.dtype != "float32") == given["TILE"].DESCRIPTORS
             assert given["TILE"].EVEN_H
+        if "further" in given:
+            assert (given["further"] is not None) == ("statistics" in variant.flags)
+            assert given.get("K", 0) in ((2, 8) if "statistics" in variant.flags else (0,)) or variant.kernel == "combine"
+            assert given.get("K", 0) == 8 or "top_k" not in variant.flags
+        if variant.kernel == "dlogits":
+            assert (given["incoming"].L is not None) == ("logsumexp" in variant.flags)
         if variant.kernel == "finish":
             named = [flag for flag in variant.flags if flag in compile_report.OBJECTIVES]
             assert (given["OBJECTIVE"] is None) == (not named)
@@ -178,7 +185,7 @@ def test_tables(tmp_path):
     assert "entropy" in printed.stdout
     markdown = fastpg("compile-report", *options, "--markdown", folder=tmp_path).stdout.splitlines()
     assert markdown[0].startswith("| kernel | dtype | flags | cuda:80 |")
-    assert len(markdown) == 6  # plain, entropy, finish, both
+    assert len(markdown) == 8  # plain, entropy, finish, both; further statistics without and with both
     assert all(line.count("|") == 8 for line in markdown)
 
 

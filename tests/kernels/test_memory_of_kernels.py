@@ -183,3 +183,20 @@ def test_two_passes(shape, dtype, gather, entropy):
     copy = rows.hidden.numel() * 4
     assert used <= GIB + copy
     assert used < len(rows.tokens) * head.weight.shape[0] * 2  # below the logits in bf16, also where these are few
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@GATHER
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_further_statistic(shape, dtype, gather):
+    """Of each split: m, s, q, the mean's sum, that of squares, a count, and eight keys of 8 bytes."""
+    rows, head, _ = problem(shape, dtype, gather)
+    asked = Asked(*(True,) * 6, 8)
+
+    def forward():
+        chunk_rows = plan_logprobs(head, asked=asked, workspace=GIB, backend="triton")
+        return online.two_pass_statistics(triton_tiles, rows, head, asked, chunk_rows)
+
+    used = beyond_results(forward, rows, head, [rows.indices] if gather else []) + rows.hidden.nbytes + head.weight.nbytes
+    results = len(rows.tokens) * (5 * 4 + 2 * 4 + 2 * 8 + 8 * (4 + 8))
+    assert results < used <= GIB + 2 * results

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastpg import LMHead, linear_cispo_loss, linear_logprobs
+from fastpg.linear.outputs import OUTPUTS
 from fastpg.tools.memory import transient_bytes
 
 DEFAULT = 256 * 2**20
@@ -71,6 +72,18 @@ def test_forward_and_backward_stay_within_the_default_workspace(schedule, rows, 
 def test_a_small_workspace_is_kept_too(schedule, masked):
     used, results, copy = peak(schedule, 4096, 8192, torch.bfloat16, workspace=48 * 2**20, masked=masked)
     assert used <= results + copy + 48 * 2**20
+
+
+def test_further_statistics_stay_within_a_small_workspace():
+    """With a bias and a softcap, whose temporaries are there too; their results come on top."""
+    hidden, weight = torch.randn(8192, 128), torch.randn(8192, 128) * 0.05
+    head, tokens = LMHead(weight, torch.randn(8192), softcap=20.0), torch.randint(0, 8192, (8192,))
+    with torch.no_grad():
+        used = transient_bytes(
+            lambda: linear_logprobs(hidden, head, tokens, outputs=OUTPUTS, top_k=8, workspace=48 * 2**20, backend="torch")
+        )
+    results = 8192 * (5 * 4 + 2 * 8 + 1 + 8 * (4 + 8))
+    assert results < used <= 2 * results + 48 * 2**20
 
 
 def test_no_grad_needs_tiles_only():
