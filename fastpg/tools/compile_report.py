@@ -61,12 +61,12 @@ MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
 # of the two passes, beside each flag alone and all: every further statistic, with the argmax or with the most of the largest
-# logits, and a gradient of the logsumexp
+# logits, and gradients of the logsumexp and of the mean logit
 _FURTHER = {
     ("logsumexp", "bfloat16"): [("statistics",), ("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k")],
     ("logsumexp", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k")],
     ("combine", "float32"): [("statistics",), ("entropy", "finish", "statistics")],
-    ("dlogits", "bfloat16"): [("bias", "softcap", "entropy", "lora", "temperature", "logsumexp")],
+    ("dlogits", "bfloat16"): [("bias", "softcap", "entropy", "lora", "temperature", "logsumexp", "mean_logits")],
 }
 
 # rows of a chunk (no multiple of 16), vocabulary of a head (that no tile divides: so more is masked), vocabulary of a slice of
@@ -117,7 +117,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
     policy_loss      CISPO, and a whole loss
     anchored_exp     as other kernels; on sm_90 also the persistent tile of other hidden sizes
     logsumexp        as other kernels; also with further statistics
-    dlogits          as other kernels; in bf16 also with a gradient of the logsumexp
+    dlogits          as other kernels; in bf16 also with gradients of the logsumexp and of the mean logit
     other kernels    plain, in bf16 each flag alone but temperature, all flags
     """
     for kernel in kernels or KERNELS:
@@ -188,7 +188,7 @@ def _launch(variant: Variant) -> None:
     blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None, tile_of, p.hidden.shape[1])
     statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
-    incoming = Incoming(vector(), vector(entropy), unit, vector("logsumexp" in flags))
+    incoming = Incoming(vector(), vector(entropy), unit, vector("logsumexp" in flags), vector("mean_logits" in flags))
 
     if variant.kernel in ("keep", "summary", "policy_loss"):
         _launch_on_vectors(variant, meta)
