@@ -83,18 +83,20 @@ def fold(z, m, s, q, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def _fold_parts(score, start, m, s, q, f, token, scale, head, ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The running statistics, updated with a tile, part by part. f: further ones."""
+def _fold_parts(
+    score, start, m, s, q, f, token, scale, head, out, further, PARTS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """The running statistics that `out` and `further` ask for, updated with a tile, part by part."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
-        m, s, q, f = _fold_parts(left, start, m, s, q, f, token, scale, head, ENTROPY, PARTS // 2, TILE)
+        m, s, q, f = _fold_parts(left, start, m, s, q, f, token, scale, head, out, further, PARTS // 2, TILE)
         middle = start + right.shape[1] // TILE.WARP_GROUPS
-        return _fold_parts(right, middle, m, s, q, f, token, scale, head, ENTROPY, PARTS // 2, TILE)
+        return _fold_parts(right, middle, m, s, q, f, token, scale, head, out, further, PARTS // 2, TILE)
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
     others = others_only(z, columns, token, head.V)
-    larger, s, q = fold(others, m, s, q, ENTROPY)
-    return larger, s, q, fold_further(f, z, others, columns, head.V, m, larger)
+    larger, s, q = fold(others, m, s, q, out.Q is not None)
+    return larger, s, q, fold_further(f, further, z, others, columns, head.V, m, larger)
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.
     for tile in range(0, tl.minimum(TILES, tl.cdiv(head.V, TILE.COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * TILE.COLUMNS
         score = product_tile(X, W, row_tile * TILE.ROWS, start, rows, head, TILE)
-        m, s, q, f = _fold_parts(score, start, m, s, q, f, token, scale, head, out.Q is not None, TILE.PARTS, TILE)
+        m, s, q, f = _fold_parts(score, start, m, s, q, f, token, scale, head, out, further, TILE.PARTS, TILE)
     place = r.to(tl.int64) * splits + split
     store_running(out, place, inside, m, s, q)
     if further is not None:

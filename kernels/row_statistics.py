@@ -40,12 +40,15 @@ class Further(NamedTuple):
 
 @triton.jit
 def of_no_column(out, r, inside, ROWS: tl.constexpr, K: tl.constexpr):
-    """The values of rows r before the first tile; a structure of None where `out` is None, as a loop cannot carry None."""
-    top = None
-    total = None
-    squares = None
-    above = None
-    target = None
+    """The values of rows r before the first tile; 0 for what `out`, a structure of pointers or None, does not ask for.
+
+    (Triton 3.5 cannot return None.)
+    """
+    top = 0
+    total = 0
+    squares = 0
+    above = 0
+    target = 0
     if out is not None:
         if out.TOP is not None:
             # distinct keys, so that one at a time is replaced
@@ -84,8 +87,8 @@ def insert(top, z, columns, V):
 
 
 @triton.jit
-def fold_further(f, z, others, columns, V, before, m):
-    """The values, updated with the logits z (ROWS, COLUMNS).
+def fold_further(f, out, z, others, columns, V, before, m):
+    """The values that `out` asks for, updated with the logits z (ROWS, COLUMNS).
 
     others: z with -inf in columns that are not v != y. before, m: their running maximum, without and with these.
     """
@@ -93,18 +96,19 @@ def fold_further(f, z, others, columns, V, before, m):
     total = f.SUM
     squares = f.SQUARES
     above = f.ABOVE
-    if f.SQUARES is not None:  # as in `fold`, whose exponentials these are
-        pivot = tl.where(m == float("-inf"), 0.0, m)
-        shift = tl.maximum(before - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
-        decay = tl.exp2(shift * LOG2E)
-        e = tl.exp2((others - pivot[:, None]) * LOG2E)
-        squares = squares * decay * decay + tl.sum(e * e, 1)
-    if f.ABOVE is not None:
-        above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
-    if f.SUM is not None:
-        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
-    if f.TOP is not None:
-        top = insert(top, z, columns, V)
+    if out is not None:
+        if out.SQUARES is not None:  # as in `fold`, whose exponentials these are
+            pivot = tl.where(m == float("-inf"), 0.0, m)
+            shift = tl.maximum(before - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
+            decay = tl.exp2(shift * LOG2E)
+            e = tl.exp2((others - pivot[:, None]) * LOG2E)
+            squares = squares * decay * decay + tl.sum(e * e, 1)
+        if out.ABOVE is not None:
+            above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
+        if out.SUM is not None:
+            total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
+        if out.TOP is not None:
+            top = insert(top, z, columns, V)
     return Further(top, total, squares, above, f.TARGET)
 
 
