@@ -186,20 +186,17 @@ def causal_lm_policy_loss(
 
     temperature, sequence_ids = placed("temperature", temperature), placed("sequence_ids", sequence_ids)
     old_logprobs, ref_logprobs = placed("old_logprobs", old_logprobs), placed("ref_logprobs", ref_logprobs)
-    rollout_weights = placed("rollout_weights", rollout_weights)
+    rollout_weights, targets = placed("rollout_weights", rollout_weights), tokens.flatten() if packed else tokens
     if isinstance(advantages, torch.Tensor) and advantages.shape == input_ids.shape:
         advantages = placed("advantages", advantages)
-    targets = tokens.flatten() if packed else tokens
     factors = old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights
     rows = _rows(targets, factors, sequence_ids, skip_zero_weight) if check else None
     if add_aux_loss:
         coefficient, model_inputs = _router_coefficient(_causal_lm(model)), {**model_inputs, "output_router_logits": True}
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
-        states = hidden.flatten(0, 1) if packed else hidden
-        if head.weight.dtype == torch.float16:  # takes two passes
-            head = _until_backward(head, arguments)
-        there = functools.partial(_on, like=hidden)
+        states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(_on, like=hidden)
+        head = _until_backward(head, arguments) if head.weight.dtype == torch.float16 else head  # which takes two passes
         out = linear_policy_loss(
             states, head, there(targets), there(old_logprobs), there(advantages), objective=objective, mask=there(rows),
             sequence_ids=there(sequence_ids), temperature=there(temperature), reduction=reduction, denominator=denominator,

@@ -341,8 +341,8 @@ def test_gradcheck():
 
     def values(hidden, weight, bias):
         head = LMHead(weight, bias, 3.0, logit_scale=0.8)
-        found = linear_logprobs(hidden, head, torch.arange(7), mask=mask, outputs=("entropy", "logsumexp"))
-        return found.logprobs, found.entropy, found.logsumexp
+        found = linear_logprobs(hidden, head, torch.arange(7), mask=mask, outputs=("entropy", "logsumexp", "mean_logits"))
+        return found.logprobs, found.entropy, found.logsumexp, found.mean_logits
 
     assert torch.autograd.gradcheck(values, (hidden, weight, bias))
 
@@ -352,7 +352,7 @@ def test_what_has_a_gradient(backend):
     x = random_problem(9, 50, f32).leaves()
     found = linear_logprobs(x.hidden, x.head, x.tokens, outputs=OUTPUTS, top_k=2, backend=backend)
     with_gradient = {name for name, value in zip(found._fields, found, strict=True) if value.requires_grad}
-    assert with_gradient == {"logprobs", "entropy", "logsumexp"}
+    assert with_gradient == {"logprobs", "entropy", "logsumexp", "mean_logits"}
     with torch.no_grad():
         again = linear_logprobs(x.hidden, x.head, x.tokens, outputs=OUTPUTS, top_k=2, backend=backend)
     assert not any(value.requires_grad for value in again)

@@ -307,8 +307,8 @@ MUTATIONS = [
     Mutation(
         "row statistics: fp16 rows of D without room for a gradient of the logsumexp",
         "fastpg/linear/online.py",
-        "bound = bound + incoming.logsumexp.abs()",
-        "bound = bound + 0 * incoming.logsumexp.abs()",
+        "bound = bound if gradient is None else bound + gradient.abs()",
+        "bound = bound if gradient is None else bound + 0 * gradient.abs()",
         "row_statistics",
         "several_chunks",
     ),
