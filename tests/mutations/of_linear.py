@@ -312,4 +312,28 @@ MUTATIONS = [
         "row_statistics",
         "several_chunks",
     ),
+    Mutation(
+        "mean_logits: its gradient is not divided by the columns of all ranks",
+        "fastpg/linear/linear_logprobs.py",
+        "return vocab if call.group is None else",
+        "return vocab if True else",
+        "vocab_parallel_outputs",
+        "like_one_process",
+    ),
+    Mutation(
+        "cross entropy: the z-loss has no square",
+        "fastpg/linear/linear_cross_entropy.py",
+        "z_loss * found.logsumexp.square()",
+        "z_loss * found.logsumexp",
+        "linear_cross_entropy",
+        "is_torchs and z_loss",
+    ),
+    Mutation(
+        "gathered heads: two passes keep no copy of the weight",
+        "fastpg/integrations/transformers.py",
+        'if not arguments["gathered"] or not torch.is_grad_enabled():',
+        "if True:",
+        "wrapped_models",
+        "gathered_for_its_forward",
+    ),
 ]
