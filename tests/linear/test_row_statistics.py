@@ -1,5 +1,6 @@
 """Further statistics of rows: `linear_logprobs(..., outputs=, top_k=)` on both backends against float64 full logits."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from fastpg import LMHead, TokenLogprobs, TokenStatistics, kept, linear_logprobs
 from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.crosscheck.cases import Inputs, Settings
 from fastpg.linear.call import head_of
+from fastpg.linear.linear_logprobs import LogprobOptions
 from fastpg.linear.operators import two_pass_partials, two_pass_statistics, two_pass_targets
 from fastpg.linear.outputs import OUTPUTS
 from fastpg.linear.rows import Rows
@@ -422,6 +424,14 @@ def test_fp32_head_and_autocast(backend):
         assert torch.equal(a, b)
     for a, b in zip(cast, statistics(x, backend, 3), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_types_of_the_arguments():
+    """Type checkers know a call by its overloads."""
+    parameters = inspect.signature(linear_logprobs).parameters
+    named = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    types = {name: hint.__forward_arg__ for name, hint in LogprobOptions.__annotations__.items()}
+    assert named == types | {"outputs": "Sequence[str]", "top_k": "int"}
 
 
 # ---- errors
