@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _EQUAL = (
     "fp32_head", "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora",
     "lora's scale", "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
-    "whether there is a gradient to compute", "the backend", "check", "old_logprobs", "outputs", "top_k",
+    "whether there is a gradient to compute", "the backend", "check", "old_logprobs",
 )  # fmt: skip
 _OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "rows of a chunk")
 
@@ -64,9 +64,8 @@ class Facts:
             ((kept + 2) * (place * 2654435761 + 1)).sum(),
             0 if head.lora is None else len(head.lora.a), _bits(0 if head.lora is None else head.lora.scale),
             _bits(head.softcap or 0), _bits(head.logit_scale),
-            _checksum(temperature, computed, place), int(entropy), grad * (2 * hidden.requires_grad + of_lora),
+            _checksum(temperature, computed, place), _packed(entropy, further), grad * (2 * hidden.requires_grad + of_lora),
             int(any(wanted)), int(backend == "triton"), int(check), _checksum(old_logprobs, computed, place),
-            sum(2**i * asked for i, asked in enumerate(further[:-1])), further[-1],
         )  # fmt: skip
         smallest, largest = torch.where(flat, kept, 0), kept
         if len(kept):
@@ -136,7 +135,9 @@ def _compare(table: list[dict[str, int]], facts: Facts) -> None:
     failed = [rank for rank, row in enumerate(table) if row["failed"]]
     if failed:
         raise ValueError(f"head.group: the call failed on rank(s) {failed} of the group; the error is raised there")
-    for name in _EQUAL:
+    for row in table:
+        row.update(_unpacked(row["entropy"]))
+    for name in (*_EQUAL, "outputs", "top_k"):
         different = [rank for rank, row in enumerate(table) if row[name] != table[0][name]]
         if different:
             raise ValueError(
@@ -158,6 +159,15 @@ def _compare(table: list[dict[str, int]], facts: Facts) -> None:
     if table[0]["top_k"] > edge:
         raise ValueError(f"top_k must be at most V = {edge}, the vocabulary of all ranks; got {table[0]['top_k']}")
     facts.chunk = min(row["rows of a chunk"] for row in table) or None
+
+
+def _packed(entropy: bool, further: tuple[int, ...]) -> int:
+    """What is asked for, in the number that stands for the entropy: so those who ask for no more exchange no more."""
+    return int(entropy) + sum(2 ** (i + 1) * asked for i, asked in enumerate(further[:-1])) + 2**16 * further[-1]
+
+
+def _unpacked(number: int) -> dict[str, int]:
+    return {"entropy": number % 2, "outputs": number % 2**16 // 2, "top_k": number // 2**16}
 
 
 def _bits(x: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, overload
 
 import torch
 
@@ -28,6 +28,9 @@ from .rows import Rows, rows_of
 from .statistics import row_results
 from .workspace import plan_logprobs
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class TokenLogprobs(NamedTuple):
     """logprobs (...): log-probability of each token, 0 where masked. entropy (...): of each token's distribution, or None.
@@ -37,6 +40,36 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
+
+
+class LogprobOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_logprobs` that do not decide what it returns; a test holds them to its signature."""
+
+    mask: torch.Tensor | Kept | None
+    temperature: float | torch.Tensor
+    entropy: bool
+    workspace: int | None
+    backend: str | None
+    check: bool
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, **options: Unpack[LogprobOptions]
+) -> TokenLogprobs: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, *, outputs: Sequence[str], top_k: int = 0,
+    **options: Unpack[LogprobOptions],
+) -> TokenStatistics: ...  # fmt: skip
+
+
+@overload
+def linear_logprobs(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, *, top_k: int, **options: Unpack[LogprobOptions]
+) -> TokenStatistics: ...
 
 
 def linear_logprobs(

@@ -1,19 +1,25 @@
 """Further statistics of rows: `linear_logprobs(..., outputs=, top_k=)` on both backends against float64 full logits."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 from operations import counted
-from problems import Result, check_result, random_problem
+from problems import Result, check_result, opcheck, random_problem
 from schedules import BACKENDS, KERNEL_DEVICE
 
 from fastpg import LMHead, TokenLogprobs, TokenStatistics, kept, linear_logprobs, reference
 from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.crosscheck.cases import Inputs, Settings
+from fastpg.linear.call import head_of
+from fastpg.linear.linear_logprobs import LogprobOptions
+from fastpg.linear.operators import two_pass_partials, two_pass_statistics, two_pass_targets
 from fastpg.linear.outputs import OUTPUTS
+from fastpg.linear.rows import Rows
 from fastpg.tiles import torch_tiles, triton_tiles
-from fastpg.tiles.structures import TileShape
+from fastpg.tiles.row_statistics import finish_further
+from fastpg.tiles.structures import Asked, TileShape
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EVERYTHING = {
@@ -391,6 +397,41 @@ def test_under_torch_compile(backend):
     with torch.no_grad():
         for a, b in zip(compiled(*inputs)[1], want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"] if KERNEL_DEVICE == "cpu" else ["torch"])
+@pytest.mark.parametrize("asked", [Asked(), Asked(*(True,) * 6, 3), Asked(argmax=True), Asked(top_k=2)], ids=str)
+def test_operators(backend, asked):
+    """What the operators say that they return is what they return, and no two results share memory."""
+    x = random_problem(5, 9, f32)
+    rows, head = Rows(x.hidden, None, torch.tensor([0, 2, 3]), None, x.tokens[:3], None), head_of(x.head)
+    statistics, further = opcheck(two_pass_statistics, rows, head, asked, 2**24, backend)
+    target = opcheck(two_pass_targets, rows, head, 2**24, backend)
+    partials = opcheck(two_pass_partials, rows, head, asked, 2**24, backend, target)
+    assert torch.equal(partials.target, target)
+    for a, b in zip(finish_further(partials.further, statistics, rows.tokens, 9, asked), further, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@BACKENDS
+def test_fp32_head_and_autocast(backend):
+    x = random_problem(9, 50, bf16)
+    with torch.autocast("cpu", bf16):
+        wide = replace(x, head=replace(x.head, fp32_head=True))
+        found, cast = statistics(wide, backend, 3), statistics(x, backend, 3)
+    by_hand = replace(x, hidden=x.hidden.float(), head=replace(x.head, weight=x.head.weight.float()))
+    for a, b in zip(found, statistics(by_hand, backend, 3), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(cast, statistics(x, backend, 3), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_types_of_the_arguments():
+    """Type checkers know a call by its overloads."""
+    parameters = inspect.signature(linear_logprobs).parameters
+    named = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    types = {name: hint.__forward_arg__ for name, hint in LogprobOptions.__annotations__.items()}
+    assert named == types | {"outputs": "Sequence[str]", "top_k": "int"}
 
 
 # ---- errors

@@ -20,7 +20,7 @@ USE = """
 import torch
 
 import fastpg
-from fastpg import CISPO, KLPenalty, LMHead, PolicyLossOutput, TokenLogprobs
+from fastpg import CISPO, KLPenalty, LMHead, PolicyLossOutput, TokenLogprobs, TokenStatistics
 
 hidden, weight = torch.randn(2, 3, 8), torch.randn(11, 8)
 tokens, old, advantages = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), torch.ones(2)
@@ -30,6 +30,8 @@ out: PolicyLossOutput = fastpg.linear_policy_loss(
 )
 loss: torch.Tensor = out.loss + out.metrics["ratio_mean"]
 row: TokenLogprobs = fastpg.linear_logprobs(hidden, weight, tokens, temperature=0.8, entropy=True)
+more: TokenStatistics = fastpg.linear_logprobs(hidden, weight, tokens, outputs=("rank",), top_k=2, mask=tokens >= 0)
+top: TokenStatistics = fastpg.linear_logprobs(hidden, weight, tokens, top_k=2)
 given: TokenLogprobs = fastpg.selective_logprobs(hidden @ weight.T, tokens)
 again = fastpg.policy_loss(row.logprobs, None, advantages, objective=lambda logp, old, a: a * logp, reduction="sum")
 A: torch.Tensor = fastpg.advantages.grpo(torch.randn(4), torch.tensor([0, 0, 1, 1]), unbiased=False)
