@@ -52,20 +52,23 @@ def _over_tokens(rows: list[dict], about: str, path: Path) -> None:
     head = {name: over_tokens[-1][name] for name in ("vocab", "hidden", "dtype")}
     rows = [r for r in rows if r["section"] in ("step", "over N") and {k: r[k] for k in head} == head]
     figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names: dict = {time: [], memory: []}  # (height, name, colour) at the end of each line
     for method in dict.fromkeys(r["method"] for r in over_tokens if r["method"] in COLORS):
         of_method = sorted((r for r in rows if r["method"] == method), key=lambda r: r["rows"])
         measured = [r for r in of_method if "seconds" in r]
         name = method if measured == of_method else f"{method} (then fails)"
-        _line(time, measured, _milliseconds, name, COLORS[method])
-        _line(memory, measured, _all_memory, name, COLORS[method])
+        names[time] += _line(time, measured, _milliseconds, name, COLORS[method])
+        names[memory] += _line(memory, measured, _all_memory, name, COLORS[method])
     floor = [r for r in rows if r["method"] == _FLOOR and "seconds" in r]
-    _line(time, sorted(floor, key=lambda r: r["rows"]), _milliseconds, "three bare products", "black", linestyle=":", marker="")
+    floor = sorted(floor, key=lambda r: r["rows"])
+    names[time] += _line(time, floor, _milliseconds, "three bare products", "black", linestyle=":", marker="")
     time.set(xlabel="tokens", ylabel="milliseconds of a step")
     memory.set(xlabel="tokens", ylabel="peak memory, gradients included, MiB")
     for axis in (time, memory):
         axis.set(xlim=(0, 1.4 * max(r["rows"] for r in rows)))  # room for the names
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
+        _write_names(axis, names[axis], max(r["rows"] for r in rows))
     figure.suptitle(f"V = {head['vocab']}, H = {head['hidden']}, {head['dtype']}: {about}", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -79,12 +82,20 @@ def _all_memory(row: dict) -> float:
     return row["peak_bytes"] / 2**20
 
 
-def _line(axis, rows: list[dict], value, name: str, color: str, linestyle: str = "-", marker: str = "o") -> None:
+def _line(axis, rows: list[dict], value, name: str, color: str, linestyle: str = "-", marker: str = "o") -> list[tuple]:
+    """Draws it, and returns (height of its end, name, colour), or nothing where there are no rows."""
     if not rows:
-        return
-    x, y = [r["rows"] for r in rows], [value(r) for r in rows]
-    axis.plot(x, y, color=color, linestyle=linestyle, marker=marker)
-    axis.annotate(name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+        return []
+    axis.plot([r["rows"] for r in rows], [value(r) for r in rows], color=color, linestyle=linestyle, marker=marker)
+    return [(value(rows[-1]), name, color)]
+
+
+def _write_names(axis, names: list[tuple], x: float) -> None:
+    """The names of the lines at their ends, from the lowest up, none less than a line of text above the one before."""
+    height, below = 0.045 * axis.get_ylim()[1], -1.0
+    for y, name, color in sorted(names):
+        below = max(y, below + height)
+        axis.annotate(name, (x, below), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color)
 
 
 def _over_the_floor(rows: list[dict], about: str, path: Path) -> None:

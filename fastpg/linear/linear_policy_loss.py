@@ -234,7 +234,7 @@ def _reported(logprobs: torch.Tensor, rows: Rows, that_count: Counted) -> torch.
     """The rows' log-probabilities (K,) as (...): 0 where masked, NaN where a token that counts was not computed."""
     keep = that_count.keep
     if rows.indices is None:
-        return logprobs.reshape(keep.shape)
+        return logprobs if keep.dim() == 1 else logprobs.reshape(keep.shape)
     others = logprobs.new_zeros(keep.numel())
     if that_count.computed is not keep:
         others.masked_fill_(keep.reshape(-1), torch.nan)

@@ -37,11 +37,11 @@ def loss_on_device(
     """
     flat = TokenTerms(*(x if x is None or x.dim() == 0 else _flat(x.detach()) for x in terms))
     value, kept, metrics = _LogprobsLoss.apply(logprobs, None if mask is None else _flat(mask), flat, loss, plain)
-    return value, kept.view(logprobs.shape), metrics
+    return value, kept if logprobs.dim() == 1 else kept.view(logprobs.shape), metrics
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(-1)
+    return x if x.dim() == 1 and x.is_contiguous() else x.contiguous().view(-1)
 
 
 class _LogprobsLoss(torch.autograd.Function):

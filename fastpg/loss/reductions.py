@@ -75,9 +75,11 @@ def token_weights(
     if denominator is None:
         if reduction == "sum":
             return torch.ones((), dtype=dtype, device=count.device)
-        count = count if reduction == "token-mean" else sequences.count()
-        denominator = count.clamp(min=1)
-    inverse = inverse_denominator(denominator, dtype, count.device)
+        count = (count if reduction == "token-mean" else sequences.count()).clamp(min=1)
+        # the reciprocal of an int has torch's default dtype, without an operation that casts
+        inverse = (count if dtype == torch.get_default_dtype() else count.to(dtype)).reciprocal()
+    else:
+        inverse = inverse_denominator(denominator, dtype, count.device)
     return inverse / sequences.lengths(dtype) if reduction == "seq-mean-token-mean" else inverse
 
 

@@ -6,6 +6,7 @@ Operands keep their dtype, bf16 and fp16 included. A row's bits do not depend on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -325,6 +326,7 @@ def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor | None, terms: TokenT
         return LogprobsLoss(*policy_loss_kernel.policy_loss(logprobs, as_bytes, terms[1:], _loss(loss)))
 
 
+@functools.cache
 def _loss(loss: DeviceLoss) -> objectives.Loss:
     """The device functions of a loss, and their numbers."""
     objective = getattr(objectives, loss.objective)
