@@ -1,9 +1,9 @@
 """How many operations and launches a step asks of a device (see `operations`): they are what a call costs the host.
 
                                           at 12db879    at most
-    one pass, check=False                        131         18
-    one pass, check=True, no row flagged         141         25
-    two passes and policy_loss                   160         26
+    one pass, check=False                        131         17
+    one pass, check=True, no row flagged         141         24
+    two passes and policy_loss                   160         25
     ... each further slice of the vocabulary      16          4
     scoring, check=True                           44         10
     scoring, check=False                          35          9
@@ -51,9 +51,9 @@ def scoring(check):
 
 
 MOST = {
-    "one pass": (lambda: one_pass(check=False), 18),
-    "one pass, checked": (lambda: one_pass(check=True), 25),
-    "two passes": (two_passes, 26),
+    "one pass": (lambda: one_pass(check=False), 17),
+    "one pass, checked": (lambda: one_pass(check=True), 24),
+    "two passes": (two_passes, 25),
     "scoring, checked": (lambda: scoring(check=True), 10),
     "scoring": (lambda: scoring(check=False), 9),
 }
