@@ -33,7 +33,8 @@ class LoRA(NamedTuple):
 class LMHead:
     """An lm_head: `logits = softcap(logit_scale * (hidden @ weight.T + bias))`, `softcap(u) = c tanh(u / c)`.
 
-    weight: (V, H) 16-, 32- or 64-bit floating. Pass the Parameter itself, so that gradients reach it (tied embeddings too).
+    weight: (V, H) 16-, 32- or 64-bit floating. Pass the Parameter itself, so that gradients reach it (tied embeddings too). An
+        nn.Linear stands for its weight and bias.
     bias: (V,) in the weight's dtype, or None. An entry of -inf bans a token (under a softcap its logit is only -c).
     softcap: c > 0, or None for no cap (Gemma 2: 30).
     logit_scale: > 0. It multiplies after the bias and before the cap (Cohere: logit_scale, Granite: 1 / logits_scaling).
@@ -66,6 +67,8 @@ class LMHead:
     fp32_head: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.weight, torch.nn.Linear):
+            self._take(self.weight)
         weight, bias = self.weight, self.bias
         if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATING_DTYPES:
             raise TypeError(f"head.weight must be a floating-point tensor (V, H); got {kind(weight)}")
@@ -96,6 +99,14 @@ class LMHead:
                 raise ValueError(f"head.vocab_start must be an int >= 0; got {self.vocab_start!r}")
             if self.group is None:
                 raise ValueError(f"head.vocab_start={self.vocab_start} needs head.group, the ranks that hold the other rows")
+
+    def _take(self, layer: torch.nn.Linear) -> None:
+        """Weight and bias of a layer that was given in the place of the weight."""
+        if self.bias is not None:
+            raise ValueError("head.bias was given beside a Linear layer, which has its own; pass LMHead(layer.weight, bias)")
+        layer = _linear(layer)
+        object.__setattr__(self, "bias", layer.bias)
+        object.__setattr__(self, "weight", layer.weight)
 
     @property
     def vocab_size(self) -> int:
@@ -140,8 +151,8 @@ class LMHead:
         return cls(weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
 
 
-def as_head(head: torch.Tensor | LMHead) -> LMHead:
-    """A bare (V, H) weight is a head without bias, cap or scale."""
+def as_head(head: torch.Tensor | torch.nn.Linear | LMHead) -> LMHead:
+    """A bare (V, H) weight is a head without bias, cap or scale, and a Linear layer one with its bias."""
     return head if isinstance(head, LMHead) else LMHead(head)
 
 

@@ -189,6 +189,8 @@ def check_policy_inputs(
             raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
     if isinstance(objective, type) or not callable(objective):
         given = kind(objective)
+        if isinstance(objective, str):
+            given = f"{objective!r}: pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2)"
         if isinstance(objective, type):
             given = f"the class {objective.__name__}: pass an instance, {objective.__name__}(...)"
         raise TypeError(

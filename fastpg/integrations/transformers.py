@@ -229,7 +229,8 @@ def patched(
             out = model(input_ids=ids, attention_mask=mask, labels=labels)  # loss, log_probs, entropy; logits is None
 
     It is for trainers that call the model themselves. Other losses can be written on log_probs.
-    labels: (B, T) as in transformers: not shifted, -100 is ignored. log_probs and entropy stand at their label.
+    labels: (B, T) as in transformers: not shifted, -100 is ignored. log_probs and entropy stand at their label. shift_labels
+        (B, T) take their place where they are given: each stands at the state that predicts it.
     loss: as in transformers: the mean of -log_probs over labels, or their sum divided by num_items_in_batch. Without a label it
         is 0, whatever num_items_in_batch is. router_aux_loss_coef * aux_loss is added where router logits are asked for. The
         aux_loss is transformers' own, 0 / 0 for an attention_mask without a single 1.
@@ -240,9 +241,14 @@ def patched(
     """
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments["labels"] is None:
+        labels, shifted = arguments["labels"], arguments["shift_labels"]
+        if labels is None and shifted is None:
             return {}
-        tokens = _targets(_Batch(arguments["labels"], None, None, None, check, fp32_head))[1].to(hidden.device)
+        if shifted is None:
+            tokens = _targets(_Batch(labels, None, None, None, check, fp32_head))[1]
+        else:  # already at the states that predict them, as under sequence parallelism
+            tokens = shifted
+        tokens, back = tokens.to(hidden.device), _back if shifted is None else lambda x: x
         out = linear_logprobs(
             hidden, _until_backward(head, arguments), tokens, temperature=temperature, entropy=entropy, workspace=workspace,
             backend=backend, check=check,
@@ -250,7 +256,7 @@ def patched(
         count = arguments["num_items_in_batch"]  # 0 on a rank without labels
         count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
         loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)
-        return {"loss": loss, "log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
+        return {"loss": loss, "log_probs": back(out.logprobs), "entropy": back(out.entropy)}
 
     with _intercepted(model, compute, check, fp32_head):
         yield model
@@ -353,10 +359,10 @@ def _on(x: Any, like: torch.Tensor) -> Any:
 def _loss_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments of the loss, remaining arguments for the model's own forward)"""
     given = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
-    loss = {name: given.pop(name, None) for name in ("labels", "num_items_in_batch")}
+    loss = {name: given.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     kept = given.get("logits_to_keep")
-    if given.get("shift_labels") is not None or isinstance(kept, torch.Tensor) or kept:
-        raise ValueError("shift_labels and logits_to_keep are not understood; pass labels (B, T), -100 where unwanted")
+    if isinstance(kept, torch.Tensor) or kept:
+        raise ValueError("logits_to_keep is not understood; pass labels (B, T), -100 where unwanted")
     return loss, given
 
 
@@ -412,6 +418,12 @@ def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     shape = tuple(ids.shape)
     if attention_mask is not None and attention_mask.shape != shape:
         raise ValueError(f"attention_mask must be (B, T) = {shape}, 0 for padding; got {tuple(attention_mask.shape)}")
+    if attention_mask is not None and check:
+        said = (
+            "attention_mask must hold 0 and 1; other numbers, such as those of packed segments, are not understood: pass "
+            "position_ids that begin anew in each sequence"
+        )
+        validation.require((attention_mask == 0) | (attention_mask == 1), lambda: said)
     validation.check_mask(completion_mask, "input_ids", ids)
     mask = torch.ones_like(ids, dtype=torch.bool) if completion_mask is None else completion_mask.clone()
     mask[:, :1] = False

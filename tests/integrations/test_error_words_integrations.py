@@ -284,8 +284,8 @@ def test_patched_models():
     with patched(model):
         assert said(lambda: enter(model)) == again
         assert said(lambda: token_logprobs(model, IDS)) == again
-        words = "ValueError: shift_labels and logits_to_keep are not understood; pass labels (B, T), -100 where unwanted"
-        for refused in ({"logits_to_keep": 1}, {"logits_to_keep": IDS[0]}, {"shift_labels": IDS}):
+        words = "ValueError: logits_to_keep is not understood; pass labels (B, T), -100 where unwanted"
+        for refused in ({"logits_to_keep": 1}, {"logits_to_keep": IDS[0]}):
             assert said(lambda refused=refused: model(input_ids=IDS, **refused)) == words
         for labels, words in (
             (IDS[0], "TypeError: input_ids and labels must be integer tensors (B, T); got torch.int64 (4,)"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs
-from fastpg.integrations.transformers import causal_lm_policy_loss, token_logprobs
+from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, linear_policy_loss
+from fastpg.integrations.transformers import causal_lm_policy_loss, patched, token_logprobs
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -102,6 +102,42 @@ def test_a_compiled_model():
     compiled = torch.compile(model, backend="eager")
     check(compiled)
     assert LMHead.from_model(compiled).weight is model.lm_head.weight
+
+
+def test_labels_that_are_shifted_already():
+    model = llama()
+    shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
+    with patched(model):
+        out, same = model(input_ids=IDS, shift_labels=shifted), model(input_ids=IDS, labels=IDS)
+    assert torch.equal(out.loss, same.loss)
+    assert torch.equal(out.log_probs[:, :-1], same.log_probs[:, 1:])
+    assert not out.log_probs[:, -1].any()
+    torch.testing.assert_close(out.loss, model(input_ids=IDS, labels=IDS, shift_labels=shifted).loss)
+
+
+def test_segment_numbers_are_no_attention_mask():
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]])
+    for use in (
+        lambda: token_logprobs(llama(), IDS, segments),
+        lambda: causal_lm_policy_loss(llama(), IDS, segments, None, torch.ones(2), objective=CISPO()),
+    ):
+        with pytest.raises(ValueError, match="attention_mask must hold 0 and 1; other numbers"):
+            use()
+
+
+def test_a_linear_layer_is_a_head():
+    layer = torch.nn.Linear(16, 40)
+    hidden, tokens = torch.randn(8, 16), torch.randint(0, 40, (8,))
+    want = torch.log_softmax(layer(hidden), -1).gather(-1, tokens[:, None])[:, 0]
+    for head in (layer, LMHead(layer), LMHead(layer.weight, layer.bias)):
+        got = linear_logprobs(hidden, head, tokens).logprobs
+        assert torch.allclose(got, want, atol=1e-5)
+    got.sum().backward()
+    assert layer.bias.grad is not None
+    with pytest.raises(ValueError, match=r"head\.bias was given beside a Linear layer"):
+        LMHead(layer, torch.zeros(40))
+    with pytest.raises(TypeError, match=r"got 'cispo': pass an instance, such as fastpg.CISPO\(ratio_max=5.0\)"):
+        linear_policy_loss(hidden, layer, tokens, None, torch.ones(8), objective="cispo")
 
 
 def test_from_model_sees_through_a_wrapper():

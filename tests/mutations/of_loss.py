@@ -30,8 +30,8 @@ MUTATIONS = [
     Mutation(
         "token-mean: divided by one token more",
         "fastpg/loss/reductions.py",
-        'count = count if reduction == "token-mean" else',
-        'count = count + 1 if reduction == "token-mean" else',
+        'count = (count if reduction == "token-mean" else',
+        'count = (count + 1 if reduction == "token-mean" else',
         "objective_values",
         "equal_the_oracle",
     ),
