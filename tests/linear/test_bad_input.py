@@ -75,7 +75,7 @@ BAD_LINEAR = {
     "weight-3d": ({"weight": torch.ones(1, V, H)}, ValueError, r"head.weight must be \(V, H\).*got shape \(1, 7, 4\)"),
     "weight-empty": ({"weight": torch.ones(0, H)}, ValueError, r"head.weight must be .* V >= 1.*got shape \(0, 4\)"),
     "weight-no-width": ({"weight": torch.ones(V, 0)}, ValueError, r"head.weight must be .* H >= 1.*got shape \(7, 0\)"),
-    "weight-layer": ({"head": torch.nn.Linear(H, V)}, TypeError, r"head.weight must be .* tensor \(V, H\); got Linear"),
+    "weight-layer": ({"head": torch.nn.Bilinear(1, H, V)}, TypeError, r"head.weight must be .* tensor \(V, H\); got Bilinear"),
     "bias-list": ({"bias": [0.0] * V}, TypeError, r"head.bias must be a tensor .*got list"),
     "bias-dtype": ({"bias": torch.ones(V).bfloat16()}, TypeError, r"head.bias must .*torch.float32.*got torch.bfloat16"),
     "bias-length": ({"bias": torch.ones(H)}, ValueError, r"head.bias must be \(V,\) = \(7,\); got shape \(4,\)"),

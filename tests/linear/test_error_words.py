@@ -58,8 +58,8 @@ HIDDEN = {
     ),
     "head-list": ({"head": [[1.0]]}, "TypeError: head.weight must be a floating-point tensor (V, H); got list"),
     "head-layer": (
-        {"head": torch.nn.Linear(H, V)},
-        "TypeError: head.weight must be a floating-point tensor (V, H); got Linear",
+        {"head": torch.nn.Bilinear(1, H, V)},
+        "TypeError: head.weight must be a floating-point tensor (V, H); got Bilinear",
     ),
     "head-int": (
         {"head": torch.ones(V, H).int()},
@@ -210,7 +210,7 @@ POLICY = {
     "objective-name": (
         {"objective": "cispo"},
         "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
-        "str",
+        "'cispo': pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2)",
     ),
     "objective-tensor": (
         {"objective": torch.ones(2)},
