@@ -214,6 +214,7 @@ def test_architectures(architecture, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch looks at it
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="Dynamo of torch 2.9 cannot break the graph of the loss")
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning")
 def test_functions_that_check_are_compiled_with_graph_breaks():
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
