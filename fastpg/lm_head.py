@@ -289,7 +289,9 @@ def is_partitioned(weight: torch.Tensor) -> bool:
 def _has_forward_of(layer: torch.nn.Module, cls: type) -> bool:
     own = vars(layer)
     forward = own.get("_old_forward" if "_hf_hook" in own else "forward")  # accelerate's hooks wrap the layer's own
-    return type(layer).forward is cls.forward and (forward is None or getattr(forward, "__func__", None) is cls.forward)
+    if forward is not None and (getattr(forward, "__func__", None), getattr(forward, "__self__", None)) != (cls.forward, layer):
+        return False
+    return type(layer).forward is cls.forward
 
 
 def _type_name(x: object) -> str:

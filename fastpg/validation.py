@@ -23,7 +23,7 @@ FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def is_positive_number(value: object) -> bool:
     """A real number of Python or numpy (no bool, string or tensor) that is finite and > 0."""
-    is_plain = type(value) in (float, int)  # (asking for numbers.Real takes the host a microsecond)
+    is_plain = type(value) in (float, int)  # (asking for numbers.Real takes the host longer)
     is_number = is_plain or (isinstance(value, numbers.Real) and not isinstance(value, bool))
     return is_number and 0 < value <= sys.float_info.max
 

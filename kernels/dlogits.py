@@ -1,7 +1,7 @@
 """Kernel 5, the backward of the two-pass schedule: one slice of the gradient of the logits, which are recomputed in registers.
 
-The incoming gradients are g (of logp), h (of the entropy H) and l (of the logsumexp). With log p_v = z_v - logsumexp and t the
-log-odds against the target, the gradient of z_v is
+The incoming gradients are g (of logp), h (of the entropy H), l (of the logsumexp) and m (of sum_v z_v). With
+log p_v = z_v - logsumexp and t the log-odds against the target, the gradient of z_v is m plus
 
     v = y   g sigmoid(t) + h p_y (1 - p_y) (t - Ho) + l p_y   Ho: entropy of the others alone; the h part is 0 at infinite t
     else    -(g - l) p_v - h p_v (log p_v + H)                0 where p_v = 0
@@ -74,7 +74,7 @@ class Lane(NamedTuple):
     h: Any
     entropy: Any
     at_target: Any
-    of_sum: Any  # or None
+    of_sum: Any  # m, or 0
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def row_terms(r, inside, token, scale, factor, statistics, incoming):
         of_lse = tl.load(incoming.L + r, mask=inside, other=0.0) * factor
         at_target += of_lse * tl.exp(tl.load(statistics.LOGP + r, mask=inside, other=0.0))
         g = g - of_lse
-    of_sum = None
+    of_sum = tl.zeros_like(g)  # (Triton 3.5 cannot return None in a structure)
     if incoming.M is not None:
         of_sum = tl.load(incoming.M + r, mask=inside, other=0.0) * factor
     lse = tl.load(statistics.LOGSUMEXP + r, mask=inside, other=0.0)
@@ -104,33 +104,33 @@ def row_terms(r, inside, token, scale, factor, statistics, incoming):
 
 
 @triton.jit
-def gradient_entries(z, columns, mine, HAS_ENTROPY: tl.constexpr):
-    """dL/dz of a tile, times the `factor` of `row_terms`."""
+def gradient_entries(z, columns, mine, incoming):
+    """dL/dz of a tile, times the `factor` of `row_terms`. incoming: which gradients there are."""
     log_p = z - mine.lse[:, None]
     p = tl.exp2(log_p * LOG2E)
-    if HAS_ENTROPY:
+    if incoming.H is not None:
         # log p = -inf only where p = 0
         surprise = tl.maximum(log_p, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL) + mine.entropy[:, None]
         d = (-mine.h[:, None] * surprise - mine.g[:, None]) * p
     else:
         d = -mine.g[:, None] * p
     d = tl.where(columns[None, :] == mine.token[:, None], mine.at_target[:, None], d)
-    if mine.of_sum is not None:
+    if incoming.M is not None:
         d += mine.of_sum[:, None]
     return d
 
 
 @triton.jit
-def _epilogue(score, start, mine, rows, head, out, HAS_ENTROPY: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
+def _epilogue(score, start, mine, rows, head, incoming, out, PARTS: tl.constexpr, TILE: tl.constexpr):
     """Stores the gradient of a tile (ROWS, COLUMNS), part by part; returns the rounding error of each of its rows."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
-        taken = _epilogue(left, start, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
+        taken = _epilogue(left, start, mine, rows, head, incoming, out, PARTS // 2, TILE)
         middle = start + right.shape[1] // TILE.WARP_GROUPS
-        return taken + _epilogue(right, middle, mine, rows, head, out, HAS_ENTROPY, PARTS // 2, TILE)
+        return taken + _epilogue(right, middle, mine, rows, head, incoming, out, PARTS // 2, TILE)
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
-    d = gradient_entries(z, columns, mine, HAS_ENTROPY)
+    d = gradient_entries(z, columns, mine, incoming)
     if head.inner is not None:
         d = d * slope
     stored = round_to(d, out.D.dtype.element_ty, TILE.WIDEN)
@@ -153,9 +153,7 @@ def dlogits_kernel(X, W, rows, head, statistics, incoming, out, TILE: tl.constex
     if incoming.UNIT is not None:
         factor = factor * tl.load(incoming.UNIT + r, mask=inside, other=0.0)
     mine = row_terms(r, inside, token, scale, factor, statistics, incoming)
-    taken = _epilogue(
-        score, column_tile * TILE.COLUMNS, mine, rows, head, out, incoming.H is not None, TILE.PARTS, TILE
-    )  # fmt: skip
+    taken = _epilogue(score, column_tile * TILE.COLUMNS, mine, rows, head, incoming, out, TILE.PARTS, TILE)
     if out.R is not None:
         tl.store(out.R + r.to(tl.int64) * column_tiles + column_tile, taken, mask=inside)
 

@@ -33,6 +33,7 @@ from .tile import (
     INTERPRETED,
     ROWS_PER_PROGRAM,
     entropy_from_log_odds,
+    load_fp32,
     log_anchor,
     log_sigmoid,
     round_to,
@@ -121,15 +122,6 @@ def _complete_exps(sums, total, r, inside, tokens, tiles, V, RESIDUAL, TILE: tl.
 
 
 @triton.jit
-def _load(P, r, inside):
-    """P[r], or None."""
-    if P is not None:
-        return tl.load(P + r, mask=inside, other=0.0)
-    else:
-        return None
-
-
-@triton.jit
 def _row_factor(g, total, anchor, keep, in_range, tokens, r, inside, SHOW_LOST: tl.constexpr):
     """u, whether it is in range, and whether the row is lost."""
     if tokens.SCALE is not None:
@@ -162,18 +154,22 @@ def _add_loss(total, weighted, r, inside, tokens, terms, results, into, OBJECTIV
     keep = inside
     if terms.MASKED is not None:
         keep = tl.load(terms.MASKED + r, mask=inside, other=1) == 0
-    old = _load(terms.OLD, r, keep)
+    old, rollout, ref = None, None, None  # (Triton 3.5 has no functions that return None)
     anchor = tl.zeros_like(total)
     if terms.OLD is not None:
+        old = load_fp32(terms.OLD, r, keep)
         anchor = log_anchor(old)
+    if terms.ROLLOUT is not None:
+        rollout = load_fp32(terms.ROLLOUT, r, keep)
+    if terms.REF is not None:
+        ref = load_fp32(terms.REF, r, keep)
     some = tl.where(total == 0, 1.0, total)
     log_total = tl.where(total == 0, float("-inf"), tl.log(some))
     t = log_total - anchor
     logp = log_sigmoid(-t)
     loss, g = token_loss(
-        logp, old, _load(terms.ADVANTAGES, r, keep), _row_weights(terms, r, keep, TILE.SAME_WEIGHT),
-        _load(terms.ROLLOUT, r, keep), _load(terms.REF, r, keep), OBJECTIVE, numbers.bounds, KL, numbers.kl_coef,
-        TILE.KL_IS_WEIGHTED,
+        logp, old, load_fp32(terms.ADVANTAGES, r, keep), _row_weights(terms, r, keep, TILE.SAME_WEIGHT), rollout, ref,
+        OBJECTIVE, numbers.bounds, KL, numbers.kl_coef, TILE.KL_IS_WEIGHTED,
     )  # fmt: skip
     in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
     factor_in_range = inside

@@ -22,26 +22,26 @@ _BLOCK = 512
 
 
 class HiddenRows(NamedTuple):
-    """Rows of dX; None in its place where hidden is frozen."""
+    """Rows of dX; all None where hidden is frozen."""
 
-    PRODUCT: Any  # E @ W (C, H), contiguous fp32
-    RESIDUAL: Any  # R (C,), or None where E is not rounded
-    TOKENS: Any  # (C,)
-    W: Any  # (V, H)
-    V: Any
-    stride_w: Any
-    stride_h: Any
-    PLACES: Any  # (C,) int64: rows of OUT; None: the first C
-    OUT: Any  # (C or more, H)
-    stride_out: Any
+    PRODUCT: Any = None  # E @ W (C, H), contiguous fp32
+    RESIDUAL: Any = None  # R (C,), or None where E is not rounded
+    TOKENS: Any = None  # (C,)
+    W: Any = None  # (V, H)
+    V: Any = None
+    stride_w: Any = None
+    stride_h: Any = None
+    PLACES: Any = None  # (C,) int64: rows of OUT; None: the first C
+    OUT: Any = None  # (C or more, H)
+    stride_out: Any = None
 
 
 class WeightedRows(NamedTuple):
-    """u x; None in its place where the weight is frozen."""
+    """u x; all None where the weight is frozen."""
 
-    X: Any  # (C, H)
-    stride_x: Any
-    OUT: Any  # (C, H), contiguous
+    X: Any = None  # (C, H)
+    stride_x: Any = None
+    OUT: Any = None  # (C, H), contiguous
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def gradient_rows_kernel(FACTOR, hidden, weighted, C, H, ROWS: tl.constexpr, BLO
     factor = 1.0
     if FACTOR is not None:
         factor = tl.load(FACTOR + r, mask=in_chunk, other=0.0)[:, None]
-    if hidden is not None:
+    if hidden.OUT is not None:
         d = tl.load(hidden.PRODUCT + r[:, None] * H + h, mask=mask, other=0.0)
         if hidden.RESIDUAL is not None:
             token = tl.load(hidden.TOKENS + r, mask=in_chunk, other=0).to(tl.int64)
@@ -66,14 +66,12 @@ def gradient_rows_kernel(FACTOR, hidden, weighted, C, H, ROWS: tl.constexpr, BLO
             place = tl.load(hidden.PLACES + r, mask=in_chunk, other=0)
         out = round_to(d * factor, hidden.OUT.dtype.element_ty, WIDEN)
         tl.store(hidden.OUT + place[:, None] * hidden.stride_out + h, out, mask=mask)
-    if weighted is not None:
+    if weighted.OUT is not None:
         x = tl.load(weighted.X + r[:, None] * weighted.stride_x + h, mask=mask, other=0.0).to(tl.float32)
         tl.store(weighted.OUT + r[:, None] * H + h, round_to(x * factor, weighted.OUT.dtype.element_ty, WIDEN), mask=mask)
 
 
-def gradient_rows(
-    factor: torch.Tensor | None, hidden: HiddenRows | None, weighted: WeightedRows | None, count: int, size: int
-) -> None:
+def gradient_rows(factor: torch.Tensor | None, hidden: HiddenRows, weighted: WeightedRows, count: int, size: int) -> None:
     """factor: u (C,) fp32, or None where it is 1. count: C. size: H. Writes the OUT of both."""
     if count:
         grid = (cdiv(count, ROWS_PER_PROGRAM) * cdiv(size, _BLOCK),)

@@ -37,10 +37,10 @@ class Tokens(NamedTuple):
 class Factors(NamedTuple):
     """What a token's loss is multiplied by, and the old log-probability, (N,) fp32 each."""
 
-    ADVANTAGES: Any
-    ROLLOUT: Any  # or None
-    OLD: Any  # None: on-policy
-    WEIGHT: Any  # one number, what all tokens weigh; None where it is finite
+    ADVANTAGES: Any = None  # None, as all are then: no token is skipped
+    ROLLOUT: Any = None  # or None
+    OLD: Any = None  # None: on-policy
+    WEIGHT: Any = None  # one number, what all tokens weigh; None where it is finite
 
 
 class Keep(NamedTuple):
@@ -88,7 +88,7 @@ def _of_indices(tokens, factors, INDICES, K, N, k):
     place = tl.where(inside, index, 0)
     _, keep = _keeps(tokens, place, inside)
     needed = keep
-    if factors is not None:
+    if factors.ADVANTAGES is not None:
         needed = keep & ~_adds_nothing(factors, place, inside)
     return is_row, is_row & ~(keep & (index > before)), needed
 
@@ -100,13 +100,13 @@ def _count(x):
 
 @triton.jit
 def keep_kernel(tokens, factors, INDICES, K, N, V, out, BLOCK: tl.constexpr):
-    """factors: None where no token is skipped. INDICES (K,): None where none are given. V: None where ids are not looked at."""
+    """INDICES (K,): None where none are given. V: None where ids are not looked at."""
     program = tl.program_id(0)
     n = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     token, keep = _keeps(tokens, n, inside)
     computed = keep
-    if factors is not None:
+    if factors.ADVANTAGES is not None:
         computed = keep & ~_adds_nothing(factors, n, inside)
     foreign = n < 0
     if V is not None:
@@ -132,18 +132,18 @@ def keep_kernel(tokens, factors, INDICES, K, N, V, out, BLOCK: tl.constexpr):
     tl.store(place + 5, missing)
 
 
-def keep(tokens: Tokens, factors: Factors | None, indices: torch.Tensor | None, vocab: int | None) -> Keep:
+def keep(tokens: Tokens, factors: Factors, indices: torch.Tensor | None, vocab: int | None) -> Keep:
     """KEEP and COMPUTED, (N,) each; the sums of NUMBERS over programs, (6,) int64. indices (K,), of K <= N rows, or None."""
     ids = tokens.TOKENS
     count = ids.shape[0]
     programs = cdiv(count, _BLOCK)
     out = Keep(
         torch.empty_like(ids, dtype=torch.bool),
-        None if factors is None else torch.empty_like(ids, dtype=torch.bool),
+        None if factors.ADVANTAGES is None else torch.empty_like(ids, dtype=torch.bool),
         ids.new_empty(programs, 6, dtype=torch.int32),
     )
     if programs:
-        computed = None if factors is None else out.COMPUTED.view(torch.uint8)
+        computed = None if out.COMPUTED is None else out.COMPUTED.view(torch.uint8)
         as_bytes = Keep(out.KEEP.view(torch.uint8), computed, out.NUMBERS)
         rows = None if indices is None else indices.shape[0]
         keep_kernel[(programs,)](tokens, factors, indices, rows, count, vocab, as_bytes, BLOCK=_BLOCK)

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .blocks import Blocks, cdiv, narrow_parts
 from .operands import Operands, tile_arguments
-from .row_statistics import Further, combine_further, fold_further, of_no_column, store_further
+from .row_statistics import NOTHING, Further, combine_further, fold_further, has_sums, of_no_column, store_further
 from .tile import (
     EXP_IS_ZERO,
     LOG2E,
@@ -109,7 +109,7 @@ def store_running(out, place, inside, m, s, q):
 
 @triton.jit
 def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
-    """further: Further of (C, splits), of which K keys are kept; or None."""
+    """further: Further of (C, splits), of which K keys are kept."""
     splits = tl.cdiv(head.V, TILE.COLUMNS * TILES)
     row_tile, split = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), splits)
     r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
@@ -127,8 +127,7 @@ def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.
         m, s, q, f = _fold_parts(score, start, m, s, q, f, token, scale, head, out, further, TILE.PARTS, TILE)
     place = r.to(tl.int64) * splits + split
     store_running(out, place, inside, m, s, q)
-    if further is not None:
-        store_further(further, place, inside, f, K)
+    store_further(further, place, inside, f, K)
 
 
 @triton.jit
@@ -156,12 +155,13 @@ def finish_row(m, s, q, target, out, r, inside):
 
 @triton.jit
 def combine_kernel(
-    partials, TARGET, out, further, merged, C, splits, FINISH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    partials, TARGET, out, further, merged, C, splits,
+    FINISH: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Merges the splits of each row.
 
     partials: Running of (C, splits). out: Finished with FINISH, which needs z_y in TARGET (C,); else Running of (C,).
-    further: Further of (C, splits), merged into Further of (C,), but for its keys; or both None.
+    further: Further of (C, splits), merged into Further of (C,), but for its keys. SUMS: whether it has more than these.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_chunk = r < C
@@ -192,7 +192,7 @@ def combine_kernel(
         finish_row(maximum, tl.sum(s, 1), tl.sum(q, 1), target, out, r, in_chunk)
     else:
         store_running(out, r, in_chunk, maximum, tl.sum(s, 1), tl.sum(q, 1))
-    if further is not None:
+    if SUMS:
         combine_further(partials.M, further, merged, r, in_chunk, pivot, tl.sum(s, 1), splits, ROWS, BLOCK)
 
 
@@ -200,29 +200,27 @@ def split_count(vocab: int, columns: int) -> int:
     return cdiv(vocab, columns * _TILES_PER_SPLIT)
 
 
-def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further | None = None) -> Running:
+def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further = NOTHING) -> Running:
     """m, s, q of each row over the columns v != y of each split, (C, splits) fp32; `combine` or `finished` merges them.
 
-    further: where further statistics of each split are written, or None.
+    further: where further statistics of each split are written.
     """
     count, splits = p.tokens.shape[0], split_count(p.weight.shape[0], blocks.columns)
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if count:
-        *first, tile = tile_arguments(p, blocks if further is None else narrow_parts(blocks))
+        keys = 0 if further.TOP is None else further.TOP.shape[2]
+        *first, tile = tile_arguments(p, narrow_parts(blocks) if keys or has_sums(further) else blocks)
         grid = (cdiv(count, blocks.rows) * splits,)
-        keys = 0 if further is None or further.TOP is None else further.TOP.shape[2]
         logsumexp_kernel[grid](*first, out, further, keys, _TILES_PER_SPLIT, tile, **blocks.options())
     return out
 
 
-def combine(partials: Running, further: Further | None = None, merged: Further | None = None) -> Running:
+def combine(partials: Running, further: Further = NOTHING, merged: Further = NOTHING) -> Running:
     """m, s, q (C,) over all splits. Of further statistics, sums over all splits are written to `merged`."""
     return _combined(partials, None, Running(*_vectors(partials, (True, True, partials.Q is not None))), further, merged)
 
 
-def finished(
-    partials: Running, target: torch.Tensor, further: Further | None = None, merged: Further | None = None
-) -> Finished:
+def finished(partials: Running, target: torch.Tensor, further: Further = NOTHING, merged: Further = NOTHING) -> Finished:
     """The statistics of each row, (C,) each, from those of its splits and z_y (C,); and `merged` as in `combine`."""
     entropy = partials.Q is not None
     return _combined(partials, target, Finished(*_vectors(partials, (True, entropy, True, True, entropy))), further, merged)
@@ -232,12 +230,12 @@ def _vectors(partials: Running, wanted: tuple[bool, ...]) -> list[torch.Tensor |
     return [partials.M.new_empty(partials.M.shape[0]) if is_wanted else None for is_wanted in wanted]
 
 
-def _combined(partials: Running, target: torch.Tensor | None, out, further: Further | None, merged: Further | None):
+def _combined(partials: Running, target: torch.Tensor | None, out, further: Further, merged: Further):
     count, splits = partials.M.shape
     if count:
         grid = (cdiv(count, ROWS_PER_PROGRAM),)
         combine_kernel[grid](
-            partials, target, out, further, merged, count, splits, FINISH=target is not None, ROWS=ROWS_PER_PROGRAM,
-            BLOCK=_BLOCK,
+            partials, target, out, further, merged, count, splits, FINISH=target is not None,
+            SUMS=has_sums(merged), ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK,
         )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from .blocks import cdiv
 from .objectives import Loss, numbers_of, token_loss
 from .summary import FIELDS, Sums, store_sums, summary
-from .tile import INTERPRETED
+from .tile import INTERPRETED, load_fp32
 
 _BLOCK = 4096 if INTERPRETED else 512
 
@@ -39,15 +39,6 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _load(P, n, keep):
-    """P[n] in fp32, or None."""
-    if P is not None:
-        return tl.load(P + n, mask=keep, other=0.0).to(tl.float32)
-    else:
-        return None
-
-
-@triton.jit
 def policy_loss_kernel(
     LOGP, MASK, terms, N, KEPT, GRADIENT, into, OBJECTIVE: tl.constexpr, KL: tl.constexpr, numbers, TILE: tl.constexpr
 ):
@@ -56,15 +47,21 @@ def policy_loss_kernel(
     keep = inside
     if MASK is not None:
         keep = tl.load(MASK + n, mask=inside, other=0) != 0
-    logp = _load(LOGP, n, keep)
-    old = _load(terms.OLD, n, keep)
+    logp = load_fp32(LOGP, n, keep)
     if TILE.SAME_WEIGHT:
         weight = tl.load(terms.WEIGHTS)
     else:
-        weight = _load(terms.WEIGHTS, n, keep)
+        weight = load_fp32(terms.WEIGHTS, n, keep)
+    old, rollout, ref = None, None, None  # (Triton 3.5 has no functions that return None)
+    if terms.OLD is not None:
+        old = load_fp32(terms.OLD, n, keep)
+    if terms.ROLLOUT is not None:
+        rollout = load_fp32(terms.ROLLOUT, n, keep)
+    if terms.REF is not None:
+        ref = load_fp32(terms.REF, n, keep)
     loss, g = token_loss(
-        logp, old, _load(terms.ADVANTAGES, n, keep), weight, _load(terms.ROLLOUT, n, keep), _load(terms.REF, n, keep),
-        OBJECTIVE, numbers.bounds, KL, numbers.kl_coef, TILE.KL_IS_WEIGHTED,
+        logp, old, load_fp32(terms.ADVANTAGES, n, keep), weight, rollout, ref, OBJECTIVE, numbers.bounds, KL,
+        numbers.kl_coef, TILE.KL_IS_WEIGHTED,
     )  # fmt: skip
     tl.store(KEPT + n, logp, mask=inside)
     tl.store(GRADIENT + n, tl.where(keep, g, 0.0), mask=inside)

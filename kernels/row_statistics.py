@@ -38,9 +38,12 @@ class Further(NamedTuple):
     TARGET: Any = None  # z_y (C,), which ABOVE is compared with
 
 
+NOTHING = Further()  # kernels look at fields: Triton 3.5 cannot tell whether a structure with a None in it is None
+
+
 @triton.jit
 def of_no_column(out, r, inside, ROWS: tl.constexpr, K: tl.constexpr):
-    """The values of rows r before the first tile; 0 for what `out`, a structure of pointers or None, does not ask for.
+    """The values of rows r before the first tile; 0 for what `out`, a structure of pointers, does not ask for.
 
     (Triton 3.5 cannot return None.)
     """
@@ -49,17 +52,16 @@ def of_no_column(out, r, inside, ROWS: tl.constexpr, K: tl.constexpr):
     squares = 0
     above = 0
     target = 0
-    if out is not None:
-        if out.TOP is not None:
-            # distinct keys, so that one at a time is replaced
-            top = tl.zeros((ROWS, K), tl.int64) + LOWEST + tl.arange(0, K).to(tl.int64)[None, :]
-        if out.SUM is not None:
-            total = tl.zeros((ROWS,), tl.float32)
-        if out.SQUARES is not None:
-            squares = tl.zeros((ROWS,), tl.float32)
-        if out.ABOVE is not None:
-            above = tl.zeros((ROWS,), tl.int32)
-            target = tl.load(out.TARGET + r, mask=inside, other=0.0)
+    if out.TOP is not None:
+        # distinct keys, so that one at a time is replaced
+        top = tl.zeros((ROWS, K), tl.int64) + LOWEST + tl.arange(0, K).to(tl.int64)[None, :]
+    if out.SUM is not None:
+        total = tl.zeros((ROWS,), tl.float32)
+    if out.SQUARES is not None:
+        squares = tl.zeros((ROWS,), tl.float32)
+    if out.ABOVE is not None:
+        above = tl.zeros((ROWS,), tl.int32)
+        target = tl.load(out.TARGET + r, mask=inside, other=0.0)
     return Further(top, total, squares, above, target)
 
 
@@ -96,19 +98,18 @@ def fold_further(f, out, z, others, columns, V, before, m):
     total = f.SUM
     squares = f.SQUARES
     above = f.ABOVE
-    if out is not None:
-        if out.SQUARES is not None:  # as in `fold`, whose exponentials these are
-            pivot = tl.where(m == float("-inf"), 0.0, m)
-            shift = tl.maximum(before - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
-            decay = tl.exp2(shift * LOG2E)
-            e = tl.exp2((others - pivot[:, None]) * LOG2E)
-            squares = squares * decay * decay + tl.sum(e * e, 1)
-        if out.ABOVE is not None:
-            above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
-        if out.SUM is not None:
-            total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
-        if out.TOP is not None:
-            top = insert(top, z, columns, V)
+    if out.SQUARES is not None:  # as in `fold`, whose exponentials these are
+        pivot = tl.where(m == float("-inf"), 0.0, m)
+        shift = tl.maximum(before - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        decay = tl.exp2(shift * LOG2E)
+        e = tl.exp2((others - pivot[:, None]) * LOG2E)
+        squares = squares * decay * decay + tl.sum(e * e, 1)
+    if out.ABOVE is not None:
+        above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
+    if out.SUM is not None:
+        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
+    if out.TOP is not None:
+        top = insert(top, z, columns, V)
     return Further(top, total, squares, above, f.TARGET)
 
 
@@ -150,6 +151,11 @@ def combine_further(M, further, out, r, inside, pivot, s, splits, ROWS: tl.const
         tl.store(out.SQUARES + r, tl.log(found) - 2.0 * tl.log(some), mask=inside)
     if further.ABOVE is not None:
         tl.store(out.ABOVE + r, tl.sum(above, 1), mask=inside)
+
+
+def has_sums(further: Further) -> bool:
+    """Whether there is anything but keys."""
+    return any(x is not None for x in further[1:4])
 
 
 def kept(largest: int) -> int:

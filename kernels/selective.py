@@ -95,7 +95,7 @@ def selective_dlogits_kernel(
     keep = in_chunk & (tl.load(ready.KEEP + r, mask=in_chunk, other=0) != 0)
     scale = _scale(ready, r, in_chunk)
     mine = row_terms(r, keep, token, scale, scale, statistics, incoming)
-    d = gradient_entries(_load(ready, r, start, COLUMNS) * scale[:, None], columns, mine, incoming.H is not None)
+    d = gradient_entries(_load(ready, r, start, COLUMNS) * scale[:, None], columns, mine, incoming)
     d = tl.where(keep[:, None], d, 0.0)
     pointers = D + r[:, None] * stride_d + columns[None, :]
     tl.store(pointers, round_to(d, D.dtype.element_ty, WIDEN), mask=in_chunk[:, None] & (columns < ready.V)[None, :])

@@ -132,6 +132,12 @@ def row_token(rows, r, inside):
 
 
 @triton.jit
+def load_fp32(P, r, keep):
+    """P[r] in fp32, 0 where not `keep`."""
+    return tl.load(P + r, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def halves(tile, WARP_GROUPS: tl.constexpr):
     """Splits a tile (ROWS, COLUMNS) into two parts. Its columns are WARP_GROUPS runs, and each part has one half of every run.
 

@@ -303,8 +303,7 @@ def _headless_forward(
     """
     arguments, inputs = _loss_arguments(original, args, kwargs)
     layer = lm.get_output_embeddings()
-    before = getattr(layer, "weight", None)
-    arguments["gathered"] = False
+    before = [*layer.parameters()]  # which FSDP2 replaces for the layer's call, and ZeRO-3 fills
     calls: list[tuple] = []  # (hidden states, fields computed from them, the head, the probe)
     scaled_before = lm.config.get_text_config().model_type in _SCALED_BEFORE_THE_HEAD
 
@@ -313,7 +312,8 @@ def _headless_forward(
             raise ValueError(f"{type(lm).__name__} must call its output embeddings once, with hidden states (B, T, H) alone")
         head = LMHead.from_model(lm, fp32_head=fp32_head)
         head = dataclasses.replace(head, logit_scale=1.0) if scaled_before else head
-        arguments["gathered"] = hasattr(layer.weight, "ds_id") or layer.weight is not before
+        parameters = [*layer.parameters()]
+        arguments["gathered"] = any(p is not q or hasattr(p, "ds_id") for p, q in zip(parameters, before, strict=True))
         hidden = inputs[0].to(head.weight.device)  # as accelerate's hook does where the model is split across devices
         probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
         calls.append((hidden, compute(hidden, head, arguments), head, probe))
@@ -321,9 +321,7 @@ def _headless_forward(
 
     handles = [
         layer.register_forward_pre_hook(take, with_kwargs=True),  # after existing hooks, so that it sees the layer's input
-        layer.register_forward_hook(
-            lambda *_: calls[0][3], prepend=True
-        ),  # before existing hooks, so that they act on the probe
+        layer.register_forward_hook(lambda *_: calls[0][3], prepend=True),  # the probe, before existing hooks
     ]
     try:
         out = original(**inputs)
@@ -418,7 +416,7 @@ def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     shape = tuple(ids.shape)
     if attention_mask is not None and attention_mask.shape != shape:
         raise ValueError(f"attention_mask must be (B, T) = {shape}, 0 for padding; got {tuple(attention_mask.shape)}")
-    if attention_mask is not None and check:
+    if attention_mask is not None and attention_mask.dtype != torch.bool and check:
         said = (
             "attention_mask must hold 0 and 1; other numbers, such as those of packed segments, are not understood: pass "
             "position_ids that begin anew in each sequence"

@@ -63,9 +63,12 @@ def linear_cross_entropy(
     labels = labels if ignore_index == IGNORED_TOKEN else labels.masked_fill(labels == ignore_index, IGNORED_TOKEN)
     if reduction != "none" and not label_smoothing and not z_loss:
         ones = torch.ones_like(labels, dtype=torch.float32)
-        how = {"reduction": "token-mean" if reduction == "mean" else "sum", "denominator": denominator}
+        reduction = "token-mean" if reduction == "mean" else "sum"
         with _labels_named():
-            return linear_policy_loss(hidden, head, labels, None, ones, objective=Reinforce(), **how, **options).loss
+            return linear_policy_loss(
+                hidden, head, labels, None, ones, objective=Reinforce(), reduction=reduction, denominator=denominator,
+                skip_zero_weight=False, **options,
+            ).loss  # fmt: skip
     outputs = ("logsumexp",) * bool(z_loss or label_smoothing) + ("mean_logits",) * bool(label_smoothing)
     with _labels_named():
         found = linear_logprobs(hidden, head, labels, outputs=outputs, **options)

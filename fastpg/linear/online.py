@@ -130,7 +130,7 @@ def two_pass_backward(
     plan: Plan,
     weight_grad: torch.Tensor | None = None,
 ) -> Gradients:
-    """Gradients for incoming gradients (K,) of the log-probabilities, entropies and logsumexps.
+    """Gradients for incoming gradients (K,) of the log-probabilities, entropies, logsumexps and sums of the logits.
 
     weight_grad (V, H) in the accumulation dtype: dW is added to it, and not returned.
     """

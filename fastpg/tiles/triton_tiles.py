@@ -126,7 +126,7 @@ def keep(given: TokenInputs) -> Keep:
     mask = None if given.mask is None else _flat(given.mask).view(torch.uint8)
     temperature = None if given.temperature is None else _flat(given.temperature)
     stride = None if temperature is None else int(len(temperature) > 1)
-    factors = None if given.advantages is None else keep_kernel.Factors(*map(_flat, given[3:7]))
+    factors = keep_kernel.Factors() if given.advantages is None else keep_kernel.Factors(*map(_flat, given[3:7]))
     tokens = keep_kernel.Tokens(_flat(given.tokens), mask, temperature, stride)
     with _device_of(given.tokens):
         found = keep_kernel.keep(tokens, factors, given.indices, given.vocab)
@@ -148,7 +148,7 @@ def online_logsumexp(chunk: Chunk, head: Head, asked: Asked, target: torch.Tenso
         p = _operands(chunk, head)
         own = target_kernel_logits(p)[0]
         further, merged = _further(p, head, asked, own if target is None else target)
-        running = combine(logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further), *_summed(further, merged))
+        running = combine(logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further), further, merged)
         return Partials(*running, own, _further_partials(further, merged, asked, len(head.weight)))
 
 
@@ -158,17 +158,17 @@ def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
         target = target_kernel_logits(p)[0]
         further, merged = _further(p, head, asked, target)
         running = logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further)
-        statistics = RowStatistics(*finished(running, target, *_summed(further, merged)))
+        statistics = RowStatistics(*finished(running, target, further, merged))
         partials = _further_partials(further, merged, asked, len(head.weight))
         return RowResults(statistics, finish_further(partials, statistics, chunk.tokens, len(head.weight), asked))
 
 
 def _further(
     p: Operands, head: Head, asked: Asked, target: torch.Tensor
-) -> tuple[further_kernel.Further | None, further_kernel.Further | None]:
-    """Where further statistics are written: those of splits, and those of rows without keys. None for nothing."""
+) -> tuple[further_kernel.Further, further_kernel.Further]:
+    """Where further statistics are written: those of splits, and those of rows without keys."""
     if not is_further(asked):
-        return None, None
+        return further_kernel.NOTHING, further_kernel.NOTHING
     wanted = further_kernel.Further(None, asked.mean, asked.squares, asked.rank, target.contiguous())
     rows, splits = len(p.tokens), split_count(len(head.weight), _blocks(head, "logsumexp").columns)
     keys = keys_of_a_split(largest_kept(asked))
@@ -178,16 +178,9 @@ def _further(
     )
 
 
-def _summed(further: further_kernel.Further | None, merged: further_kernel.Further | None) -> tuple:
-    """What `combine` takes: nothing where only keys are kept, which are merged by `largest_of`."""
-    return (None, None) if merged is None or all(x is None for x in merged) else (further, merged)
-
-
 def _further_partials(
-    further: further_kernel.Further | None, merged: further_kernel.Further | None, asked: Asked, vocab: int
+    further: further_kernel.Further, merged: further_kernel.Further, asked: Asked, vocab: int
 ) -> FurtherPartials:
-    if further is None:
-        return FurtherPartials()
     values = ids = None
     if further.TOP is not None:
         values, ids = further_kernel.largest_of(further.TOP, largest_kept(asked), vocab)
@@ -262,13 +255,13 @@ def gradient_rows(
     out: torch.Tensor | None,
     weighted: torch.Tensor | None,
 ) -> None:
-    weight, x, hidden = head.weight, chunk.hidden, None
+    weight, x, hidden = head.weight, chunk.hidden, rows_kernel.HiddenRows()
     if out is not None:
         vocab, strides = weight.shape[0], weight.stride()
         hidden = rows_kernel.HiddenRows(
             of_rows.contiguous(), residual, chunk.tokens, weight, vocab, *strides, chunk.places, out, out.stride(0)
         )  # fmt: skip
-    into = None if weighted is None else rows_kernel.WeightedRows(x, x.stride(0), weighted)
+    into = rows_kernel.WeightedRows() if weighted is None else rows_kernel.WeightedRows(x, x.stride(0), weighted)
     factor, count = None if factor is None else factor.contiguous(), len(weighted if of_rows is None else of_rows)
     with _device_of(weight):
         rows_kernel.gradient_rows(factor, hidden, into, count, weight.shape[1])
@@ -326,7 +319,7 @@ def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor | None, terms: TokenT
         return LogprobsLoss(*policy_loss_kernel.policy_loss(logprobs, as_bytes, terms[1:], _loss(loss)))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a coefficient may change from step to step
 def _loss(loss: DeviceLoss) -> objectives.Loss:
     """The device functions of a loss, and their numbers."""
     objective = getattr(objectives, loss.objective)

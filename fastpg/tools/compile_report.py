@@ -220,11 +220,11 @@ def _launch(variant: Variant) -> None:
 
 
 def _further(flags: tuple[str, ...], target: torch.Tensor, shape: tuple[int, ...]) -> object:
-    """Every further statistic, of splits or of rows (without keys); None without that flag."""
-    from ..kernels.row_statistics import Further, empty_further, kept
+    """Every further statistic, of splits or of rows (without keys); nothing without that flag."""
+    from ..kernels.row_statistics import NOTHING, Further, empty_further, kept
 
     keys = 0 if len(shape) == 1 else kept(8 if "top_k" in flags else 1)
-    return empty_further(target, shape, keys, Further(None, True, True, True, target)) if "statistics" in flags else None
+    return empty_further(target, shape, keys, Further(None, True, True, True, target)) if "statistics" in flags else NOTHING
 
 
 def _launch_gradient_rows(p: object, flags: tuple[str, ...], meta: Callable[..., torch.Tensor]) -> None:
@@ -235,8 +235,8 @@ def _launch_gradient_rows(p: object, flags: tuple[str, ...], meta: Callable[...,
     places = p.tokens if "places" in flags else None
     hidden = HiddenRows(meta(_ROWS, _SIZE), residual, p.tokens, p.weight, vocab, _SIZE, 1, places, rows, _SIZE)
     gradient_rows(
-        meta(_ROWS), None if "frozen_hidden" in flags else hidden,
-        None if "frozen_weight" in flags else WeightedRows(p.hidden, _SIZE, rows), _ROWS, _SIZE,
+        meta(_ROWS), HiddenRows() if "frozen_hidden" in flags else hidden,
+        WeightedRows() if "frozen_weight" in flags else WeightedRows(p.hidden, _SIZE, rows), _ROWS, _SIZE,
     )  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def _launch_on_vectors(variant: Variant, meta: Callable[..., torch.Tensor]) -> N
     mask = meta(_ROWS, dtype=torch.uint8)
     if variant.kernel == "keep":
         temperature = meta(_ROWS) if "temperature" in flags else None
-        factors = Factors(meta(_ROWS), meta(_ROWS), meta(_ROWS), meta()) if "skip" in flags else None
+        factors = Factors(meta(_ROWS), meta(_ROWS), meta(_ROWS), meta()) if "skip" in flags else Factors()
         ids = meta(_ROWS, dtype=torch.int64)
         keep(Tokens(ids, mask, temperature, 1), factors, ids if "rows" in flags else None, _VOCAB)
     elif variant.kernel == "summary":

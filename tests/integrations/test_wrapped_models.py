@@ -90,6 +90,13 @@ def test_a_forward_of_its_own_under_accelerates_hooks_is_refused():
         LMHead.from_model(model)
 
 
+def test_the_forward_of_another_layer_is_refused():
+    model = llama()
+    model.lm_head.forward = torch.nn.Linear(16, V).forward
+    with pytest.raises(ValueError, match="whose forward is not that of"):
+        LMHead.from_model(model)
+
+
 def test_an_offloaded_head_is_named():
     model = accelerate.cpu_offload(llama(), execution_device="cpu")
     assert model.lm_head.weight.is_meta

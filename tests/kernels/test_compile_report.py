@@ -132,7 +132,7 @@ def test_a_variant_is_what_its_launcher_would_compile():
             assert (variant.target == "cuda:90" and variant.dtype != "float32") == given["TILE"].DESCRIPTORS
             assert given["TILE"].EVEN_H
         if "further" in given:
-            assert (given["further"] is not None) == ("statistics" in variant.flags)
+            assert (given["further"].TOP is not None) == ("statistics" in variant.flags)
             assert given.get("K", 0) in ((2, 8) if "statistics" in variant.flags else (0,)) or variant.kernel == "combine"
             assert given.get("K", 0) == 8 or "top_k" not in variant.flags
         if variant.kernel == "dlogits":

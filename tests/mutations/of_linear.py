@@ -336,4 +336,12 @@ MUTATIONS = [
         "wrapped_models",
         "gathered_for_its_forward",
     ),
+    Mutation(
+        "from_model: a forward bound to another layer is taken for the layer's own",
+        "fastpg/lm_head.py",
+        'getattr(forward, "__self__", None)) != (cls.forward, layer):',
+        "layer) != (cls.forward, layer):",
+        "wrapped_models",
+        "forward_of_another_layer",
+    ),
 ]
