@@ -303,7 +303,8 @@ def _headless_forward(
     """
     arguments, inputs = _loss_arguments(original, args, kwargs)
     layer = lm.get_output_embeddings()
-    before = [*layer.parameters()]  # which FSDP2 replaces for the layer's call, and ZeRO-3 fills
+    before = [*layer.parameters()]  # which FSDP2 replaces for the layer's call
+    _gather_for_backward(lm, before)
     calls: list[tuple] = []  # (hidden states, fields computed from them, the head, the probe)
     scaled_before = lm.config.get_text_config().model_type in _SCALED_BEFORE_THE_HEAD
 
@@ -313,7 +314,7 @@ def _headless_forward(
         head = LMHead.from_model(lm, fp32_head=fp32_head)
         head = dataclasses.replace(head, logit_scale=1.0) if scaled_before else head
         parameters = [*layer.parameters()]
-        arguments["gathered"] = any(p is not q or hasattr(p, "ds_id") for p, q in zip(parameters, before, strict=True))
+        arguments["gathered"] = any(p is not q for p, q in zip(parameters, before, strict=True))
         hidden = inputs[0].to(head.weight.device)  # as accelerate's hook does where the model is split across devices
         probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
         calls.append((hidden, compute(hidden, head, arguments), head, probe))
@@ -337,6 +338,15 @@ def _headless_forward(
     if result.loss is not None and result.aux_loss is not None:
         result.loss = result.loss + _router_coefficient(lm) * result.aux_loss.to(result.loss.device)
     return result
+
+
+def _gather_for_backward(lm: PreTrainedModel, parameters: list[torch.nn.Parameter]) -> None:
+    """Tells ZeRO-3 to gather them for the model's backward. Its own never runs, as its output, the probe, is a constant."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id") and torch.is_grad_enabled():
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(lm, parameter)
 
 
 def _until_backward(head: LMHead, arguments: dict[str, Any]) -> LMHead:
