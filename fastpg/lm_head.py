@@ -44,7 +44,9 @@ class LMHead:
         those of the whole vocabulary; bias and B have the rows of this rank's weight. None: the weight is whole.
     vocab_start: with a group, the token id of row 0 of this rank's weight.
     weight_grad: (V, H) buffer in float32 (float64 for float64 weights). Backward adds the weight's gradient to it and leaves
-        `weight.grad` as it is. Use it for micro-batches: a sum of their gradients in 16 bits is biased.
+        `weight.grad` as it is. Use it for micro-batches: a sum of their gradients in 16 bits is biased. DDP does not see it:
+        where ranks have tokens of their own, `all_reduce` it once, after the last micro-batch, and divide it by their number
+        if the other gradients are averaged.
     fp32_head: True multiplies in float32, under autocast too. Hidden, weight, bias and LoRA's factors may then each be
         float16, bfloat16 or float32; their gradients come back in their own dtypes. A 16-bit weight is copied to a float32
         (V, H), which lives for the call in one pass, until backward in two. False: under autocast its dtype is used, even

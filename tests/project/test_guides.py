@@ -13,10 +13,9 @@ import fastpg
 
 FOLDER = Path(fastpg.__file__).parent
 GUIDES = (FOLDER / "GUIDES.md").read_text()
-SECTIONS = {
-    title: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDES, re.DOTALL | re.MULTILINE)
-}
+TEXTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDES, re.DOTALL | re.MULTILINE))
+SECTIONS = {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in TEXTS.items()}
+TWO_RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
 def run(folder: Path, code: str, *launcher: str) -> None:
@@ -38,7 +37,7 @@ def test_guide_runs(title, tmp_path):
     (code,) = SECTIONS[title]  # one block each
     if title == "TRL":
         pytest.importorskip("trl")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2") if title == "Vocab-parallel heads" else ()
+    launcher = TWO_RANKS if "torchrun --nproc-per-node 2" in TEXTS[title] else ()
     run(tmp_path, code, *launcher)
 
 
@@ -63,18 +62,27 @@ def test_the_loss_of_the_liger_guide_is_ligers():
     torch.testing.assert_close(names["weight"].grad, weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_block_of_the_distributed_page():
-    """On one process; tests/distributed/test_data_parallel.py has several."""
-    (block,) = re.findall(r"```python\n(.*?)```", (FOLDER / "DISTRIBUTED.md").read_text(), re.DOTALL)
-    names = {
-        "linear_cispo_loss": fastpg.linear_cispo_loss, "hidden": torch.randn(4, 8), "head": torch.randn(20, 8),
+def test_the_blocks_of_the_distributed_page():
+    """On one process; tests/distributed/test_printed_code.py has two."""
+    blocks = re.findall(r"```python\n(.*?)```", (FOLDER / "DISTRIBUTED.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    weight = torch.randn(20, 8, requires_grad=True)
+    batch = {
         "tokens": torch.randint(0, 20, (4,)), "old_logprobs": -torch.rand(4), "advantages": torch.randn(4),
-        "mask": torch.tensor([True, False, True, True]), "world_size": 1,
+        "mask": torch.tensor([True, False, True, True]),
+    }  # fmt: skip
+    names = {
+        "torch": torch, "linear_cispo_loss": fastpg.linear_cispo_loss, "LMHead": fastpg.LMHead, "hidden": torch.randn(4, 8),
+        "head": weight, "weight": weight, "world_size": 1, "ddp": torch.nn.Embedding(20, 8), **batch,
+        "micro_batches": [batch | {"input_ids": torch.randint(0, 20, (4,))}] * 2,
     }  # fmt: skip
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        exec(block, names)
+        for block in blocks:
+            exec(block, names)
     finally:
         torch.distributed.destroy_process_group()
     assert names["count"] == 3
     assert names["loss"].isfinite()
+    assert names["buffer"].any()
+    assert weight.grad is None

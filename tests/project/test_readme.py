@@ -22,6 +22,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def names() -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from fastpg.integrations.transformers import patched
+
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
     input_ids = torch.randint(0, 50, (3, 9))
@@ -31,7 +33,7 @@ def names() -> dict:
     return {
         "torch": torch, "fastpg": fastpg, "model": model, "input_ids": input_ids, "tokens": input_ids[:, 1:], "mask": mask,
         "old_logprobs": old_logprobs, "advantages": advantages, "head": head, "hidden": hidden, "micro_batches": [micro] * 2,
-        "total_tokens": 48,
+        "total_tokens": 48, "patched": patched,
     }  # fmt: skip
 
 
