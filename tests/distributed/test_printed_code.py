@@ -23,6 +23,7 @@ pytestmark = pytest.mark.xdist_group("data-parallel ranks")
 
 FOLDER = Path(fastpg.__file__).parent
 RANKS = 2
+FACTORS = ("mask", "old_logprobs", "advantages")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
@@ -80,6 +81,23 @@ def readme(rank: int, wrapper: str, tied: bool, past_the_wrapper: bool = False) 
     code = changed(README[1], "mask=mask)", "mask=mask, denominator=denominator)")
     exec(changed(code, "model(input_ids)", "model.module(input_ids)") if past_the_wrapper else code, names)
     return gradients(names["model"])
+
+
+def with_unused_parameters(rank: int) -> dict:
+    """What a guide says of find_unused_parameters=True: the functions are right, and README's lines raise."""
+    from fastpg.integrations.transformers import causal_lm_policy_loss
+
+    names = readme_names(llama(), slice(rank, None, RANKS))
+    names["model"] = nn.parallel.DistributedDataParallel(names["model"], find_unused_parameters=True)
+    ids, mask, old, advantages = names["input_ids"], *(nn.functional.pad(names[n], (1, 0)) for n in FACTORS)
+    options = {"completion_mask": mask, "denominator": global_count(mask) / RANKS}
+    causal_lm_policy_loss(names["model"], ids, None, old, advantages, objective=fastpg.CISPO(), **options).loss.backward()
+    found = {name: x.clone() for name, x in gradients(names["model"]).items()}
+    try:
+        exec(README[1], names)
+    except RuntimeError as error:
+        return {"gradients": found, "error": str(error)}
+    return {"gradients": found, "error": "none"}
 
 
 def with_full_logits(tied: bool) -> dict:
@@ -170,6 +188,7 @@ JOBS = {
     "buffer": (with_buffer, False, True),
     "buffer, tied": (with_buffer, True, True),
     "buffer, summed": (with_buffer, False, False),
+    "unused parameters": (with_unused_parameters,),
 }
 
 
@@ -215,6 +234,14 @@ def test_the_module_inside_ddp_is_not_synchronised(done):
     """The trap that the documents warn of."""
     a, b = results_of(done, "README, past DDP")
     assert not any(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_wrapper_that_looks_for_unused_parameters(done):
+    want, said = with_full_logits(tied=False), "Expected to mark a variable ready only once"
+    assert said in " ".join(GUIDES["Data parallel"].split())
+    for result in results_of(done, "unused parameters"):
+        assert_close(result["gradients"], want)
+        assert said in result["error"]
 
 
 def test_the_plain_loop(done):

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 on two processes. In subprocesses: deepspeed warns and patches where it is imported."""
+"""DeepSpeed's ZeRO-1 to 3 on two processes. In subprocesses: deepspeed warns and patches where it is imported."""
 
 import importlib.util
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parents[1] / "support" / "zero3_program.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "support" / "zero_program.py"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra [deepspeed]")
-def test_zero3_trains_as_without_it(tmp_path):
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_zero_trains_as_without_it(tmp_path, stage):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -22,8 +23,9 @@ def test_zero3_trains_as_without_it(tmp_path):
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM)], cwd=tmp_path, env=inherited | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(PROGRAM), stage], cwd=tmp_path,
+            env=inherited | common | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
         )
         for r in range(2)
     ]  # fmt: skip

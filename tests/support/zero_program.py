@@ -1,7 +1,7 @@
-"""Run on two processes with torchrun's variables: three steps of a tiny Llama under DeepSpeed's ZeRO-3, and of a copy without.
+"""Run on two processes with torchrun's variables: three steps of a tiny Llama under DeepSpeed's ZeRO, and of a copy without.
 
-The lm_head is partitioned: its weight is whole in its own forward alone. Writes a line of JSON: the losses of each step, with
-those of the copy, and the largest difference of parameters at the end.
+Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. Writes a line of
+JSON: the losses of each step, with those of the copy, and the largest difference of parameters at the end.
 """
 
 import json
@@ -20,7 +20,8 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_clipping": 0.0,
     "zero_optimization": {
-        "stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000,
+        "stage": int(sys.argv[1]), "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000,
+        "stage3_prefetch_bucket_size": 1000,
     },
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
