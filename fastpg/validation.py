@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,20 @@ def is_positive_number(value: object) -> bool:
 def is_nonnegative_number(value: object) -> bool:
     """The same, with 0 allowed."""
     return is_positive_number(value) or (isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0)
+
+
+def is_dtensor(x: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # whoever made a DTensor has imported it
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raises TypeError for a DTensor: its shape is that of all ranks, and its operations are collective calls."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor with placements {value.placements}: pass its .full_tensor(), or its "
+            ".to_local() where the call is for this rank's tokens alone"
+        )
 
 
 def check_linear_inputs(
@@ -67,6 +81,7 @@ def check_given_logits(
     logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
 ) -> None:
     """logits (..., V), tokens (...), mask (...), temperature: number or (...)."""
+    check_plain("logits", logits)
     for name, value in (("logits", logits), ("tokens", tokens)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
@@ -80,6 +95,7 @@ def check_given_logits(
 
 def _check_tokens(tokens: torch.Tensor, name: str, x: torch.Tensor) -> None:
     """Checks tokens (...) against the x that predicts them: hidden (..., H) or logits (..., V)."""
+    check_plain("tokens", tokens)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}")
     if tokens.shape != x.shape[:-1]:
@@ -103,6 +119,7 @@ def _check_beside_tokens(
 def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
     if mask is None:
         return
+    check_plain("mask", mask)
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True where a token counts; got {kind(mask)} (use mask.bool())")
     if mask.shape != like.shape:
@@ -113,6 +130,7 @@ def check_mask(mask: torch.Tensor | None, like_name: str, like: torch.Tensor) ->
 
 def check_temperature(temperature: float | torch.Tensor, shape: torch.Size) -> None:
     if isinstance(temperature, torch.Tensor):
+        check_plain("temperature", temperature)
         if not temperature.is_floating_point():
             raise TypeError(f"temperature must be a number or a floating-point tensor; got {temperature.dtype}")
         if temperature.requires_grad:
@@ -169,6 +187,8 @@ def check_policy_inputs(
     """Shapes, dtypes and devices: old_logprobs, ref_logprobs, rollout_weights (...); advantages (...) or one per sequence."""
     shape = tuple(like.shape)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
+    for name, value in {like_name: like, **per_token, "advantages": advantages}.items():
+        check_plain(name, value)
     for name, value in per_token.items():
         if value is None:
             continue

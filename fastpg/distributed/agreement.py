@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..lm_head import LMHead
-from .dtensor import is_dtensor
+from ..validation import is_dtensor
 from .vocab_parallel import gathered
 
 if TYPE_CHECKING:

@@ -1,8 +1,10 @@
-"""Heads whose weights are DTensors: used in place where their rows are sharded on the head's group, gathered otherwise."""
+"""Heads whose weights are DTensors: used in place where their rows are sharded on the head's group, gathered otherwise.
+
+Hidden states may be a DTensor too, if every rank holds all of them.
+"""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..lm_head import LMHead, LoRA
+from ..validation import is_dtensor
 from .vocab_parallel import Group
 
 if TYPE_CHECKING:
@@ -41,9 +44,19 @@ def localized(head: LMHead) -> LMHead:
     return replace(head, weight=weight, bias=bias, lora=lora, vocab_start=start)
 
 
-def is_dtensor(x: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # whoever made a DTensor has imported it
-    return module is not None and isinstance(x, module.DTensor)
+def local_hidden(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states as a plain tensor: those of a DTensor that is replicated, whose gradient is a DTensor replicated alike.
+
+    Raises ValueError for other placements, which do not say whether the tokens are all tokens or this rank's.
+    """
+    if not is_dtensor(hidden):
+        return hidden
+    if not all(placement.is_replicate() for placement in hidden.placements):
+        raise ValueError(
+            f"hidden must be a plain tensor or a DTensor that is replicated; got placements {hidden.placements}: pass "
+            "hidden.full_tensor() with all tokens, or hidden.to_local() with this rank's own"
+        )
+    return hidden.to_local()
 
 
 def _local(name: str, x: torch.Tensor | None, group: dist.ProcessGroup | None) -> torch.Tensor | None:

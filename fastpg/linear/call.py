@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import validation
-from ..distributed.dtensor import localized
+from ..distributed.dtensor import local_hidden, localized
 from ..lm_head import LMHead, LoRA, as_head
 from ..tiles.backend import choose_backend
 from ..tiles.host_read import HostRead
@@ -46,6 +46,7 @@ def prepare(
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices. `counted` checks values.
     """
+    hidden = local_hidden(hidden)
     head = localized(as_head(head))
     hidden, head = _cast(hidden, head)
     is_kept = isinstance(mask, Kept)

@@ -40,6 +40,7 @@ def kept(
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
     """
+    validation.check_plain("mask", mask)
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True where a token counts; got {validation.kind(mask)}")
     if rollout_weights is not None and advantages is None:
@@ -56,6 +57,7 @@ def kept(
 def _per_token(values: torch.Tensor, mask: torch.Tensor, name: str = "advantages") -> torch.Tensor:
     """Values (...) in fp32, in which a product of 16-bit ones does not underflow; float64 stays."""
     shape = tuple(mask.shape)
+    validation.check_plain(name, values)
     if not isinstance(values, torch.Tensor) or values.dtype == torch.bool or values.is_complex():
         raise TypeError(f"{name} must be a real tensor; got {validation.kind(values)}")
     of_rows = name == "advantages" and mask.dim() == 2 and values.shape == mask.shape[:1]

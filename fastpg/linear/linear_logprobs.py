@@ -112,7 +112,7 @@ def linear_logprobs(
     Args:
         hidden: (..., H) float16, bfloat16, float32 or float64; hidden[..., t, :] is the state that predicts tokens[..., t]
             (already shifted). Hidden states that cannot be viewed as (N, H), such as `states[:, :-1]`, are copied once. To
-            avoid that, pass all states and end `tokens` with -100.
+            avoid that, pass all states and end `tokens` with -100. Of a DTensor, which must be replicated, the local tensor.
         head: the weight (V, H) in hidden's dtype, or an LMHead with bias, softcap and logit_scale. Under torch.autocast hidden
             and head are used in its dtype, float32 ones too, unless LMHead(weight, fp32_head=True) asks for float32.
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..validation import check_mask, is_positive_number, kind, require
+from ..validation import check_mask, check_plain, is_positive_number, kind, require
 from .sequences import Sequences
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"]
@@ -43,6 +43,7 @@ def check_reduction(
 
 def check_denominator(denominator: float | torch.Tensor | None, *, check: bool = True) -> None:
     if isinstance(denominator, torch.Tensor):
+        check_plain("denominator", denominator)
         if denominator.dim() != 0 or denominator.dtype == torch.bool or denominator.is_complex():
             raise ValueError(
                 f"denominator must be a positive number or a real 0-d tensor; got shape {tuple(denominator.shape)}, "
@@ -117,6 +118,7 @@ def masked_mean(
     """
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
         raise TypeError(f"values must be a floating-point tensor; got {kind(values)}")
+    check_plain("values", values)
     if mask is None:
         raise TypeError("mask must be a bool tensor, True where a value counts; got None (the mean of all is values.mean())")
     check_mask(mask, "values", values)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..validation import kind, require
+from ..validation import check_plain, kind, require
 
 
 class Sequences(NamedTuple):
@@ -55,6 +55,7 @@ def check_sequence_ids(sequence_ids: torch.Tensor | None, like_name: str, like: 
     """Ids must be (N,) integers for packed (N,) tokens. `check_id_values` checks their range."""
     if sequence_ids is None:
         return
+    check_plain("sequence_ids", sequence_ids)
     if not isinstance(sequence_ids, torch.Tensor) or sequence_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"sequence_ids must be int64 or int32; got {kind(sequence_ids)}")
     if like.dim() != 1:

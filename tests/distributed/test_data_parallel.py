@@ -202,7 +202,7 @@ def sharded_twice(rank: int, ranks: int, one_pass: bool) -> dict:
 
 
 def dtensors_beside_the_weight(rank: int, ranks: int, group_of: str, one_pass: bool) -> dict:
-    """Gradients of weight, bias and LoRA's factors that are DTensors.
+    """Gradients of weight, bias and LoRA's factors that are DTensors, and with "mesh" of hidden too.
 
     group_of: "mesh"; "equal mesh", another object of the same ranks; or "none": then the tokens are the rank's own.
     """
@@ -220,10 +220,14 @@ def dtensors_beside_the_weight(rank: int, ranks: int, group_of: str, one_pass: b
         share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
         batch, hidden = batch.of_rank(rank, ranks), hidden[share]
         denominator = share_of_the_count(batch)
+    leaves = [weight, bias, a, b]
+    if group_of == "mesh":
+        hidden = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
+        leaves.append(hidden)
     loss = loss_of(hidden, head, batch, denominator, one_pass)
     loss.backward()
-    assert all(x.grad.placements == x.placements for x in (weight, bias, a, b))
-    return {"loss": loss.detach(), "gradients": [x.grad.full_tensor() for x in (weight, bias, a, b)]}
+    assert all(x.grad.placements == x.placements for x in leaves)
+    return {"loss": loss.detach(), "gradients": [x.grad.full_tensor() for x in leaves]}
 
 
 def head_parts() -> list[torch.Tensor]:
@@ -347,15 +351,15 @@ def test_ddp(done, without, one_pass):
 
 @ONE_PASS
 @pytest.mark.parametrize("name", [n for n in ONE_CALL if n.startswith("DTensors")])
-def test_bias_and_lora_that_are_dtensors(done, name, one_pass):
-    hidden, *parts = head_parts()
-    weight, bias, a, b = (x.requires_grad_() for x in parts)
+def test_bias_lora_and_hidden_that_are_dtensors(done, name, one_pass):
+    hidden, weight, bias, a, b = (x.requires_grad_() for x in head_parts())
     loss = loss_of(hidden, LMHead(weight, bias, lora=(a, b, 0.5)), Batch(), Batch().mask.sum(), one_pass)
     loss.backward()
     results = results_of(done, 2, (name, one_pass))
     assert torch.isclose(torch.stack([r["loss"] for r in results]).mean(), loss.detach(), rtol=1e-5)
     for result in results:
-        for gradient, x in zip(result["gradients"], (weight, bias, a, b), strict=True):
+        leaves = (weight, bias, a, b, hidden) if name == "DTensors sharded on the group" else (weight, bias, a, b)
+        for gradient, x in zip(result["gradients"], leaves, strict=True):
             assert (gradient - x.grad).norm() / x.grad.norm() < 1e-5
 
 
