@@ -37,6 +37,7 @@ from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput, per_token
 from ..loss.reductions import Reduction, mean_of_kept
 from ..loss.sequences import check_sequence_ids
+from .peft import causal_lm, check_labels_are_ours, shortcuts, states_before
 
 # (hidden states (B, T, H), the head, arguments of the loss such as `labels`) -> fields of a HeadlessOutput
 _Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]
@@ -108,7 +109,8 @@ def token_logprobs(
         position_ids: None: with an attention_mask those of transformers' `generate`, which count the tokens that are not
             padding. Where a row's positions do not go up by one, a new packed sequence begins. Its first token has no
             prediction. The model's attention must keep the sequences apart. That of transformers does so only without an
-            attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are passed on and start no sequence.
+            attention_mask. Positions of another shape, such as M-RoPE's (3, B, T), are passed on and start no sequence. They
+            are refused beside PEFT's virtual tokens (prompt tuning), where the model counts positions itself.
         temperature, entropy, workspace, backend, check: as in `linear_logprobs`. temperature (B, T) stands at the token that
             was sampled with it. check=False also leaves out the comparison of the model's softcap and scale.
         fp32_head: multiply by the lm_head in float32 under autocast and in a 16-bit model, as in `LMHead`. A head that
@@ -192,7 +194,7 @@ def causal_lm_policy_loss(
     factors = old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights
     rows = _rows(targets, factors, sequence_ids, skip_zero_weight) if check else None
     if add_aux_loss:
-        coefficient, model_inputs = _router_coefficient(_causal_lm(model)), {**model_inputs, "output_router_logits": True}
+        coefficient, model_inputs = _router_coefficient(causal_lm(model)), {**model_inputs, "output_router_logits": True}
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(_on, like=hidden)
@@ -236,6 +238,8 @@ def patched(
         aux_loss is transformers' own, 0 / 0 for an attention_mask without a single 1.
     Without labels the output has hidden states only, so `generate` does not work.
 
+    With PEFT's prompt tuning each virtual token has a state, and log_probs begin with theirs, as the model's own logits do.
+
     Only the `forward` of this instance is patched. Hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
     when the context ends, also by an exception. Raises as `token_logprobs` does, and RuntimeError if the model is patched.
     """
@@ -247,7 +251,10 @@ def patched(
         if shifted is None:
             tokens = _targets(_Batch(labels, None, None, None, check, fp32_head))[1]
         else:  # already at the states that predict them, as under sequence parallelism
-            tokens = shifted
+            tokens, shape = shifted, tuple(hidden.shape[:-1])
+            if tuple(shifted.shape) != shape:
+                of_peft = "; states of PEFT's virtual tokens come first, give them -100"
+                raise ValueError(f"shift_labels must have one label a state, {shape}; got {tuple(shifted.shape)}{of_peft}")
         tokens, back = tokens.to(hidden.device), _back if shifted is None else lambda x: x
         out = linear_logprobs(
             hidden, _until_backward(head, arguments), tokens, temperature=temperature, entropy=entropy, workspace=workspace,
@@ -258,6 +265,7 @@ def patched(
         loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)
         return {"loss": loss, "log_probs": back(out.logprobs), "entropy": back(out.entropy)}
 
+    check_labels_are_ours(model)
     with _intercepted(model, compute, check, fp32_head):
         yield model
 
@@ -265,9 +273,10 @@ def patched(
 @contextmanager
 def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_head: bool) -> Iterator[None]:
     """Within the context, the forward of the causal language model is replaced, on the instance."""
-    lm = _causal_lm(model)
-    replaced = vars(lm).get("forward")
+    lm = causal_lm(model)
     original = lm.forward
+    holders = [lm, *shortcuts(model, lm)]
+    replaced = [vars(holder).get("forward") for holder in holders]
     if hasattr(original, _OURS):
         raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
     if not is_partitioned(getattr(lm.get_output_embeddings(), "weight", None)):
@@ -279,13 +288,15 @@ def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_he
 
     forward = torch.compiler.disable(forward)  # a compiled model would trace hooks that every call has anew
     setattr(forward, _OURS, True)
-    lm.forward = forward
+    for holder in holders:
+        holder.forward = forward
     try:
         yield
     finally:
-        del lm.forward
-        if replaced is not None:
-            lm.forward = replaced
+        for holder, before in zip(holders, replaced, strict=True):
+            del holder.forward
+            if before is not None:
+                holder.forward = before
 
 
 def _headless_forward(
@@ -401,19 +412,21 @@ def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs:
     """Calls the model once, wrappers included."""
     if refused := _REFUSED & model_inputs.keys():
         raise ValueError(f"{sorted(refused)} cannot be handed on: the model is run once, on all of input_ids")
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     accepted = inspect.signature(lm.forward).parameters
     name = "_prepare_position_ids_for_generation"  # models with positions of their own, such as M-RoPE's, override it
     plain = getattr(type(lm), name, None) is getattr(GenerationMixin, name, None)
     attention_mask, position_ids = batch.attention_mask, batch.position_ids
-    if position_ids is None and attention_mask is not None and "position_ids" in accepted and plain:
+    first = states_before(model, lm, position_ids)  # beside which PEFT leaves positions to the model
+    if position_ids is None and attention_mask is not None and "position_ids" in accepted and plain and not first:
         position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
     inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
     if "use_cache" in accepted or (takes_any and hasattr(lm.config.get_text_config(), "use_cache")):
         inputs["use_cache"] = False
     inputs = {name: value for name, value in inputs.items() if value is not None} | model_inputs
-    with _intercepted(model, compute, batch.check, batch.fp32_head):
+    of_tokens = (lambda hidden, *others: compute(hidden[:, first:], *others)) if first else compute
+    with _intercepted(model, of_tokens, batch.check, batch.fp32_head):
         return model(**inputs)
 
 
@@ -461,21 +474,6 @@ def _rows(tokens: torch.Tensor, factors: tuple, sequence_ids: torch.Tensor | Non
     if old_logprobs is not None:  # a token with NaN or inf makes the loss NaN, whatever its advantage
         advantages = torch.where(old_logprobs.isfinite(), advantages, torch.nan)
     return kept(keep, advantages, rollout_weights)
-
-
-def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside the wrapper of PEFT, DDP or FSDP."""
-    inner: Any = model
-    while not isinstance(inner, PreTrainedModel):
-        inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
-        if isinstance(inner, PreTrainedModel):
-            break
-        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
-        if inner is None:
-            raise TypeError(f"model must be a transformers model or a wrapper around one; got {type(model).__name__}")
-    if inner.config.is_encoder_decoder:
-        raise ValueError(f"{type(inner).__name__} has an encoder; a decoder-only model is wanted")
-    return inner
 
 
 def _router_coefficient(lm: PreTrainedModel) -> float:

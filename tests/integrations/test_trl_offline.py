@@ -113,6 +113,21 @@ def test_lora_on_the_lm_head_of_sft(make_offline, calls):
     assert all(not torch.equal(dict(trainer.model.named_parameters())[name], p) for name, p in before.items())
 
 
+@pytest.mark.parametrize("trainer_class", [trl.SFTTrainer, trl.DPOTrainer])
+def test_prompt_tuning(make_offline, calls, trainer_class):
+    """Labels of virtual tokens come first, and TRL cuts them as it does with its own head."""
+    settings = {"peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
+    theirs = run(make_offline(trainer_class, **settings))
+    trainer = make_offline(trainer_class, **settings)
+    use_fastpg(trainer, backend="torch")
+    ours = run(trainer)
+    for our_log, their_log in zip(ours[0], theirs[0], strict=True):
+        assert our_log == pytest.approx(their_log, abs=1e-5, rel=1e-5, nan_ok=True)
+    for name, parameter in ours[1].items():
+        assert torch.allclose(parameter, theirs[1][name], rtol=1e-5, atol=1e-5), name
+    assert calls
+
+
 @pytest.mark.parametrize(
     ("trainer_class", "losses"),
     [(trl.SFTTrainer, trl_cases.SFT_LOSSES), (trl.DPOTrainer, trl_cases.DPO_LOSSES), (trl.KTOTrainer, trl_cases.KTO_LOSSES)],

@@ -337,6 +337,14 @@ MUTATIONS = [
         "gathered_for_its_forward",
     ),
     Mutation(
+        "prompt tuning: the states of virtual tokens are cut from the end",
+        "fastpg/integrations/transformers.py",
+        "compute(hidden[:, first:], *others)",
+        "compute(hidden[:, :-first], *others)",
+        "prompt_tuning",
+        "own_logits",
+    ),
+    Mutation(
         "from_model: a forward bound to another layer is taken for the layer's own",
         "fastpg/lm_head.py",
         'getattr(forward, "__self__", None)) != (cls.forward, layer):',
