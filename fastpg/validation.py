@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# TRL's values of loss_type and importance_sampling_level, as arguments here; "" is not offered. Other libraries mean other bounds
+# and reductions by the same names, so no name is an objective. A test holds these to the dialects of OBJECTIVES.md.
+_CLIP, _STEP, _ROWS = (
+    "PPOClip(epsilon, epsilon_high)",
+    "step_tokens / num_processes",
+    'reduction="seq-mean-token-mean", denominator=B',
+)
+_TRL_LOSSES = {
+    "grpo": f"{_CLIP}, {_ROWS}",
+    "bnpo": _CLIP,
+    "dr_grpo": f"{_CLIP}, denominator=B * max_completion_length",
+    "dapo": f"{_CLIP}, denominator={_STEP}",
+    "cispo": f"CISPO(ratio_max=epsilon_high), denominator={_STEP}",
+    "sapo": f"SAPO(sapo_pos, sapo_neg), {_ROWS}",
+    "gspo": f"GSPO(epsilon, epsilon_high), {_ROWS}",
+    "sequence": f"GSPO(epsilon, epsilon_high), {_ROWS}",
+    "token": _CLIP,
+    "luspo": "",
+    "vespo": "",
+}
+
 
 def is_positive_number(value: object) -> bool:
     """A real number of Python or numpy (no bool, string or tensor) that is finite and > 0."""
@@ -210,7 +231,7 @@ def check_policy_inputs(
     if isinstance(objective, type) or not callable(objective):
         given = kind(objective)
         if isinstance(objective, str):
-            given = f"{objective!r}: pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2)"
+            given = f"{objective!r}: {_instead_of(objective)}"
         if isinstance(objective, type):
             given = f"the class {objective.__name__}: pass an instance, {objective.__name__}(...)"
         raise TypeError(
@@ -221,6 +242,16 @@ def check_policy_inputs(
     if (kl is None) != (ref_logprobs is None):
         given, missing = ("kl", "ref_logprobs") if ref_logprobs is None else ("ref_logprobs", "kl")
         raise ValueError(f"{given} was given without {missing}; a KL penalty needs kl=KLPenalty(...) and ref_logprobs")
+
+
+def _instead_of(name: str) -> str:
+    """What to pass in the place of another library's name of a loss."""
+    where = '"Dialects" in fastpg/OBJECTIVES.md has the names of other libraries'
+    known = _TRL_LOSSES.get(name.lower())
+    if known is None:
+        return f"pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2); {where}"
+    of_trl = f"in TRL it is objective=fastpg.{known}" if known else "TRL's is not offered: write it on linear_logprobs"
+    return f"what this name means differs between libraries; {of_trl}; {where}"
 
 
 def kind(value: object) -> str:

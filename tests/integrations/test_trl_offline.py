@@ -137,5 +137,12 @@ def test_every_loss_type_is_tested(trainer_class, losses):
     assert named == set(losses)
 
 
+def test_every_loss_type_of_grpo_is_tested():
+    """As the documentation of its configuration lists them."""
+    _, _, after = trl.GRPOConfig.__doc__.partition("loss_type (`str`")
+    text, _, _ = after.partition("(`")
+    assert set(re.findall(r'- `"(\w+)"`', text)) == set(trl_cases.GRPO_LOSSES)
+
+
 def test_the_guides_table_is_of_what_is_run():
     assert f"<!-- trl -->\n{trl_cases.table()}<!-- /trl -->" in GUIDES.read_text()

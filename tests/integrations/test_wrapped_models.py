@@ -145,8 +145,8 @@ def test_a_linear_layer_is_a_head():
     assert layer.bias.grad is not None
     with pytest.raises(ValueError, match=r"head\.bias was given beside a Linear layer"):
         LMHead(layer, torch.zeros(40))
-    with pytest.raises(TypeError, match=r"got 'cispo': pass an instance, such as fastpg.CISPO\(ratio_max=5.0\)"):
-        linear_policy_loss(hidden, layer, tokens, None, torch.ones(8), objective="cispo")
+    with pytest.raises(TypeError, match=r"got 'ppo': pass an instance, such as fastpg.CISPO\(ratio_max=5.0\)"):
+        linear_policy_loss(hidden, layer, tokens, None, torch.ones(8), objective="ppo")
 
 
 def test_from_model_sees_through_a_wrapper():

@@ -210,7 +210,20 @@ POLICY = {
     "objective-name": (
         {"objective": "cispo"},
         "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
-        "'cispo': pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2)",
+        "'cispo': what this name means differs between libraries; in TRL it is objective=fastpg.CISPO(ratio_max=epsilon_high), "
+        'denominator=step_tokens / num_processes; "Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
+    ),
+    "objective-not-offered": (
+        {"objective": "LUSPO"},
+        "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
+        "'LUSPO': what this name means differs between libraries; TRL's is not offered: write it on linear_logprobs; "
+        '"Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
+    ),
+    "objective-unknown-name": (
+        {"objective": "vanilla"},
+        "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
+        "'vanilla': pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2); \"Dialects\" in "
+        "fastpg/OBJECTIVES.md has the names of other libraries",
     ),
     "objective-tensor": (
         {"objective": torch.ones(2)},

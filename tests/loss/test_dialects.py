@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dialects import F64, PER_SEQUENCE, THEIR_ADVANTAGES, THEIRS, batch
+from trl_cases import GRPO_LOSSES
 
 import fastpg
 import fastpg.advantages
@@ -77,6 +78,18 @@ def test_every_row_of_the_page_has_a_test():
     assert len(re.findall(r"^\| id ", PAGE, re.MULTILINE)) == len(TABLES) == 2
     assert list(LOSS_CALLS) == list(THEIRS)
     assert list(ADVANTAGE_CALLS) == list(THEIR_ADVANTAGES)
+
+
+@pytest.mark.parametrize("name", [*GRPO_LOSSES, "gspo", "sequence", "token"])
+def test_a_name_of_trls_is_answered_by_its_call(name):
+    """GRPO_LOSSES is held to the installed TRL by its own tests; "sequence" and "token" are levels of its ratio."""
+    row = {"sequence": "trl-gspo", "token": "trl-bnpo"}.get(name, f"trl-{name}")
+    with pytest.raises(TypeError) as error:
+        fastpg.policy_loss(-torch.ones(2, 3, requires_grad=True), None, torch.ones(2), objective=name)
+    offered = row in LOSS_CALLS
+    assert offered != (name in ("luspo", "vespo"))
+    call = f"in TRL it is objective=fastpg.{LOSS_CALLS[row]};" if offered else "TRL's is not offered"
+    assert f"got {name!r}: what this name means differs between libraries; {call}" in str(error.value)
 
 
 def test_every_objective_estimator_and_reduction_is_on_the_page():
