@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# TRL's values of loss_type and importance_sampling_level, as arguments here; "" is not offered. Other libraries mean other bounds
-# and reductions by the same names, so no name is an objective. A test holds these to the dialects of OBJECTIVES.md.
+# TRL's values of loss_type and importance_sampling_level, as arguments here; "" is not offered. Other libraries mean other
+# bounds and reductions by these names, so no name is an objective. A test holds these to the dialects of OBJECTIVES.md.
 _CLIP, _STEP, _ROWS = (
     "PPOClip(epsilon, epsilon_high)",
     "step_tokens / num_processes",

@@ -1,5 +1,8 @@
 """What crosses ranks, counted: the first table of DISTRIBUTED.md, and that no rank exchanges anything with V entries."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +14,19 @@ pytestmark = pytest.mark.xdist_group("data-parallel ranks")  # its ranks are sta
 
 N, MASKED, H, V, RANK = 300, 40, 24, 101, 3
 AGREEMENT = 176
+PAGE = (Path(__file__).resolve().parents[2] / "fastpg" / "DISTRIBUTED.md").read_text()
+LARGEST = 12  # bytes of a row for each of the largest logits that is kept
+FURTHER = {  # outputs and top_k: (bytes of a row, bytes in all, bytes of the backward) beyond those of log-probabilities
+    (("logsumexp",), 0): (0, 0, 0),
+    (("mean_logits",), 0): (4, 8, 8),
+    (("log_sum_sq_probs",), 0): (4, 0, 0),
+    (("argmax",), 0): (LARGEST, 0, 0),
+    (("is_top1", "argmax"), 0): (LARGEST, 0, 0),
+    (("rank",), 0): (16 + LARGEST, 0, 0),
+    ((), 1): (LARGEST, 0, 0),
+    (("argmax",), 3): (3 * LARGEST, 0, 0),
+    (("mean_logits", "log_sum_sq_probs", "rank", "is_top1", "logsumexp"), 8): (120, 8, 8),
+}
 
 
 def counted(rank: int) -> dict[str, dict[str, list[int]]]:
@@ -47,6 +63,14 @@ def counted(rank: int) -> dict[str, dict[str, list[int]]]:
             logprobs.sum().backward()
             found[f"backward {entropy} {lora}"] = log.copy()
             log.clear()
+    for outputs, top_k in FURTHER:
+        x = hidden.clone().requires_grad_()
+        results = linear_logprobs(x, head(False), tokens, mask=mask, outputs=outputs, top_k=top_k)
+        found[f"forward {outputs} {top_k}"] = log.copy()
+        log.clear()
+        sum(r.sum() for r in results if r is not None and r.requires_grad).backward()
+        found[f"backward {outputs} {top_k}"] = log.copy()
+        log.clear()
     return found
 
 
@@ -70,3 +94,21 @@ def test_bytes_are_those_of_the_page(log, entropy, lora):
     assert sum(forward["gather"][1:]) == (20 if entropy else 16) * K
     assert "reduce" not in forward
     assert backward == {"reduce": gradients}
+
+
+@pytest.mark.parametrize(("outputs", "top_k"), FURTHER, ids=str)
+def test_bytes_of_further_statistics_are_those_of_the_page(log, outputs, top_k):
+    K = N - MASKED
+    of_row, once, in_backward = FURTHER[outputs, top_k]
+    forward, backward = (log[f"{name} {outputs} {top_k}"] for name in ("forward", "backward"))
+    assert forward["gather"][0] == AGREEMENT
+    assert sum(forward["gather"][1:]) == (16 + of_row) * K + once
+    assert "reduce" not in forward
+    assert backward.pop("gather", []) == [in_backward] * bool(in_backward)
+    assert backward == {"reduce": [4 * K * H]}
+
+
+def test_the_page_has_the_most_of_further_statistics():
+    (most,) = re.findall(r"^\| with `outputs=`, `top_k=` \|.*\| up to (\d+) K, and 16 \|", PAGE, re.MULTILINE)
+    assert int(most) == max(of_row for of_row, _, _ in FURTHER.values())
+    assert max(once + in_backward for _, once, in_backward in FURTHER.values()) == 16
