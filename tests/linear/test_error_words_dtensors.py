@@ -15,6 +15,7 @@ BESIDE = {  # every argument that is refused, as a plain tensor that fits
     **{"tokens": TOKENS, "labels": TOKENS, "mask": ONES.bool(), "temperature": ONES, "denominator": torch.tensor(3.0)},
     **dict.fromkeys(("old_logprobs", "advantages", "ref_logprobs", "rollout_weights", "logprobs", "values"), ONES),
     "logits": torch.ones(2, 3, 7),
+    "weight": torch.ones(7),
 }
 
 
@@ -79,4 +80,4 @@ def test_hidden_states_that_are_not_replicated(function, mesh):
 def test_the_functions_have_these_arguments():
     """So that no test above is empty."""
     assert {"tokens", "mask", "temperature", "old_logprobs", "advantages", "denominator"} <= arguments(module_loss)
-    assert arguments(linear_cross_entropy) & BESIDE.keys() == {"labels", "temperature", "denominator"}
+    assert arguments(linear_cross_entropy) & BESIDE.keys() == {"labels", "weight", "temperature", "denominator"}

@@ -20,6 +20,12 @@ FORMS = [
     {"label_smoothing": 0.3, "z_loss": 0.1, "reduction": "none"},
     {"denominator": 70.0},
     {"denominator": 70.0, "label_smoothing": 0.2},
+    {"weight": True},
+    {"weight": True, "reduction": "sum"},
+    {"weight": True, "reduction": "none"},
+    {"weight": True, "z_loss": 0.1},
+    {"weight": True, "z_loss": 0.1, "reduction": "none"},
+    {"weight": True, "denominator": 70.0},
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -31,14 +37,23 @@ def inputs(dtype, device="cpu", ignored=-100):
     return *(x.to(device, dtype).requires_grad_() for x in (hidden, weight, bias)), labels.to(device)
 
 
-def expected(hidden, weight, bias, labels, softcap=None, ignored=-100, **form):
+def class_weights(dtype=torch.float64, device="cpu"):
+    """Those of every third class are 0."""
+    weights = torch.rand(VOCAB, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.5
+    weights[::3] = 0
+    return weights.to(device, dtype)
+
+
+def expected(hidden, matrix, bias, labels, softcap=None, ignored=-100, **form):
     """By full logits."""
     z_loss, reduction, denominator = form.pop("z_loss", 0.0), form.pop("reduction", "mean"), form.pop("denominator", None)
-    z = hidden @ weight.T + bias
+    z = hidden @ matrix.T + bias
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     losses = F.cross_entropy(z, labels, ignore_index=ignored, reduction="none", **form)
-    keep = labels != ignored
-    losses = losses + torch.where(keep, z_loss * z.logsumexp(-1).square(), 0)
+    keep = (labels != ignored).double()
+    if "weight" in form:
+        keep = keep * form["weight"][labels.clamp(min=0)]
+    losses = losses + torch.where(keep > 0, keep * z_loss * z.logsumexp(-1).square(), 0)
     if reduction == "none":
         return losses
     return losses.sum() / (1 if reduction == "sum" else denominator or keep.sum())
@@ -56,8 +71,10 @@ def device_of(backend):
 def test_is_torchs(backend, dtype, form, softcap):
     *leaves, labels = inputs(dtype, device_of(backend))
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    got = linear_cross_entropy(leaves[0], LMHead(*leaves[1:], softcap=softcap), labels, backend=backend, **form)
-    want = expected(*wide, labels, softcap, **form)
+    narrow = form | ({"weight": class_weights(dtype, labels.device)} if "weight" in form else {})
+    got = linear_cross_entropy(leaves[0], LMHead(*leaves[1:], softcap=softcap), labels, backend=backend, **narrow)
+    wide_form = narrow | ({"weight": narrow["weight"].double()} if "weight" in form else {})
+    want = expected(*wide, labels, softcap, **wide_form)
     assert got.shape == want.shape
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
@@ -72,6 +89,47 @@ def test_is_torchs(backend, dtype, form, softcap):
         assert (x.grad.double() - y.grad).norm() <= whole * y.grad.norm()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", [-100, 7])
+@pytest.mark.parametrize("shape", [(ROWS,), (3, 11)])
+def test_class_weights_are_torchs(reduction, ignored, shape):
+    """torch's own reductions, losses and gradients, with a weight of 0 at some labels; and none at those of class 7."""
+    *leaves, labels = inputs(torch.float64, ignored=ignored)
+    weights, labels = class_weights(), labels.view(shape)
+    hidden, options = leaves[0].view(*shape, SIZE), {"weight": weights, "ignore_index": ignored, "reduction": reduction}
+    assert (weights[labels.clamp(min=0)] == 0).any()
+    got = linear_cross_entropy(hidden, LMHead(*leaves[1:]), labels, **options)
+    want = F.cross_entropy((hidden @ leaves[1].T + leaves[2]).flatten(0, -2), labels.flatten(), **options).view(got.shape)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    grad = torch.rand_like(want)
+    for x, y in zip(*(torch.autograd.grad(loss, leaves, grad) for loss in (got, want)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", [{}, {"z_loss": 0.1}, {"reduction": "none"}], ids=str)
+def test_a_class_of_weight_0_costs_no_work(form):
+    """Its labels are as if they were ignored: NaN there reaches nothing."""
+    *leaves, labels = inputs(torch.float64)
+    weights, light = class_weights(), class_weights()[labels.clamp(min=0)] == 0
+    with torch.no_grad():
+        leaves[0][light] = torch.nan
+    loss = linear_cross_entropy(leaves[0], LMHead(*leaves[1:]), labels, weight=weights, **form).sum()
+    same = linear_cross_entropy(leaves[0], LMHead(*leaves[1:]), labels.masked_fill(light, -100), weight=weights, **form).sum()
+    assert torch.equal(loss, same)
+    assert loss > 0
+    loss.backward()
+    assert not leaves[0].grad[light].any()
+
+
+def test_a_mean_of_weights_of_both_signs_is_torchs():
+    *leaves, labels = inputs(torch.float64)
+    weights = torch.linspace(-1, 2, VOCAB, dtype=torch.float64)
+    got = linear_cross_entropy(leaves[0], LMHead(*leaves[1:]), labels, weight=weights)
+    torch.testing.assert_close(
+        got, F.cross_entropy(leaves[0] @ leaves[1].T + leaves[2], labels, weight=weights), rtol=1e-10, atol=0
+    )
+
+
 @pytest.mark.parametrize("form", [{}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("ignored", [7, -1, 10**6])
 def test_ignore_index_may_be_any_number(ignored, form):
@@ -82,7 +140,11 @@ def test_ignore_index_may_be_any_number(ignored, form):
     assert torch.allclose(got.double(), expected(*wide, safe, **form), rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", [{}, {"z_loss": 0.1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"z_loss": 0.1}, {"reduction": "none"}, {"weight": torch.rand(VOCAB)}, {"weight": torch.rand(VOCAB), "z_loss": 0.1}],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", [0, 4])
 def test_without_a_label_the_loss_is_0_and_differentiable(rows, form):
     hidden = torch.full((rows, SIZE), torch.nan, requires_grad=True)
@@ -109,16 +171,23 @@ def test_sequences_keep_their_shape():
 def test_micro_batches_add_up():
     *leaves, labels = inputs(torch.float32)
     head, count = LMHead(*(x.detach() for x in leaves[1:])), (labels != -100).sum()
-    for form in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
-        whole = linear_cross_entropy(leaves[0].detach(), head, labels, **form)
+    weights = class_weights(torch.float32)
+    weighted = {"weight": weights, "denominator": torch.where(labels == -100, 0, weights[labels.clamp(min=0)]).sum()}
+    for form in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}, weighted, weighted | {"z_loss": 0.1}):
+        form = {"denominator": count} | form
+        whole = linear_cross_entropy(leaves[0].detach(), head, labels, **{n: x for n, x in form.items() if n != "denominator"})
         parts = [
-            linear_cross_entropy(leaves[0].detach()[part], head, labels[part], denominator=count, **form)
+            linear_cross_entropy(leaves[0].detach()[part], head, labels[part], **form)
             for part in (slice(0, 10), slice(10, ROWS))
         ]
         assert torch.allclose(sum(parts), whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("form", "products"), [({}, 3), ({"z_loss": 0.1}, 4), ({"reduction": "none"}, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "products"),
+    [({}, 3), ({"weight": torch.ones(VOCAB)}, 3), ({"z_loss": 0.1}, 4), ({"reduction": "none"}, 4)],
+    ids=str,
+)
 def test_the_plain_mean_takes_three_products(form, products, monkeypatch):
     made, multiply = [], tile_products._multiply
     monkeypatch.setattr(tile_products, "_multiply", lambda *args, **kwargs: made.append(1) or multiply(*args, **kwargs))
@@ -140,6 +209,20 @@ def test_the_plain_mean_takes_three_products(form, products, monkeypatch):
         ({"denominator": 0.0}, ValueError, "denominator must be a positive number"),
         ({"labels": torch.zeros(3)}, TypeError, "labels must be an int64 or int32 tensor; got torch.float32"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, ValueError, r"labels must have the leading shape of hidden, \(33,\)"),
+        ({"weight": torch.ones(VOCAB), "labels": torch.full((ROWS,), VOCAB)}, ValueError, r"labels must be in \[0, 300\)"),
+        ({"weight": torch.zeros(VOCAB), "labels": torch.full((ROWS,), VOCAB)}, ValueError, r"labels must be in \[0, 300\)"),
+        ({"weight": torch.zeros(VOCAB), "labels": torch.full((ROWS,), -1), "z_loss": 0.1}, ValueError, "labels must be in"),
+        ({"weight": [1.0]}, TypeError, r"weight must be a floating-point tensor \(V,\), .* or None; got list"),
+        ({"weight": torch.ones(VOCAB, dtype=torch.long)}, TypeError, "or None; got torch.int64"),
+        ({"weight": torch.ones(VOCAB - 1)}, ValueError, r"weight must be \(V,\) = \(300,\), .*; got shape \(299,\)"),
+        ({"weight": torch.ones(VOCAB, 1)}, ValueError, r"weight must be \(V,\)"),
+        ({"weight": torch.ones(VOCAB, device="meta")}, ValueError, "weight is on meta but labels is on cpu"),
+        ({"weight": torch.ones(VOCAB, requires_grad=True)}, ValueError, "weight must not require a gradient"),
+        (
+            {"weight": torch.ones(VOCAB), "label_smoothing": 0.1},
+            ValueError,
+            "weight cannot be given with label_smoothing=0.1: torch weights every term",
+        ),
         (
             {"labels": torch.full((ROWS,), VOCAB)},
             ValueError,
@@ -154,3 +237,11 @@ def test_bad_input_is_named(change, error, words):
     labels = change.pop("labels", labels)
     with pytest.raises(error, match=words):
         linear_cross_entropy(leaves[0], leaves[1], labels, **change)
+
+
+def test_class_weights_beside_a_group():
+    """On every rank alike, before the ranks exchange anything."""
+    *leaves, labels = inputs(torch.float32)
+    head = LMHead(leaves[1], group="WORLD", vocab_start=0)
+    with pytest.raises(ValueError, match=r'weight cannot be given with head\.group; use reduction="none"'):
+        linear_cross_entropy(leaves[0], head, labels, weight=torch.ones(VOCAB))

@@ -337,6 +337,14 @@ MUTATIONS = [
         "gathered_for_its_forward",
     ),
     Mutation(
+        "cross entropy: the mean of class weights divides by the count",
+        "fastpg/linear/linear_cross_entropy.py",
+        "factors.sum(), 1)",
+        "(labels != IGNORED_TOKEN).sum(), 1)",
+        "linear_cross_entropy",
+        "weights_are_torchs",
+    ),
+    Mutation(
         "prompt tuning: the states of virtual tokens are cut from the end",
         "fastpg/integrations/transformers.py",
         "compute(hidden[:, first:], *others)",
