@@ -37,6 +37,7 @@ from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput, per_token
 from ..loss.reductions import Reduction, mean_of_kept
 from ..loss.sequences import check_sequence_ids
+from .deepspeed import gather_for_backward
 from .peft import causal_lm, check_labels_are_ours, shortcuts, states_before
 
 # (hidden states (B, T, H), the head, arguments of the loss such as `labels`) -> fields of a HeadlessOutput
@@ -315,7 +316,7 @@ def _headless_forward(
     arguments, inputs = _loss_arguments(original, args, kwargs)
     layer = lm.get_output_embeddings()
     before = [*layer.parameters()]  # which FSDP2 replaces for the layer's call
-    _gather_for_backward(lm, before)
+    gather_for_backward(lm, before)  # its own never runs, as its output, the probe, is a constant
     calls: list[tuple] = []  # (hidden states, fields computed from them, the head, the probe)
     scaled_before = lm.config.get_text_config().model_type in _SCALED_BEFORE_THE_HEAD
 
@@ -349,15 +350,6 @@ def _headless_forward(
     if result.loss is not None and result.aux_loss is not None:
         result.loss = result.loss + _router_coefficient(lm) * result.aux_loss.to(result.loss.device)
     return result
-
-
-def _gather_for_backward(lm: PreTrainedModel, parameters: list[torch.nn.Parameter]) -> None:
-    """Tells ZeRO-3 to gather them for the model's backward. Its own never runs, as its output, the probe, is a constant."""
-    for parameter in parameters:
-        if hasattr(parameter, "ds_id") and torch.is_grad_enabled():
-            import deepspeed
-
-            deepspeed.zero.register_external_parameter(lm, parameter)
 
 
 def _until_backward(head: LMHead, arguments: dict[str, Any]) -> LMHead:

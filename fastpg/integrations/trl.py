@@ -28,6 +28,7 @@ from ..linear.outputs import TokenStatistics
 from ..lm_head import LMHead
 from ..loss.reductions import mean_of_kept
 from ..validation import IGNORED_TOKEN
+from .deepspeed import gather_for_backward, gathered, gathered_by_layer
 
 _NEEDED = "fastpg.integrations.trl needs trl >= 1.16, the first whose trainers call the model with fused_lm_head=True"
 _TESTED = "1.16.0"  # the versions of TRL that the tests have run on, the oldest and the newest of them being one
@@ -106,7 +107,7 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
     for (model, _), scorer in zip(found, scorers, strict=True):
         _check_head(model)
         if model is found[0][0]:
-            with trainer.accelerator.autocast():
+            with trainer.accelerator.autocast(), gathered_by_layer(model):
                 _check_against_own_logits(model, scorer)
     for (model, _), scorer in zip(found, scorers, strict=True):
         heads._placed.append(_place(model, scorer, output))
@@ -201,7 +202,10 @@ def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs
         tokens = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED_TOKEN)], 1)
     rows = kept(tokens != IGNORED_TOKEN)  # the host waits before the model runs
     backbone = model.base_model(*args, **kwargs)
-    found = scorer(model, backbone.last_hidden_state, tokens, rows)
+    parameters = [*model.get_output_embeddings().parameters()]
+    gather_for_backward(model, parameters)
+    with gathered(parameters):
+        found = scorer(model, backbone.last_hidden_state, tokens, rows)
     per_token = {"log_probs": found.logprobs} | {
         name: getattr(found, name) for name in _STATISTICS if name in scorer.settings.outputs
     }
@@ -247,9 +251,6 @@ def _check_trainer(trainer: Any) -> None:
         raise TypeError(f"use_fastpg wants a trainer of TRL's; got {type(trainer).__name__}")
     if getattr(trainer.args, "use_liger_kernel", False):
         raise ValueError("use_liger_kernel=True patches the model when training starts, and would drop fastpg's head; use one")
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError("DeepSpeed ZeRO-3 empties lm_head.weight outside its own forward; use_fastpg works with ZeRO-1 and 2")
 
 
 def _fused_models(trainer: Any, name: str) -> Iterator[tuple[nn.Module, _Settings]]:
@@ -314,7 +315,8 @@ def _check_head(model: nn.Module) -> None:
     training = layer.training
     try:
         layer.train()
-        LMHead.from_model(model)
+        with gathered(layer.parameters()):
+            LMHead.from_model(model)
     finally:
         layer.train(training)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 to 3 on two processes. In subprocesses: deepspeed warns and patches where it is imported."""
+"""DeepSpeed's ZeRO on two processes. In subprocesses: deepspeed warns and patches where it is imported."""
 
 import importlib.util
 import json
@@ -10,35 +10,51 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parents[1] / "support" / "zero_program.py"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra [deepspeed]")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra [deepspeed]")
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_zero_trains_as_without_it(tmp_path, stage):
+def on_two_processes(folder, program, *arguments):
+    """What each of them says in its last line."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), stage], cwd=tmp_path,
-            env=inherited | common | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
+    said = [(folder / f"out{r}", folder / f"err{r}") for r in range(2)]  # pipes would fill up with deepspeed's warnings
+    ranks = []
     try:
-        said = [rank.communicate(timeout=150) for rank in ranks]
+        for r, (out, err) in enumerate(said):
+            environment = inherited | common | {"RANK": str(r), "LOCAL_RANK": str(r)}
+            with out.open("w") as stdout, err.open("w") as stderr:
+                command = [sys.executable, str(SUPPORT / program), *arguments]
+                ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=stderr))
+        codes = [rank.wait(timeout=150) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    for rank, (out, err) in zip(ranks, said, strict=True):
-        assert rank.returncode == 0, err[-3000:]
-        found = json.loads(out.splitlines()[-1])
+            rank.wait()
+    assert codes == [0, 0], "".join(err.read_text()[-3000:] for _, err in said)
+    return [json.loads(out.read_text().splitlines()[-1]) for out, _ in said]
+
+
+@pytest.mark.parametrize("arguments", [("1",), ("2",), ("3",), ("3", "lora on the lm_head")])
+def test_zero_trains_as_without_it(arguments, tmp_path):
+    for found in on_two_processes(tmp_path, "zero_program.py", *arguments):
         assert len(found["steps"]) == 3
         for step in found["steps"]:
             for ours, theirs in step:
                 assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
         assert found["difference"] < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the extra [trl]")
+def test_trls_trainers_under_zero3(tmp_path):
+    for found in on_two_processes(tmp_path, "zero3_trl_program.py", str(tmp_path)):
+        assert found.keys() == {"sft", "sft with lora", "dpo", "grpo"}
+        for name, run in found.items():
+            assert len(run["ours"]) == 3, name
+            assert run["ours"] == pytest.approx(run["theirs"], rel=1e-5, abs=1e-5), name
+            assert run["difference"] < 1e-5 < 1e-2 < run["moved"], name
+            assert run["whole"] == [False, True], name  # use_fastpg runs the model with one layer whole at a time

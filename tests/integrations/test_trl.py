@@ -17,6 +17,7 @@ pytest.importorskip("trl.trainer.utils", reason="needs the extra [trl]")
 peft = pytest.importorskip("peft")
 
 import trl.trainer.utils as trl_utils
+from partitioned import gather, partition, replace_deepspeed
 from ranks import run_on_ranks
 from tiny_trl import STEPS, VOCAB, fused, stub, tiny_model
 from transformers import (
@@ -358,6 +359,26 @@ def gradients_on_ranks(rank):
 def test_ddp_and_fsdp2():
     """Also where the head is sharded on its own, and reaches the call as a DTensor: TRL 1.16 then leaves its gradient local."""
     assert max(max(errors) for errors in run_on_ranks(gradients_on_ranks, 2)) < 1e-5
+
+
+def test_a_head_that_zero3_has_partitioned(calls, monkeypatch):
+    """test_deepspeed.py trains with DeepSpeed itself, of which newer versions gather by themselves what a forward reads."""
+    registered, ids = replace_deepspeed(monkeypatch), torch.randint(2, VOCAB, (2, 7))
+    model, whole = fused(tiny_model()), fused(tiny_model())
+    use_fastpg(stub(model))
+    use_fastpg(stub(whole))
+    weight = model.lm_head.weight
+    partition(model.lm_head, in_its_forward=False)
+    with torch.no_grad():
+        model(ids, labels=ids, fused_lm_head=True)
+    assert registered == [(model, weight)]
+    loss = model(ids, labels=ids, fused_lm_head=True).loss
+    assert weight.numel() == 0
+    gather(weight)  # DeepSpeed does before the model's backward, since the weight was registered with it
+    loss.backward()
+    whole(ids, labels=ids, fused_lm_head=True).loss.backward()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
 
 
 # The way back

@@ -1,12 +1,12 @@
 """Models that are wrapped, compiled, split across devices or gathered by hooks: against the models' own logits."""
 
 import functools
-import sys
 import types
 
 import pytest
 import torch
 import transformers
+from partitioned import gather, partition, replace_deepspeed
 
 from fastpg import CISPO, LMHead, linear_cispo_loss, linear_logprobs, linear_policy_loss
 from fastpg.integrations.transformers import causal_lm_policy_loss, patched, token_logprobs
@@ -158,31 +158,12 @@ def test_from_model_sees_through_a_wrapper():
         LMHead.from_model(torch.nn.Linear(2, 2))
 
 
-def partition(layer):
-    """What DeepSpeed's ZeRO-3 does with a layer: its weight is whole in its own forward alone, and where it is gathered."""
-    p, whole = layer.weight, layer.weight.data
-    p.ds_id, p.ds_shape = 0, whole.shape
-
-    def gather(*_):
-        p.data = whole
-
-    def release(*_):
-        p.data = torch.empty(0, dtype=whole.dtype)
-
-    layer.register_forward_pre_hook(gather)
-    layer.register_forward_hook(release)
-    release()
-    return gather
-
-
 def test_a_head_that_is_gathered_for_its_forward(monkeypatch):
     """test_deepspeed.py trains with DeepSpeed itself."""
-    model, registered = llama(), []
-    zero = types.SimpleNamespace(register_external_parameter=lambda *given: registered.append(given))
-    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    model, registered = llama(), replace_deepspeed(monkeypatch)
     want, whole = own_logprobs(model), llama().requires_grad_(False)
     whole.load_state_dict(model.state_dict())
-    gather = partition(model.lm_head)
+    partition(model.lm_head)
     got = token_logprobs(model, IDS).logprobs[:, 1:]
     assert torch.allclose(got, want, atol=1e-9)
     with pytest.raises(ValueError, match="partitioned by DeepSpeed's ZeRO-3"):
@@ -192,7 +173,7 @@ def test_a_head_that_is_gathered_for_its_forward(monkeypatch):
     [(holder, parameter)] = registered
     assert holder is model
     assert parameter is model.lm_head.weight
-    gather()  # DeepSpeed does before the model's backward, since the weight was registered with it
+    gather(model.lm_head.weight)  # DeepSpeed does before the model's backward, since the weight was registered with it
     got.sum().backward()
     whole.requires_grad_()
     own_logprobs(whole).sum().backward()

@@ -353,6 +353,22 @@ MUTATIONS = [
         "own_logits",
     ),
     Mutation(
+        "ZeRO-3: TRL's head is read where it is partitioned",
+        "fastpg/integrations/trl.py",
+        "with gathered(parameters):",
+        "with gathered([]):",
+        "trl",
+        "zero3",
+    ),
+    Mutation(
+        "ZeRO-3: the head is not gathered for the backward",
+        "fastpg/integrations/deepspeed.py",
+        'if hasattr(parameter, "ds_id"):',
+        'if hasattr(parameter, "ds_id") and not torch.is_grad_enabled():',
+        "wrapped_models",
+        "gathered_for_its_forward",
+    ),
+    Mutation(
         "from_model: a forward bound to another layer is taken for the layer's own",
         "fastpg/lm_head.py",
         'getattr(forward, "__self__", None)) != (cls.forward, layer):',

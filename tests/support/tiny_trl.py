@@ -66,7 +66,7 @@ def maker(tokenizer, folder):
 
 def stub(model, ref_model=None, **args):
     """What use_fastpg reads of a trainer."""
-    accelerator = types.SimpleNamespace(autocast=contextlib.nullcontext, state=types.SimpleNamespace())
+    accelerator = types.SimpleNamespace(autocast=contextlib.nullcontext)
     return types.SimpleNamespace(model=model, ref_model=ref_model, args=types.SimpleNamespace(**args), accelerator=accelerator)
 
 

@@ -1,7 +1,9 @@
 """Run on two processes with torchrun's variables: three steps of a tiny Llama under DeepSpeed's ZeRO, and of a copy without.
 
-Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. Writes a line of
-JSON: the losses of each step, with those of the copy, and the largest difference of parameters at the end.
+Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. With "lora on the
+lm_head" too, adapters are trained, of the lm_head too. The rows are scored without gradients first, as a policy is before it is
+trained. Writes a line of JSON: the losses of each step, with those of the copy, and the largest difference of parameters at the
+end.
 """
 
 import json
@@ -28,10 +30,15 @@ CONFIG = {
 }  # fmt: skip
 
 
-def build() -> LlamaForCausalLM:
+def build() -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes))
+    if "lora on the lm_head" not in sys.argv:
+        return model
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
 
 
 def losses(model: torch.nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,11 +50,17 @@ def losses(model: torch.nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return one_pass, -token_logprobs(model, ids).logprobs.mean()
 
 
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
 def main() -> None:
     deepspeed.init_distributed("gloo")
     model, copy = build(), build()
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=CONFIG)[0]
-    optimizer, steps = torch.optim.SGD(copy.parameters(), lr=0.1), []
+    engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=CONFIG)[0]
+    optimizer, steps = optimizer_of(copy), []
+    with torch.no_grad():
+        losses(engine, RANK)
     for _ in range(3):
         one_pass, two_passes = losses(engine, RANK)
         engine.backward(one_pass + 0.3 * two_passes)
