@@ -7,7 +7,8 @@
 TRL (1.16 and later) replaces the forward of its policy and reference model. Called with `fused_lm_head=True` and `labels`, that
 forward returns log-probabilities and statistics of each token, from which every loss is computed. `use_fastpg` puts one more
 forward in front of it, on the model's instance. This one answers such calls and passes all others (generation) on to TRL's. It
-runs in the place of TRL's, inside the model's wrappers, so that hooks of DDP and FSDP fire and adapters switch as PEFT wants.
+runs in the place of TRL's, inside the model's wrappers, so that hooks of DDP, FSDP and DeepSpeed fire and adapters switch as
+PEFT wants.
 """
 
 from __future__ import annotations
@@ -87,12 +88,13 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
     Returns a handle with `undo()`, also a context manager.
 
     For LoRA on the lm_head, which TRL's trainers refuse when built, see `build_trainer`.
+    Under DeepSpeed's ZeRO-3 every rank has to call it, before `train`. The check below then gathers one decoder layer at a time.
 
     Raises, before anything is changed:
         ImportError: trl is older than 1.16, or its head gives or takes other things than those that the tests have run on.
-        TypeError, ValueError: the trainer's models have no fused head, or have fastpg's already; Liger or DeepSpeed ZeRO-3 is
-            in use; the head is no linear layer; it has an adapter that `LMHead.from_model` cannot express in training mode,
-            such as one with dropout; or it gives other log-probabilities than the policy's own forward on four tokens.
+        TypeError, ValueError: the trainer's models have no fused head, or have fastpg's already; Liger is in use; the
+            head is no linear layer; it has an adapter that `LMHead.from_model` cannot express in training mode, such as one
+            with dropout; or it gives other log-probabilities than the policy's own forward on four tokens.
     """
     output = _output_class()
     _check_trainer(trainer)
