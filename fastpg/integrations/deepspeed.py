@@ -48,7 +48,8 @@ def gather_for_backward(module: torch.nn.Module, parameters: Iterable[torch.nn.P
 def gathered_by_layer(model: PreTrainedModel) -> Iterator[None]:
     """Within the context the model can be called before it has an engine, which would gather its parameters.
 
-    The parameters of one decoder layer are whole at a time, so that a model that fits on no single rank can run.
+    Of the decoder layers one is whole at a time, so that a model that fits on no single rank can run. All else, such as the
+    embeddings and the lm_head, is whole in the context.
     """
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     in_layers = {id(p) for layer in layers for p in layer.parameters()}

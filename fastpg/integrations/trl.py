@@ -88,7 +88,7 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
     Returns a handle with `undo()`, also a context manager.
 
     For LoRA on the lm_head, which TRL's trainers refuse when built, see `build_trainer`.
-    Under DeepSpeed's ZeRO-3 every rank has to call it, before `train`. The check below then gathers one decoder layer at a time.
+    Under DeepSpeed's ZeRO-3 every rank has to call it, before `train`. It gathers one decoder layer at a time.
 
     Raises, before anything is changed:
         ImportError: trl is older than 1.16, or its head gives or takes other things than those that the tests have run on.
