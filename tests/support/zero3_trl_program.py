@@ -15,7 +15,7 @@ import peft
 import torch
 from tiny_trl import make_tokenizer, reward, tiny_model
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from zero3_program import CONFIG
+from zero_program import CONFIG
 
 from fastpg.integrations.trl import use_fastpg
 

@@ -1,9 +1,9 @@
 """Run on two processes with torchrun's variables: three steps of a tiny Llama under DeepSpeed's ZeRO, and of a copy without.
 
-Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. With "lora on the
-lm_head" too, adapters are trained, of the lm_head too. The rows are scored without gradients first, as a policy is before it is
-trained. Writes a line of JSON: the losses of each step, with those of the copy, and the largest difference of parameters at the
-end.
+Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. A second argument,
+"lora on the lm_head", trains adapters, of the lm_head too. The rows are scored without gradients first, as a policy is before it
+is trained. Writes a line of JSON: the losses of each step, with those of the copy, and the largest difference of parameters at
+the end.
 """
 
 import json
@@ -22,8 +22,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_clipping": 0.0,
     "zero_optimization": {
-        "stage": int(sys.argv[1]), "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000,
-        "stage3_prefetch_bucket_size": 1000,
+        "stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000,
     },
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
@@ -57,6 +56,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 def main() -> None:
     deepspeed.init_distributed("gloo")
     model, copy = build(), build()
+    CONFIG["zero_optimization"]["stage"] = int(sys.argv[1])
     engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=CONFIG)[0]
     optimizer, steps = optimizer_of(copy), []
     with torch.no_grad():
