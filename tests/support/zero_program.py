@@ -2,8 +2,8 @@
 
 Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. A second one,
 "lora on the lm_head", trains adapters, of the lm_head too. The rows are scored without gradients first, as a policy is before
-it is trained. Writes a line of JSON: the losses of each step, with those of the copy, and the largest difference of parameters at the
-end.
+it is trained. Writes a line of JSON: the losses of each step, with those of the copy, and the largest difference of parameters
+at the end.
 """
 
 import json
