@@ -16,6 +16,7 @@ from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
 from .linear.outputs import TokenStatistics
 from .linear.selective_logprobs import selective_logprobs
+from .linear.support import Support
 from .lm_head import LMHead
 from .loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
 from .loss.policy_loss import PolicyLossOutput, policy_loss
@@ -36,6 +37,7 @@ __all__ = [
     "PPOClip",
     "PolicyLossOutput",
     "Reinforce",
+    "Support",
     "TokenLogprobs",
     "TokenStatistics",
     "advantages",

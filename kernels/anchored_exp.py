@@ -1,6 +1,6 @@
 """Kernel 2: product 1 of the one-pass schedule, with the exponential in its epilogue.
 
-    E_nv = exp(z_nv - anchor_n)        0 in the target's column (v = y_n)
+    E_nv = exp(z_nv - anchor_n)        0 in the target's column (v = y_n), and outside the row's support
     S_n  = sum_v E_nv                  one partial per row and column tile, Q_n likewise
 
 anchor_n = z_n,y - clamp(old_n) estimates the row's logsumexp before any other logit of the row is known. So no maximum is
@@ -41,6 +41,7 @@ from .tile import (
     LOG2E,
     add_bias,
     halves,
+    in_sets,
     logits,
     part_columns,
     round_to,
@@ -103,6 +104,8 @@ def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.const
         counts = columns[None, :] != mine.token[:, None]
         if not TILE.EVEN_V:
             counts &= (columns < head.V)[None, :]
+        if rows.SETS is not None:
+            counts &= in_sets(rows, mine.r, columns, head.V)
         e = tl.where(counts, tl.exp2(log2_e), 0.0)
         s = tl.sum(e, 1)
         q = s

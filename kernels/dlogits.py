@@ -26,6 +26,7 @@ from .tile import (
     LOG2E,
     add_bias,
     halves,
+    in_sets,
     log_sigmoid,
     logits,
     part_columns,
@@ -131,6 +132,8 @@ def _epilogue(score, start, mine, rows, head, incoming, out, PARTS: tl.constexpr
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
     d = gradient_entries(z, columns, mine, incoming)
+    if rows.SETS is not None:
+        d = tl.where(in_sets(rows, mine.r, columns, head.V), d, 0.0)
     if head.inner is not None:
         d = d * slope
     stored = round_to(d, out.D.dtype.element_ty, TILE.WIDEN)

@@ -12,8 +12,8 @@ rows in registers (Milakov and Gimelshein, arXiv 1805.02867). When the pivot mov
 and q becomes e^d (q + s d). `combine_kernel` does the same across splits, in their order. Unless other ranks hold other
 columns, it also finishes the row: its log-probability and its entropy.
 
-A column that must not count (the target's, or one beyond the vocabulary) enters as z = -inf. The pivot is 0 until a column has
-counted, because -inf - -inf would be NaN. A NaN logit reaches s, whatever the maximum makes of it.
+A column that must not count (the target's, one beyond the vocabulary or outside the row's support) enters as z = -inf. The pivot
+is 0 until a column has counted, because -inf - -inf would be NaN. A NaN logit reaches s, whatever the maximum makes of it.
 
 Further statistics of a row, where they are asked for, come from the same sweep (`row_statistics`).
 """
@@ -34,6 +34,7 @@ from .tile import (
     add_bias,
     entropy_from_log_odds,
     halves,
+    in_sets,
     log_sigmoid,
     logits,
     others_only,
@@ -55,6 +56,14 @@ class Running(NamedTuple):
     M: Any
     S: Any
     Q: Any = None
+
+
+class Lane(NamedTuple):
+    """The numbers of each row that the sweep needs, (ROWS,) each."""
+
+    r: Any
+    token: Any
+    scale: Any
 
 
 class Finished(NamedTuple):
@@ -84,19 +93,23 @@ def fold(z, m, s, q, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _fold_parts(
-    score, start, m, s, q, f, token, scale, head, out, further, PARTS: tl.constexpr, TILE: tl.constexpr
+    score, start, m, s, q, f, mine, rows, head, out, further, PARTS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """The running statistics that `out` and `further` ask for, updated with a tile, part by part."""
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
-        m, s, q, f = _fold_parts(left, start, m, s, q, f, token, scale, head, out, further, PARTS // 2, TILE)
+        m, s, q, f = _fold_parts(left, start, m, s, q, f, mine, rows, head, out, further, PARTS // 2, TILE)
         middle = start + right.shape[1] // TILE.WARP_GROUPS
-        return _fold_parts(right, middle, m, s, q, f, token, scale, head, out, further, PARTS // 2, TILE)
+        return _fold_parts(right, middle, m, s, q, f, mine, rows, head, out, further, PARTS // 2, TILE)
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
-    z, _ = logits(add_bias(score, head, columns), scale[:, None], head.inner)
-    others = others_only(z, columns, token, head.V)
+    z, _ = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
+    others = others_only(z, columns, mine.token, head.V)
+    counts = (columns < head.V)[None, :]
+    if rows.SETS is not None:
+        counts = in_sets(rows, mine.r, columns, head.V)
+        others = tl.where(counts, others, float("-inf"))
     larger, s, q = fold(others, m, s, q, out.Q is not None)
-    return larger, s, q, fold_further(f, further, z, others, columns, head.V, m, larger)
+    return larger, s, q, fold_further(f, further, z, others, columns, counts, m, larger)
 
 
 @triton.jit
@@ -114,8 +127,7 @@ def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.
     row_tile, split = tile_position(tl.program_id(0), tl.cdiv(rows.C, TILE.ROWS), splits)
     r = row_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
     inside = r < rows.C
-    token = row_token(rows, r, inside).to(tl.int32)
-    scale = row_scale(rows, r, inside)
+    mine = Lane(r, row_token(rows, r, inside).to(tl.int32), row_scale(rows, r, inside))
     ROWS: tl.constexpr = TILE.ROWS
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
@@ -124,7 +136,7 @@ def logsumexp_kernel(X, W, rows, head, out, further, K: tl.constexpr, TILES: tl.
     for tile in range(0, tl.minimum(TILES, tl.cdiv(head.V, TILE.COLUMNS) - split * TILES)):
         start = (split * TILES + tile) * TILE.COLUMNS
         score = product_tile(X, W, row_tile * TILE.ROWS, start, rows, head, TILE)
-        m, s, q, f = _fold_parts(score, start, m, s, q, f, token, scale, head, out, further, TILE.PARTS, TILE)
+        m, s, q, f = _fold_parts(score, start, m, s, q, f, mine, rows, head, out, further, TILE.PARTS, TILE)
     place = r.to(tl.int64) * splits + split
     store_running(out, place, inside, m, s, q)
     store_further(further, place, inside, f, K)

@@ -29,6 +29,7 @@ class Operands(NamedTuple):
     tokens: torch.Tensor  # (C,); anything outside [0, V) has no column here
     scale: torch.Tensor | float  # scale_n in `tile`: (C,) fp32, or one number for all rows
     inner: float | None  # as in `tile`; None without a softcap
+    sets: torch.Tensor | None = None  # (C, ceil(V / 8)) uint8: bit v % 8 of byte v // 8 says whether column v counts; None: all
 
     def vector(self) -> torch.Tensor:
         """An empty (C,) fp32."""
@@ -47,6 +48,8 @@ class Rows(NamedTuple):
     stride_x: Any
     stride_l: Any
     C: Any
+    SETS: Any = None  # bytes (C, ceil(V / 8)), or None
+    stride_s: Any = None
 
 
 class Head(NamedTuple):
@@ -105,7 +108,8 @@ def tile_arguments(p: Operands, blocks: Blocks, stores: bool = False) -> tuple[A
 def rows_of(p: Operands, low_rank: torch.Tensor | None) -> Rows:
     vector, number = (p.scale, None) if isinstance(p.scale, torch.Tensor) else (None, float(p.scale))
     stride_l = None if low_rank is None else low_rank.stride(0)
-    return Rows(p.tokens, vector, number, low_rank, p.hidden.stride(0), stride_l, p.tokens.shape[0])
+    stride_s = None if p.sets is None else p.sets.stride(0)
+    return Rows(p.tokens, vector, number, low_rank, p.hidden.stride(0), stride_l, p.tokens.shape[0], p.sets, stride_s)
 
 
 def head_of(p: Operands, b: torch.Tensor | None) -> Head:

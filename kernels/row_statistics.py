@@ -73,10 +73,10 @@ def ordered_bits(z):
 
 
 @triton.jit
-def insert(top, z, columns, V):
-    """The K largest of the keys `top` (ROWS, K) and of the logits z (ROWS, COLUMNS), most of which have none to insert."""
+def insert(top, z, columns, counts):
+    """The K largest of the keys `top` (ROWS, K) and of the logits z (ROWS, COLUMNS) that count. Most tiles insert none."""
     keys = (ordered_bits(z) << 32) + ((-columns).to(tl.int64) + NO_COLUMN)[None, :]
-    keys = tl.where((columns < V)[None, :], keys, LOWEST)
+    keys = tl.where(counts, keys, LOWEST)
     best = tl.max(keys, 1)
     smallest = tl.min(top, 1)
     while tl.max((best > smallest).to(tl.int32), 0) > 0:
@@ -89,10 +89,11 @@ def insert(top, z, columns, V):
 
 
 @triton.jit
-def fold_further(f, out, z, others, columns, V, before, m):
+def fold_further(f, out, z, others, columns, counts, before, m):
     """The values that `out` asks for, updated with the logits z (ROWS, COLUMNS).
 
-    others: z with -inf in columns that are not v != y. before, m: their running maximum, without and with these.
+    others: z with -inf in columns that are not v != y. before, m: their running maximum, without and with these. counts: which
+    columns belong to the softmax, (ROWS, COLUMNS) or (1, COLUMNS).
     """
     top = f.TOP
     total = f.SUM
@@ -107,9 +108,9 @@ def fold_further(f, out, z, others, columns, V, before, m):
     if out.ABOVE is not None:
         above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
     if out.SUM is not None:
-        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), 1)
+        total += tl.sum(tl.where(counts, z, 0.0), 1)
     if out.TOP is not None:
-        top = insert(top, z, columns, V)
+        top = insert(top, z, columns, counts)
     return Further(top, total, squares, above, f.TARGET)
 
 
@@ -174,9 +175,10 @@ def empty_further(like: torch.Tensor, shape: tuple[int, ...], keys: int, wanted:
 def largest_of(top: torch.Tensor, count: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits (C, count) fp32 in descending order, and their columns (int64), from keys (C, splits, K).
 
-    Where a row has fewer logits, the rest being NaN, they are NaN, and their columns any.
+    Where fewer logits of a row count, the rest are -inf, and their columns any.
     """
     keys = top.flatten(1).topk(count, 1).values
+    missing = keys < _LOWEST + top.shape[2]
     ordered = keys >> 32
     bits = torch.where(ordered < 0, ordered ^ _NO_COLUMN, ordered).to(torch.int32)
-    return bits.view(torch.float32), (_NO_COLUMN - (keys & 0xFFFFFFFF)).clamp(max=vocab - 1)
+    return bits.view(torch.float32).masked_fill(missing, -torch.inf), (_NO_COLUMN - (keys & 0xFFFFFFFF)).clamp(max=vocab - 1)

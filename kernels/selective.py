@@ -17,7 +17,7 @@ import triton.language as tl
 from .blocks import cdiv
 from .dlogits import Incoming, Statistics, gradient_entries, row_terms
 from .logsumexp import Finished, Running, finished, fold, store_running
-from .tile import INTERPRETED, others_only, round_to
+from .tile import INTERPRETED, in_sets, others_only, round_to
 
 _ROWS = 64 if INTERPRETED else 4
 _COLUMNS = 1024
@@ -34,6 +34,8 @@ class ReadyLogits(NamedTuple):
     C: Any
     V: Any
     stride_z: Any
+    SETS: Any = None  # bytes (C, ceil(V / 8)), as in `operands.Rows`, or None
+    stride_s: Any = None
 
 
 @triton.jit
@@ -77,6 +79,8 @@ def selective_logsumexp_kernel(ready, out, TARGET, ROWS: tl.constexpr, COLUMNS: 
         start = (split * TILES + tile) * COLUMNS
         z = _load(ready, r, start, COLUMNS) * scale[:, None]
         z = others_only(z, start + tl.arange(0, COLUMNS), column, ready.V)
+        if ready.SETS is not None:
+            z = tl.where(in_sets(ready, r, start + tl.arange(0, COLUMNS), ready.V), z, float("-inf"))
         m, s, q = fold(z, m, s, q, out.Q is not None)
     store_running(out, r * splits + split, in_chunk, m, s, q)
 
@@ -97,6 +101,8 @@ def selective_dlogits_kernel(
     mine = row_terms(r, keep, token, scale, scale, statistics, incoming)
     d = gradient_entries(_load(ready, r, start, COLUMNS) * scale[:, None], columns, mine, incoming)
     d = tl.where(keep[:, None], d, 0.0)
+    if ready.SETS is not None:
+        d = tl.where(in_sets(ready, r, columns, ready.V), d, 0.0)
     pointers = D + r[:, None] * stride_d + columns[None, :]
     tl.store(pointers, round_to(d, D.dtype.element_ty, WIDEN), mask=in_chunk[:, None] & (columns < ready.V)[None, :])
 
@@ -106,8 +112,10 @@ def ready_logits(
     keep: torch.Tensor,  # (C,) bool
     tokens: torch.Tensor,  # (C,)
     scale: torch.Tensor | None,  # (C,) fp32
+    sets: torch.Tensor | None,  # (C, ceil(V / 8)) uint8
 ) -> ReadyLogits:
-    return ReadyLogits(logits, keep.view(torch.uint8), tokens, scale, *logits.shape, logits.stride(0))
+    stride = None if sets is None else sets.stride(0)
+    return ReadyLogits(logits, keep.view(torch.uint8), tokens, scale, *logits.shape, logits.stride(0), sets, stride)
 
 
 def selective_logsumexp(ready: ReadyLogits, entropy: bool) -> Finished:

@@ -166,6 +166,14 @@ def others_only(z, columns, token, V):
 
 
 @triton.jit
+def in_sets(rows, r, columns, V):
+    """(ROWS, COLUMNS) bool: whether a column belongs to the softmax of a row; False beyond the edges. rows: with SETS."""
+    inside = (r < rows.C)[:, None] & (columns < V)[None, :]
+    places = rows.SETS + r.to(tl.int64)[:, None] * rows.stride_s + (columns // 8)[None, :]
+    return ((tl.load(places, mask=inside, other=0).to(tl.int32) >> (columns % 8)[None, :]) & 1) != 0
+
+
+@triton.jit
 def logits(score, scale, inner):
     """score -> (z, slope of the softcap). Without a softcap, inner None, the slope is 1."""
     if inner is not None:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 _EQUAL = (
     "fp32_head", "the dtype of hidden", "hidden's size H", "the number of tokens", "tokens and mask", "the rank of lora",
     "lora's scale", "softcap", "logit_scale", "temperature", "entropy", "which of hidden and lora's A need a gradient",
-    "whether there is a gradient to compute", "the backend", "check", "old_logprobs",
+    "whether there is a gradient to compute", "the backend", "check", "old_logprobs", "support",
 )  # fmt: skip
-_OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "rows of a chunk")
+_OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "largest token", "largest id", "rows of a chunk")
 
 
 class Facts:
@@ -45,9 +45,11 @@ class Facts:
         entropy: bool,
         further: tuple[int, ...] = (0,),
         old_logprobs: torch.Tensor | None = None,
+        sets: tuple[torch.Tensor, torch.Tensor] | None = None,
         chunk: int = 0,
     ) -> None:
-        """further: which further statistics are asked for, and last top_k."""
+        """further: which further statistics are asked for, and last top_k. sets: a checksum of those of a support, and the
+        largest id in them."""
         hidden, head, tokens, _, temperature, backend, check = inputs
         if head.group is None:
             return
@@ -66,6 +68,7 @@ class Facts:
             _bits(head.softcap or 0), _bits(head.logit_scale),
             _checksum(temperature, computed, place), _packed(entropy, further), grad * (2 * hidden.requires_grad + of_lora),
             int(any(wanted)), int(backend == "triton"), int(check), _checksum(old_logprobs, computed, place),
+            -1 if sets is None else sets[0],
         )  # fmt: skip
         smallest, largest = torch.where(flat, kept, 0), kept
         if len(kept):
@@ -75,7 +78,7 @@ class Facts:
         self.numbers = dict(zip(_EQUAL, values, strict=True))
         self.numbers |= {
             "failed": 0, "vocab_start": head.vocab_start, "rows of the weight": len(head.weight), "smallest token": smallest,
-            "largest token": largest, "rows of a chunk": chunk,
+            "largest token": largest, "largest id": -1 if sets is None else sets[1], "rows of a chunk": chunk,
         }  # fmt: skip
 
 
@@ -156,6 +159,8 @@ def _compare(table: list[dict[str, int]], facts: Facts) -> None:
     if table[0]["smallest token"] < 0 or table[0]["largest token"] >= edge:
         bad = min(table[0]["smallest token"], 0) or table[0]["largest token"]
         raise ValueError(f"tokens must be in [0, {edge}), the vocabulary of all ranks, or -100; got {bad}")
+    if table[0]["largest id"] >= edge:
+        raise ValueError(f"support.ids must be in [0, {edge}), the vocabulary of all ranks; got {table[0]['largest id']}")
     if table[0]["top_k"] > edge:
         raise ValueError(f"top_k must be at most V = {edge}, the vocabulary of all ranks; got {table[0]['top_k']}")
     facts.chunk = min(row["rows of a chunk"] for row in table) or None

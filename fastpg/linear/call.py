@@ -19,6 +19,7 @@ from ..tiles.structures import Head, TokenInputs, Wanted
 from . import operators
 from .kept import Kept, check_kept, raise_for_rows
 from .rows import Rows
+from .support import Support, check_sets, check_support
 
 
 class Inputs(NamedTuple):
@@ -73,12 +74,13 @@ def counted(
     rollout_weights: torch.Tensor | None = None,
     old_logprobs: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
+    support: Support | None = None,
 ) -> Counted:
     """The tokens that count. With advantages (...), those that add exactly 0 to the loss are not computed (`torch_tiles.keep`).
 
     With `inputs.host_reads` the host waits for six numbers. Raises ValueError where they say that a token that counts is
     outside the vocabulary, or that its temperature is not a positive number. With a `Kept`, on a GPU, the host need not wait
-    yet: it does in `Counted.check`, unless ranks have to agree on the outcome.
+    yet: it does in `Counted.check`, unless ranks have to agree on the outcome. The sets of a support are checked too.
     """
     tokens, temperature, head, reads = inputs.tokens, inputs.temperature, inputs.head, inputs.host_reads
     rows = inputs.mask if isinstance(inputs.mask, Kept) else None
@@ -88,6 +90,10 @@ def counted(
     given = TokenInputs(tokens, mask, checked, advantages, rollout_weights, old_logprobs, weight, indices, vocab)
     with torch.no_grad():
         found = operators.keep(given, inputs.backend)
+        if support is not None:
+            check_support(support, tokens)
+            if reads:
+                check_sets(support, found.keep, tokens, vocab)
     count, check = None if rows is None else len(indices), _nothing
     if reads:
         check = partial(_check_numbers, HostRead(found.numbers), given, found.keep, temperature, rows)

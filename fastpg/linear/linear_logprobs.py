@@ -10,7 +10,7 @@ import torch
 from ..distributed import vocab_parallel
 from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
-from ..tiles.structures import Asked, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted
+from ..tiles.structures import Asked, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted, is_further
 from . import operators
 from .call import (
     counted,
@@ -26,6 +26,7 @@ from .online import Plan
 from .outputs import TokenStatistics, asked_of, check_top_k, token_statistics
 from .rows import Rows, rows_of
 from .statistics import row_results
+from .support import Support, agreed_sets, sets_of
 from .workspace import plan_logprobs
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class LogprobOptions(TypedDict, total=False):
     """Keyword arguments of `linear_logprobs` that do not decide what it returns; a test holds them to its signature."""
 
     mask: torch.Tensor | Kept | None
+    support: Support | None
     temperature: float | torch.Tensor
     entropy: bool
     workspace: int | None
@@ -78,6 +80,7 @@ def linear_logprobs(
     tokens: torch.Tensor,  # (...)
     *,
     mask: torch.Tensor | Kept | None = None,  # (...)
+    support: Support | None = None,
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     entropy: bool = False,
     outputs: Sequence[str] = (),
@@ -118,6 +121,10 @@ def linear_logprobs(
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, no work, gradient exactly 0.
         mask: (...) bool, False means the same. Nothing at a masked position is ever read into the arithmetic. A `Kept`, which
             `fastpg.kept` makes of it before the model runs, saves the wait for the number of rows.
+        support: a `Support`, the set of tokens that each position's softmax is over: those that the sampler kept. Sums over v
+            are then over the set, V in mean_logits is its size, and all others have gradient 0. In top_k, what a set has too
+            few of has the log-probability -inf and the id -1. It takes one bit for each logit, V / 8 bytes a row, which are
+            kept until backward; rows whose set is their token alone are not computed.
         temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
         entropy: also return the entropy of each row, in nats.
         outputs: any of the names above, as a tuple or a list.
@@ -144,12 +151,21 @@ def linear_logprobs(
             raise ValueError("mask=kept(mask, advantages) leaves out tokens whose advantage is 0: pass kept(mask)")
         if inputs.head.group is None:  # else `agreed` knows V
             check_top_k(asked.top_k, inputs.head.vocab_size)
-        tokens_that_count = counted(inputs)
+        tokens_that_count = counted(inputs, support=support)
         chunk_rows = plan_logprobs(head_of(inputs.head), asked=asked, workspace=workspace, backend=inputs.backend)
-        agreed.describe(inputs, tokens_that_count.keep, entropy=asked.entropy, further=asked[1:])
+        agreed.describe(
+            inputs,
+            tokens_that_count.keep,
+            entropy=asked.entropy,
+            further=asked[1:],
+            sets=agreed_sets(support, tokens_that_count.keep, inputs.head),
+        )
     with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, tokens_that_count)
-        found = _row_results(rows, inputs.head, asked, chunk_rows, inputs.backend)
+        sets = sets_of(support, rows, inputs, skips=not (is_further(asked) or asked.logsumexp))
+        found = _row_results(rows if sets is None else sets.rows, inputs.head, asked, chunk_rows, inputs.backend)
+        if sets is not None:
+            found = sets.completed(found, _vocab_size(inputs.head, inputs.head.group) if asked.mean else 0)
     tokens_that_count.check()
     if len(outputs) or asked.top_k:
         return token_statistics(found, rows, tokens.shape, inputs.head.vocab_start or 0, outputs)
@@ -215,15 +231,15 @@ class _LinearLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics.logprobs)
         wanted = Wanted(*ctx.needs_input_grad[:5])
-        of_sum = None if grad_mean_logits is None else grad_mean_logits / _columns(call)
+        of_sum = None if grad_mean_logits is None else grad_mean_logits / _vocab_size(call.head, call.group)
         incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp, of_sum)
         return *gradients_of(call, statistics, incoming, wanted), None
 
 
-def _columns(call: _Call) -> int | torch.Tensor:
+def _vocab_size(head: Head | LMHead, group: vocab_parallel.Group) -> int | torch.Tensor:
     """V, of all ranks."""
-    vocab = call.head.weight.shape[0]
-    return vocab if call.group is None else vocab_parallel.sum_over_ranks(call.rows.tokens.new_tensor([vocab]), call.group)
+    vocab = head.weight.shape[0]
+    return vocab if group is None else vocab_parallel.sum_over_ranks(torch.tensor([vocab], device=head.weight.device), group)
 
 
 def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:

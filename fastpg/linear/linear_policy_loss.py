@@ -35,6 +35,7 @@ from .call import (
 from .kept import Kept
 from .linear_logprobs import row_logprobs
 from .rows import Rows, rows_of
+from .support import RowSets, Support, agreed_sets, sets_of
 from .workspace import Plan, plan_policy_loss
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def linear_policy_loss(
     *,
     objective: Objective | ObjectiveFunction,
     mask: torch.Tensor | Kept | None = None,  # (...)
+    support: Support | None = None,
     sequence_ids: torch.Tensor | None = None,  # (N,)
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     reduction: Reduction = "token-mean",
@@ -75,8 +77,9 @@ def linear_policy_loss(
     which may be arbitrarily wrong: rows where it is too far off are recomputed and counted in metrics["recomputed_tokens"].
 
     Args:
-        hidden, head, tokens, mask, temperature, backend: as in `linear_logprobs`. A `Kept` of the mask and the advantages
-            leaves out what skip_zero_weight does.
+        hidden, head, tokens, mask, support, temperature, backend: as in `linear_logprobs`. A `Kept` of the mask and the
+            advantages leaves out what skip_zero_weight does. With a support, old_logprobs, rollout weights and ref_logprobs
+            are wanted over the same sets.
         old_logprobs, advantages, sequence_ids, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
         objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), or a function of (logprobs,
             old_logprobs, advantages) whose value per token is maximised. It must be elementwise and deterministic: it is called
@@ -121,7 +124,7 @@ def linear_policy_loss(
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
         skips = _skips(given, inputs, skip_zero_weight)
         judged = skips and (check or isinstance(mask, Kept))
-        that_count = counted(inputs, *(_factors(given, inputs) if judged else ()))
+        that_count = counted(inputs, *(_factors(given, inputs) if judged else ()), support=support)
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
         weights = _weights(given, inputs, that_count)
@@ -129,17 +132,17 @@ def linear_policy_loss(
             head, tokens.numel() if that_count.rows is None else that_count.rows, entropy=entropy, wanted=wanted,
             wide_weight=inputs.head.weight_grad is not None, workspace=workspace, backend=inputs.backend,
         )  # fmt: skip
-        agreed.describe(inputs, that_count.computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows)
+        agreed.describe(
+            inputs, that_count.computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows,
+            sets=agreed_sets(support, that_count.computed, inputs.head),
+        )  # fmt: skip
 
     with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, that_count)
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
         call = _Call(rows, head, _terms(given, rows, weights, options), losses, options, inputs.head.weight_grad)
-        if plan.sweeps:
-            result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
-        else:
-            result = _two_passes(call, inputs.head)
+        result = _result_over(sets_of(support, rows, inputs, skips=True), call, inputs.head)
     if isinstance(mask, Kept) and not check:  # a weight of NaN shows where there is no row too
         result = Result(result.loss + (weights - weights).sum(), *result[1:])
     that_count.check()
@@ -245,6 +248,7 @@ class CallOptions(TypedDict, total=False):
     """Keyword arguments of `linear_policy_loss` that belong to a batch."""
 
     mask: torch.Tensor | Kept | None
+    support: Support | None
     sequence_ids: torch.Tensor | None
     denominator: float | torch.Tensor | None
     ref_logprobs: torch.Tensor | None
@@ -289,7 +293,7 @@ def linear_cispo_loss(
     Args:
         hidden, head, tokens, old_logprobs, advantages: as in `linear_policy_loss`.
         ratio_max, ratio_min: as in `CISPO`; None: no bound.
-        options: mask, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs, rollout_weights, entropy,
+        options: mask, support, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs, rollout_weights, entropy,
             skip_zero_weight, workspace, backend, check: as in `linear_policy_loss`, with its defaults.
     """
     objective = CISPO(ratio_max, ratio_min)
@@ -302,8 +306,8 @@ class LinearPolicyLoss(torch.nn.Module):
     LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
 
     See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, entropy,
-    skip_zero_weight, workspace, backend and check are held; mask, sequence_ids, denominator, ref_logprobs and rollout_weights
-    are given to each call.
+    skip_zero_weight, workspace, backend and check are held; mask, support, sequence_ids, denominator, ref_logprobs and
+    rollout_weights are given to each call.
     """
 
     def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[LossOptions]) -> None:
@@ -338,6 +342,25 @@ class Result(NamedTuple):
     entropies: torch.Tensor | None  # (K,)
     summary: torch.Tensor | None = None  # metrics, where kernels have computed the loss of all rows
     again: torch.Tensor | None = None  # (2,): rows that were computed again, and whether dW was too; None: none
+
+
+def _result_over(sets: RowSets | None, call: _Call, head: LMHead) -> Result:
+    """The results of a call whose rows have a softmax over these sets each; None: over the whole vocabulary."""
+    if sets is None:
+        return _result(call, head)
+    if sets.computed is None:
+        return _result(call._replace(rows=sets.rows), head)
+    found = _result(call._replace(rows=sets.rows, terms=call.terms.select(sets.computed)), head)
+    others = call.terms.select(sets.certain())
+    loss = found.loss + call.losses(torch.zeros_like(others.advantages), others).sum()
+    logprobs, entropies = sets.among_all(found.logprobs), sets.among_all(found.entropies)
+    return Result(loss, logprobs, entropies, None, found.again)
+
+
+def _result(call: _Call, head: LMHead) -> Result:
+    if call.options.plan.sweeps:
+        return Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
+    return _two_passes(call, head)
 
 
 def _two_passes(call: _Call, head: LMHead) -> Result:

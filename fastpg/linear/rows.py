@@ -31,6 +31,7 @@ class Rows(NamedTuple):
     masked: torch.Tensor | None  # (N,) bool
     tokens: torch.Tensor  # (K,) int64
     temperature: torch.Tensor | None  # (K,) in the accumulation dtype; None is 1
+    allowed: torch.Tensor | None = None  # (K, ceil(V / 8)) uint8: the columns of each row's softmax, as in `Chunk`; None: all
 
     def chunk(self, start: int, stop: int, dtype: torch.dtype, multiple: int = 1) -> Chunk:
         """Rows [start, stop) in the operand dtype `dtype`, padded to a multiple of `multiple` rows."""
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
         lora_hidden = None if self.lora_hidden is None else self._gather(self.lora_hidden, start, stop)
         tokens = part(self.tokens, start, stop)
         temperature = None if self.temperature is None else part(self.temperature, start, stop)
+        allowed = None if self.allowed is None else part(self.allowed, start, stop)
         padding = (start - stop) % multiple
         if padding:
             hidden = torch.cat([hidden, hidden.new_zeros(padding, hidden.shape[1])])
@@ -48,8 +50,10 @@ class Rows(NamedTuple):
             tokens = torch.cat([tokens, tokens.new_full((padding,), -1)])
             if temperature is not None:
                 temperature = torch.cat([temperature, temperature.new_ones(padding)])
+            if allowed is not None:
+                allowed = torch.cat([allowed, allowed.new_zeros(padding, allowed.shape[1])])
         places = None if self.indices is None else part(self.indices, start, stop)
-        return Chunk(hidden, lora_hidden, tokens, None if temperature is None else temperature[:, None], places)
+        return Chunk(hidden, lora_hidden, tokens, None if temperature is None else temperature[:, None], places, allowed)
 
     def _gather(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         x = part(x, start, stop) if self.indices is None else x[part(self.indices, start, stop)]
@@ -59,7 +63,8 @@ class Rows(NamedTuple):
         """The rows at `positions` among these K."""
         indices = positions if self.indices is None else self.indices[positions]
         temperature = None if self.temperature is None else self.temperature[positions]
-        return Rows(self.hidden, self.lora_hidden, indices, None, self.tokens[positions], temperature)
+        allowed = None if self.allowed is None else self.allowed[positions]
+        return Rows(self.hidden, self.lora_hidden, indices, None, self.tokens[positions], temperature, allowed)
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all tokens (...) -> those of these rows (K,), 0 where a row is masked."""

@@ -10,6 +10,7 @@ from ..tiles.products import accumulation_dtype
 from ..tiles.structures import Incoming, ReadyLogits, RowStatistics
 from . import operators
 from .linear_logprobs import TokenLogprobs
+from .support import Support, check_sets, check_support, packed_sets
 
 
 def selective_logprobs(
@@ -17,6 +18,7 @@ def selective_logprobs(
     tokens: torch.Tensor,  # (...)
     *,
     mask: torch.Tensor | None = None,  # (...)
+    support: Support | None = None,
     temperature: float | torch.Tensor = 1.0,  # number or (...)
     entropy: bool = False,
     backend: str | None = None,
@@ -35,7 +37,7 @@ def selective_logprobs(
             be viewed as (N, V), such as `logits[:, :-1]`, are copied once; pass all of them and end `tokens` with -100.
         tokens: (...) int64 or int32 in [0, V); -100 means "not a token": value 0, gradient exactly 0.
         mask: (...) bool, False means the same. NaN in masked rows of the logits reaches nothing.
-        temperature, entropy, backend: as in `linear_logprobs`.
+        support, temperature, entropy, backend: as in `linear_logprobs`.
         check: True checks token ids and temperatures, for which the host waits. False reads nothing (for CUDA graphs).
 
     Returns TokenLogprobs(logprobs (...), entropy (...) or None), as `linear_logprobs`. Double backward raises.
@@ -47,8 +49,12 @@ def selective_logprobs(
     keep = tokens != validation.IGNORED_TOKEN
     if mask is not None:
         keep = keep & mask
+    if support is not None:
+        check_support(support, tokens)
     if check:
         validation.check_values(tokens, keep, logits.shape[-1], temperature)
+        if support is not None:
+            check_sets(support, keep, tokens, logits.shape[-1])
     flat, kept = logits.reshape(-1, logits.shape[-1]), keep.reshape(-1)
     ids = torch.where(keep, tokens, 0).reshape(-1).long()
     per_row = None
@@ -56,7 +62,8 @@ def selective_logprobs(
         dtype = accumulation_dtype(logits.dtype)
         per_row = torch.as_tensor(temperature, dtype=dtype, device=logits.device)
         per_row = torch.where(keep, per_row, 1).reshape(-1, 1)
-    values = _SelectiveLogprobs.apply(flat, ReadyLogits(None, ids, per_row, kept), entropy, backend)
+    allowed = None if support is None else packed_sets(support, None, ids, 0, logits.shape[-1])
+    values = _SelectiveLogprobs.apply(flat, ReadyLogits(None, ids, per_row, kept, allowed), entropy, backend)
     masked = ~keep
     return TokenLogprobs(*(None if x is None else x.view(tokens.shape).masked_fill(masked, 0) for x in values))
 

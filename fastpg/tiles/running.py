@@ -21,10 +21,13 @@ def of_no_column(asked: Asked, count: int, dtype: torch.dtype, device: torch.dev
     return FurtherPartials(values, ids, zeros(asked.mean), zeros(asked.squares), zeros(asked.rank, torch.int64))
 
 
-def add_columns(further: FurtherPartials, block: slice, start: int, z: torch.Tensor) -> None:
-    """Adds a tile of logits, rows `block` and the columns from `start` on, the target's own among them; z stays as it is."""
+def add_columns(further: FurtherPartials, block: slice, start: int, z: torch.Tensor, outside: torch.Tensor | None) -> None:
+    """Adds a tile of logits, rows `block` and the columns from `start` on, the target's own among them; z stays as it is.
+
+    Logits `outside` the rows' supports are -inf; None: there are none.
+    """
     if further.sum is not None:
-        further.sum[block] += z.sum(1)
+        further.sum[block] += (z if outside is None else z.masked_fill(outside, 0)).sum(1)
     if further.ids is None:
         return
     count = further.ids.shape[1]

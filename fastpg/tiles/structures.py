@@ -58,6 +58,8 @@ class Chunk(NamedTuple):
     tokens: torch.Tensor  # (C,) int64
     temperature: torch.Tensor | None  # (C, 1) in the accumulation dtype; None is 1
     places: torch.Tensor | None = None  # int64, the rows of hidden that these are, padding left out; None: consecutive ones
+    # (C, ceil(V / 8)) uint8: bit v % 8 of byte v // 8 says whether column v belongs to the row's softmax; None: all do
+    allowed: torch.Tensor | None = None
 
 
 class TileShape(NamedTuple):
@@ -258,6 +260,7 @@ class ReadyLogits(NamedTuple):
     tokens: torch.Tensor  # (N,) int64
     temperature: torch.Tensor | None  # (N, 1) in the accumulation dtype; None is 1
     keep: torch.Tensor  # (N,) bool
+    allowed: torch.Tensor | None = None  # (N, ceil(V / 8)) uint8, as in Chunk
 
 
 class Wanted(NamedTuple):

@@ -125,8 +125,18 @@ def _block_of(chunk: Chunk, block: slice) -> Chunk:
     return Chunk(*(None if x is None else x[block] for x in chunk))
 
 
-# Tiles of logits, one after another: (block of rows, first column, z). The caller may overwrite z, and the next tile does.
-_Tiles = Iterator[tuple[slice, int, torch.Tensor]]
+# Tiles of logits, one after another: (block of rows, first column, z, where z is outside the row's support or None). The caller
+# may overwrite z, and the next tile does.
+_Tiles = Iterator[tuple[slice, int, torch.Tensor, torch.Tensor | None]]
+
+
+def _outside(allowed: torch.Tensor | None, block: slice, start: int, stop: int) -> torch.Tensor | None:
+    """(rows, stop - start) bool: which of the columns are outside the supports of the block's rows. start: 8 divides it."""
+    if allowed is None:
+        return None
+    packed = allowed[block, start // 8 : -(-stop // 8), None]
+    bits = packed >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, : stop - start] == 0
 
 
 def _tiles_of_head(chunk: Chunk, head: Head) -> _Tiles:
@@ -141,7 +151,7 @@ def _tiles_of_head(chunk: Chunk, head: Head) -> _Tiles:
         for r in range(0, size, rows):
             block = slice(r, r + rows)
             _logits(chunk, block, w, head, start, z, want_slope=False)
-            yield block, start, z
+            yield block, start, z, _outside(chunk.allowed, block, start, stop)
 
 
 def _tiles_of_ready(ready: ReadyLogits) -> _Tiles:
@@ -151,7 +161,8 @@ def _tiles_of_ready(ready: ReadyLogits) -> _Tiles:
         block = slice(r, r + _READY_ROWS)
         for start in range(0, logits.shape[1], _READY_COLUMNS):
             z = torch.where(ready.keep[block, None], logits[block, start : start + _READY_COLUMNS], 0).to(dtype)
-            yield block, start, z if ready.temperature is None else z.div_(ready.temperature[block])
+            outside = _outside(ready.allowed, block, start, start + z.shape[1])
+            yield block, start, z if ready.temperature is None else z.div_(ready.temperature[block]), outside
 
 
 def _folded(
@@ -163,10 +174,12 @@ def _folded(
     total = torch.zeros_like(maximum)
     weighted = torch.zeros_like(maximum) if entropy else None
     squares = None if further is None else further.squares
-    for block, start, z in tiles:
+    for block, start, z, outside in tiles:
         column, inside = _target_column(tokens[block], start, start + z.shape[1])
+        if outside is not None:
+            z.masked_fill_(outside, -torch.inf)
         if further is not None:
-            running.add_columns(further, block, start, z)
+            running.add_columns(further, block, start, z, outside)
         z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
         if further is not None:
             running.count_above(further, block, z, target)
@@ -234,6 +247,9 @@ def dlogits(
         _to_gradient_(z, chunk.tokens, block, start, statistics, g, h, at_target)
         if of_sum is not None:
             z.add_(of_sum[block, None])
+        outside = _outside(chunk.allowed, block, start, start + len(w))
+        if outside is not None:
+            z.masked_fill_(outside, 0)
         if slope is not None:
             z.mul_(slope)
         if stored != wide:
@@ -307,6 +323,9 @@ def anchored_exp(
         for r in range(0, size, rows):
             block = slice(r, r + rows)
             slope = _logits(chunk, block, w, head, start, e, want_slope=out is not None)
+            outside = _outside(chunk.allowed, block, start, stop)
+            if outside is not None:
+                e.masked_fill_(outside, -torch.inf)
             e.sub_(anchor[block])
             log_e = e.clamp(min=EXP_IS_ZERO) if entropy else None
             e.exp_()
@@ -480,7 +499,9 @@ def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: I
     g = torch.where(keep, incoming.logprobs * scale, 0)
     h = None if incoming.entropy is None else torch.where(keep, incoming.entropy * scale, 0)
     at_target = torch.where(keep, target_gradient(statistics, g, h), 0)
-    for block, start, z in _tiles_of_ready(ready):
+    for block, start, z, outside in _tiles_of_ready(ready):
         _to_gradient_(z, ready.tokens, block, start, statistics, g, h, at_target)
+        if outside is not None:
+            z.masked_fill_(outside, 0)
         out[block, start : start + z.shape[1]] = z
     return out

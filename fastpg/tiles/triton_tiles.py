@@ -206,7 +206,7 @@ def dlogits(
         columns = slice(start, start + len(w))
         bias, b = (None if x is None else x[columns] for x in (head.bias, head.lora_weight))
         return dlogits_kernel.dlogits(
-            _operands(chunk, head._replace(weight=w, lora_weight=b, bias=bias)), _statistics(statistics),
+            _operands(chunk, head._replace(weight=w, lora_weight=b, bias=bias), start), _statistics(statistics),
             _incoming(incoming, unit), out, _blocks(head, "dlogits"), start,
         )  # fmt: skip
 
@@ -235,7 +235,7 @@ def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: I
 def _ready(ready: ReadyLogits) -> selective_kernel.ReadyLogits:
     logits = ready.logits if ready.logits.stride(1) == 1 else ready.logits.contiguous()
     scale = None if ready.temperature is None else 1 / ready.temperature[:, 0]
-    return selective_kernel.ready_logits(logits, ready.keep, ready.tokens, scale)
+    return selective_kernel.ready_logits(logits, ready.keep, ready.tokens, scale, ready.allowed)
 
 
 def anchored_exp(
@@ -335,7 +335,8 @@ def _blocks(head: Head, kernel: str) -> Blocks:
     return blocks_for(target_of(weight.device), weight.dtype, has_bias, has_softcap, kernel, weight.shape[1])
 
 
-def _operands(chunk: Chunk, head: Head) -> Operands:
+def _operands(chunk: Chunk, head: Head, start: int = 0) -> Operands:
+    """start: the first column of `head`, where it is a slice of the vocabulary; 8 divides it."""
     hidden = chunk.hidden if chunk.hidden.stride(1) == 1 else chunk.hidden.contiguous()
     lora = None if head.lora_weight is None else (chunk.lora_hidden.contiguous(), head.lora_weight)
     bias = None if head.bias is None else head.bias.contiguous()
@@ -343,4 +344,5 @@ def _operands(chunk: Chunk, head: Head) -> Operands:
     scale = head.logit_scale if head.softcap is None else head.softcap
     if chunk.temperature is not None:
         scale = scale / chunk.temperature[:, 0]
-    return Operands(hidden, head.weight, lora, bias, chunk.tokens, scale, inner)
+    allowed = chunk.allowed if chunk.allowed is None or start == 0 else chunk.allowed[:, start // 8 :]
+    return Operands(hidden, head.weight, lora, bias, chunk.tokens, scale, inner, allowed)

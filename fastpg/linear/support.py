@@ -1,0 +1,346 @@
+"""Which tokens each position's distribution is over, where a sampler has kept only some of the vocabulary: `Support`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .. import validation
+from ..tiles.structures import RowResults, RowStatistics
+
+if TYPE_CHECKING:
+    from ..lm_head import LMHead
+    from .call import Inputs
+    from .rows import Rows
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Support(NamedTuple):
+    """The set of tokens that each position's distribution is over: those that top-k, top-p or min-p left to sample from.
+
+        out = fastpg.linear_logprobs(hidden, head, tokens, support=support)
+
+    logp, entropy and all else are then those of softmax over the set. A token outside of it has no probability and no gradient.
+    Rollouts that were sampled with top-p have log-probabilities of this kind. Ratios of log-probabilities over the whole
+    vocabulary to these are biased (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, "Keep Sampling Mask").
+
+    The sets are stored one after the other, as in a sparse matrix by rows (CSR). Position n, counted over the flattened tokens,
+    has ids[offsets[n]:offsets[n + 1]], in any order. `from_mask`, `from_lists` and `from_sampler` make one of other forms.
+    """
+
+    ids: torch.Tensor  # (M,) int32 or int64
+    offsets: torch.Tensor  # (N + 1,) int32 or int64, ascending
+    whole: torch.Tensor | None = None  # (N,) bool: True where the distribution is over the whole vocabulary
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> Support:
+        """From mask (..., V) bool, True where a token belongs to the set. On a GPU the host waits for the number of ids."""
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() == 0:
+            raise TypeError(f"mask must be a bool tensor (..., V), True where a token was kept; got {validation.kind(mask)}")
+        flat = mask.reshape(-1, mask.shape[-1])
+        whole = flat.all(1)
+        some = flat & ~whole[:, None]
+        return cls(some.nonzero()[:, 1].int(), _offsets(some.sum(1)), whole)
+
+    @classmethod
+    def from_lists(
+        cls, sets: Sequence[Sequence[int] | torch.Tensor | None], *, device: torch.device | str | None = None
+    ) -> Support:
+        """From one list or tensor of ids per position, positions (B, T) flattened. None: the whole vocabulary."""
+        rows = [torch.empty(0, dtype=torch.int64) if x is None else _ids(x, n) for n, x in enumerate(sets)]
+        sizes = torch.tensor([len(x) for x in rows], dtype=torch.int64)
+        whole = torch.tensor([x is None for x in sets], dtype=torch.bool)
+        ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        return cls(ids.int(), _offsets(sizes), whole).to(device or "cpu")
+
+    @classmethod
+    def from_sampler(cls, outputs: Sequence[Any], mask: torch.Tensor) -> Support:
+        """From what an inference engine returns of each completion, put where `mask` says that sampled tokens are.
+
+            support = Support.from_sampler([output.sampling_mask for output in completions], completion_mask)
+
+        outputs: one entry per sequence. An entry is an object or dictionary with `token_ids` and `offsets` (vLLM's
+            SamplingMask), or one list of ids per sampled token (SGLang's output_token_sampling_mask). An empty list, and None,
+            stand for the whole vocabulary: the engine has recorded no set there. An entry of None is a sequence without sets.
+        mask: (B, T) bool, True at the tokens that were sampled; those of row b are the tokens of outputs[b], in order. Or (N,)
+            for packed sequences, one after the other. Set n is put where token n itself is: shift both alike.
+
+        Positions outside the mask have the whole vocabulary.
+        """
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() not in (1, 2):
+            raise TypeError(f"mask must be a bool tensor (B, T) or (N,), True at sampled tokens; got {validation.kind(mask)}")
+        rows = mask.cpu() if mask.dim() == 2 else mask.cpu()[None]
+        if mask.dim() == 2 and len(outputs) != len(mask):
+            raise ValueError(f"outputs must have one entry for each of the {len(mask)} rows of mask; got {len(outputs)}")
+        found = [_of_output(output, number) for number, output in enumerate(outputs)]
+        per_row = [[x] for x in found] if mask.dim() == 2 else [found]
+        sets: list[Sequence[int] | None] = [None] * rows.numel()
+        for b, entries in enumerate(per_row):
+            places = rows[b].nonzero()[:, 0].tolist()
+            joined = _joined(entries, len(places))
+            if joined is None:
+                continue
+            if len(joined) != len(places):
+                where = f"row {b} of mask" if mask.dim() == 2 else "mask"
+                raise ValueError(f"{where} has {len(places)} sampled tokens, but outputs have sets of {len(joined)}")
+            for place, ids in zip(places, joined, strict=True):
+                sets[b * rows.shape[1] + place] = ids if ids is not None and len(ids) else None
+        return cls.from_lists(sets, device=mask.device)
+
+    def with_tokens(self, tokens: torch.Tensor) -> Support:
+        """The sets with each position's own token, tokens (...), added where it was missing.
+
+        An engine may keep only the most probable ids of a large set and leave out the one that it has sampled. Positions whose
+        token is negative, such as -100, stay as they are. On a GPU the host waits for the number of ids.
+        """
+        flat = tokens.reshape(-1)
+        check_support(self, tokens)
+        row, inside = _rows_of_ids(self)
+        has = torch.zeros_like(flat, dtype=torch.int32)
+        has.index_add_(0, row, ((self.ids == flat[row]) & inside).int())
+        whole = torch.zeros_like(flat, dtype=torch.bool) if self.whole is None else self.whole
+        add = (has == 0) & (flat >= 0) & ~whole
+        row, ids = torch.cat([row[inside], add.nonzero()[:, 0]]), torch.cat([self.ids[inside], flat[add].to(self.ids.dtype)])
+        order = row.sort(stable=True).indices
+        return Support(ids[order], _offsets(self.sizes() + add), self.whole)
+
+    def sizes(self) -> torch.Tensor:
+        """(N,) int64: how many ids each position has; 0 where `whole` is True, if its set was left empty."""
+        return self.offsets.diff().long()
+
+    def mask(self, vocab_size: int) -> torch.Tensor:
+        """(N, V) bool: True where a token belongs to the set. For tests and small vocabularies."""
+        row, inside = _rows_of_ids(self)
+        mask = torch.zeros(len(self.offsets) - 1, vocab_size, dtype=torch.bool, device=self.ids.device)
+        mask[row[inside], self.ids[inside].long()] = True
+        return mask if self.whole is None else mask | self.whole[:, None]
+
+    def to(self, device: torch.device | str) -> Support:
+        return Support(*(None if x is None else x.to(device) for x in self))
+
+    def shifted(self) -> Support:
+        """The sets of the positions one later: set n becomes that of position n - 1, and the last position has none of its own.
+
+        For hidden states that predict the next token. A view: no id is copied.
+        """
+        whole = None if self.whole is None else torch.cat([self.whole[1:], self.whole.new_ones(1)])
+        return Support(self.ids, torch.cat([self.offsets[1:], self.offsets[-1:]]), whole)
+
+
+def _offsets(sizes: torch.Tensor) -> torch.Tensor:
+    return torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+
+
+def _ids(ids: Sequence[int] | torch.Tensor, n: int) -> torch.Tensor:
+    try:
+        found = torch.as_tensor(ids, device="cpu") if len(ids) else torch.empty(0, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"sets[{n}] must be a list of token ids, or None; got {validation.kind(ids)}") from error
+    if found.dim() != 1 or found.dtype not in _INTEGERS:
+        raise TypeError(f"sets[{n}] must be a list of token ids, or None; got {validation.kind(found)} {tuple(found.shape)}")
+    return found.long()
+
+
+def _of_output(output: Any, number: int) -> list[Sequence[int] | None] | None:
+    """The sets of one completion, token by token; None: it has none."""
+    if output is None:
+        return None
+    fields = output if isinstance(output, dict) else vars(output) if hasattr(output, "__dict__") else {}
+    ids, offsets = (fields.get(name, getattr(output, name, None)) for name in ("token_ids", "offsets"))
+    if ids is not None and offsets is not None:
+        edges = [int(x) for x in offsets]
+        if not edges or edges[0] != 0 or edges[-1] != len(ids) or any(a > b for a, b in itertools.pairwise(edges)):
+            raise ValueError(
+                f"outputs[{number}].offsets must ascend from 0 to the number of its token_ids, {len(ids)}; got {edges[:8]}"
+            )
+        return [ids[a:b] for a, b in itertools.pairwise(edges)]
+    if isinstance(output, (list, tuple)):
+        return list(output)
+    raise TypeError(
+        f"outputs[{number}] must have token_ids and offsets, as vLLM's SamplingMask, or be a list of lists of ids; got "
+        f"{type(output).__name__}"
+    )
+
+
+def _joined(entries: list, count: int) -> list | None:
+    """The sets of several completions, one after the other; None: there are none."""
+    if all(entry is None for entry in entries):
+        return None
+    if len(entries) > 1 and any(entry is None for entry in entries):
+        raise ValueError("outputs of packed sequences must have sets for all of them or for none: a length of None is unknown")
+    return [ids for entry in entries for ids in entry]
+
+
+def check_support(support: Support, tokens: torch.Tensor) -> None:
+    """The types, shapes and devices of a support for tokens (...). `check_sets` checks its values."""
+    if not isinstance(support, Support):
+        raise TypeError(
+            "support must be a fastpg.Support, which Support.from_mask, from_lists and from_sampler make; got "
+            f"{validation.kind(support)}"
+        )
+    for name, x, dtypes in (("ids", support.ids, _INTEGERS), ("offsets", support.offsets, _INTEGERS)):
+        if not isinstance(x, torch.Tensor) or x.dtype not in dtypes or x.dim() != 1:
+            raise TypeError(f"support.{name} must be an int32 or int64 tensor of one dimension; got {validation.kind(x)}")
+    count, whole = tokens.numel(), support.whole
+    if len(support.offsets) != count + 1:
+        raise ValueError(
+            f"support must have a set for each of the {count} tokens, offsets ({count + 1},); got offsets "
+            f"({len(support.offsets)},)"
+        )
+    if whole is not None and (not isinstance(whole, torch.Tensor) or whole.dtype != torch.bool or whole.shape != (count,)):
+        raise TypeError(f"support.whole must be a bool tensor ({count},), or None; got {validation.kind(whole)}")
+    for name, x in support._asdict().items():
+        if x is not None and x.device != tokens.device:
+            raise ValueError(f"support.{name} is on {x.device} but tokens is on {tokens.device}")
+
+
+def _rows_of_ids(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each id, (M,): the position whose set it is in, and whether it is in any. The host does not wait."""
+    offsets, place = support.offsets.long(), torch.arange(len(support.ids), device=support.ids.device)
+    row = torch.searchsorted(offsets[1:], place, right=True)
+    return row.clamp(max=max(len(offsets) - 2, 0)), (place >= offsets[0]) & (place < offsets[-1])
+
+
+def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab: int | None) -> None:
+    """Raises ValueError for sets of tokens that count, keep (...), which are no sets of the vocabulary with their token.
+
+    vocab: None where ranks hold parts of it; they compare the largest id themselves. The host waits once.
+    """
+    keep, flat, ids = keep.reshape(-1), tokens.reshape(-1), support.ids
+    sizes, (row, inside) = support.sizes(), _rows_of_ids(support)
+    if not len(flat):
+        return
+    counts = keep if support.whole is None else keep & ~support.whole
+    used = inside & counts[row]
+    own = torch.zeros_like(flat, dtype=torch.int32).index_add_(0, row, (used & (ids == flat[row])).int())
+    foreign = used & ((ids < 0) | (ids >= (2**31 - 1 if vocab is None else vocab)))
+    place = torch.arange(len(ids), device=ids.device)
+    # equal neighbours after sorting by position and id; ids that do not count are all different
+    keys = torch.where(used, row * 2**32 + ids.long(), -1 - place).sort()
+    again = torch.zeros_like(used)
+    again[keys.indices[1:]] = keys.values[1:] == keys.values[:-1]
+    wrong_offsets = (sizes < 0).any() | (support.offsets[0] < 0) | (support.offsets[-1] > len(ids))
+    problems = (wrong_offsets[None], counts & (sizes == 0), foreign, again, counts & (own == 0))
+    if not any(torch.stack([x.any() for x in problems]).tolist()):
+        return
+    if bool(wrong_offsets):
+        raise ValueError(f"support.offsets must ascend, from 0 or more to at most the number of ids, {len(ids)}")
+    for problem, what in zip(problems[1:], ("empty", "foreign", "again", "missing"), strict=True):
+        if bool(problem.any()):
+            at = int(problem.nonzero()[0, 0])
+            _raise_for(
+                what, at if what in ("empty", "missing") else int(row[at]), int(ids[at]) if len(ids) > at else 0, flat, vocab
+            )
+
+
+def _raise_for(what: str, n: int, token: int, tokens: torch.Tensor, vocab: int | None) -> None:
+    if what == "empty":
+        raise ValueError(f"support has an empty set for the token at position {n}, which counts: mask it, or set support.whole")
+    if what == "foreign":
+        raise ValueError(f"support.ids must be in [0, {vocab or 2**31 - 1}); got {token} in the set of position {n}")
+    if what == "again":
+        raise ValueError(f"support has the id {token} twice in the set of position {n}")
+    raise ValueError(
+        f"support leaves out the sampled token {int(tokens[n])} at position {n}, which then has no probability: "
+        "support.with_tokens(tokens) adds it"
+    )
+
+
+def agreed_sets(support: Support | None, keep: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What ranks compare: a checksum of the sets of tokens that count, keep (...), and the largest of their ids, () each.
+
+    None without a support, and where there are no other ranks.
+    """
+    if support is None or head.group is None:
+        return None
+    row, inside = _rows_of_ids(support)
+    counts = keep.reshape(-1) if support.whole is None else keep.reshape(-1) & ~support.whole
+    used = inside & counts[row] if len(counts) else inside & False
+    ids = torch.where(used, support.ids.long(), -1)
+    # mixed before it is summed, since two sets may have equal sums of ids; the factor is Knuth's for hashing
+    mixed = (ids + 2) * 2654435761
+    mixed = (mixed ^ (mixed >> 15)) * (2 * row + 3)
+    return torch.where(used, mixed, 0).sum(), torch.cat([ids, ids.new_full((1,), -1)]).amax()
+
+
+class RowSets(NamedTuple):
+    """The sets of the K rows of a call."""
+
+    rows: Rows  # the L rows that are computed, with the columns of their softmax
+    computed: torch.Tensor | None  # (L,) int64: their places among the K rows; None: all of these
+    sizes: torch.Tensor  # (K,) int64: how many tokens a row's set has, 0 for the whole vocabulary
+
+    def among_all(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        """Values of the computed rows (L,) as (K,): 0 for the others, as their log-probability and their entropy are."""
+        if values is None or self.computed is None:
+            return values
+        return values.new_zeros(len(self.sizes)).index_copy(0, self.computed, values)
+
+    def certain(self) -> torch.Tensor:
+        """The places of the other rows, whose set is their token alone."""
+        return torch.nonzero_static(self.sizes == 1, size=len(self.sizes) - len(self.computed))[:, 0]
+
+    def completed(self, found: RowResults, vocab_size: int | torch.Tensor) -> RowResults:
+        """The results of all rows, from those of computed rows; sums over the set take its size in the place of V."""
+        statistics, further = found
+        if further.mean_logits is not None:
+            share = torch.where(self.sizes == 0, 1, vocab_size / self.sizes.clamp(min=1))
+            further = further._replace(mean_logits=further.mean_logits * share.to(further.mean_logits.dtype))
+        if further.top_ids is not None:
+            places = torch.arange(further.top_ids.shape[1], device=self.sizes.device)
+            beyond = (places >= self.sizes[:, None]) & (self.sizes[:, None] > 0)
+            logprobs, ids = further.top_logprobs.masked_fill(beyond, -torch.inf), further.top_ids.masked_fill(beyond, -1)
+            further = further._replace(top_logprobs=logprobs, top_ids=ids)
+        return RowResults(RowStatistics(*map(self.among_all, statistics)), further)
+
+
+def sets_of(support: Support | None, rows: Rows, inputs: Inputs, skips: bool) -> RowSets | None:
+    """The sets of the rows of a call, tokens counted from this rank's first column; None without a support.
+
+    skips: rows whose set is their token alone are not computed, since their log-probability and their entropy are 0 whatever
+    the logits are. The host waits for their number, so that nothing is skipped where it reads nothing.
+    """
+    if support is None:
+        return None
+    head, places, computed, tokens = inputs.head, rows.indices, None, rows.tokens
+    sizes = support.sizes()
+    if support.whole is not None:
+        sizes = sizes.masked_fill(support.whole, 0)
+    sizes = sizes if places is None else sizes[places]
+    if skips and inputs.host_reads:
+        others = sizes != 1
+        if not bool(others.all()):
+            computed = others.nonzero()[:, 0]
+            rows = rows.select(computed)
+            places, tokens = rows.indices, rows.tokens
+    return RowSets(
+        rows._replace(allowed=packed_sets(support, places, tokens, head.vocab_start or 0, len(head.weight))), computed, sizes
+    )
+
+
+def packed_sets(support: Support, places: torch.Tensor | None, tokens: torch.Tensor, first: int, columns: int) -> torch.Tensor:
+    """The sets of the positions at `places` (K,), None: of all, as `Chunk.allowed`: bits of the columns first, first + 1, ...
+
+    tokens: (K,), counted from the first of these columns. A row's own token always belongs to its set.
+    """
+    row, inside = _rows_of_ids(support)
+    count, width = len(tokens), -(-columns // 8)
+    if places is not None:  # the number of each position among the rows; `count` for the others
+        number = torch.full((len(support.offsets),), count, device=row.device)
+        row = number.index_copy_(0, places, torch.arange(count, device=row.device))[row]
+    column = support.ids.long() - first
+    inside = inside & (column >= 0) & (column < columns)
+    byte = torch.where(inside, row * width + column // 8, count * width)
+    bits = torch.zeros((count + 1) * width, dtype=torch.uint8, device=row.device)
+    bits.index_add_(0, byte, torch.where(inside, 1 << column % 8, 0).to(torch.uint8))
+    bits = bits.view(count + 1, width)[:count]
+    if support.whole is not None:
+        bits.masked_fill_((support.whole if places is None else support.whole[places])[:, None], 255)
+    here = (tokens >= 0) & (tokens < columns)
+    own = torch.where(here, tokens, 0)[:, None]
+    with_own = bits.gather(1, own // 8) | torch.where(here[:, None], 1 << own % 8, 0).to(torch.uint8)
+    return bits.scatter_(1, own // 8, with_own)
