@@ -114,14 +114,20 @@ class Statistics(NamedTuple):
     top_ids: torch.Tensor | None
 
 
-def token_statistics(logits: torch.Tensor, tokens: torch.Tensor, top_k: int = 0) -> Statistics:
-    """Every statistic of logits (N, V) and tokens (N,).
+def token_statistics(
+    logits: torch.Tensor, tokens: torch.Tensor, top_k: int = 0, support: torch.Tensor | None = None
+) -> Statistics:
+    """Every statistic of logits (N, V) and tokens (N,). With support (N, V) bool, v runs over the tokens where it is True.
 
         lse_n = log sum_v exp z_nv        mean_n = sum_v z_nv / V        log sum_v p_nv^2 = logsumexp_v 2 log p_nv
         rank_n = 0 if y_n = argmax_v z_nv, else max(1, |{v != y_n: z_nv > z_n,y}|)
 
-    Of equal logits the smaller id comes first, in the argmax and in the top_k largest.
+    Of equal logits the smaller id comes first, in the argmax and in the top_k largest. Where a support has fewer than top_k
+    tokens, the rest have log-probability -inf and id -1.
     """
+    members = torch.ones_like(logits, dtype=torch.bool) if support is None else support
+    mean = torch.where(members, logits, 0).sum(-1) / members.sum(-1)
+    logits = torch.where(members, logits, -torch.inf)
     logprobs, entropies = token_distribution(logits, tokens)
     lse, argmax = torch.logsumexp(logits, -1), logits.argmax(-1)
     larger = (logits > logits.gather(1, tokens[:, None])).sum(-1)
@@ -130,9 +136,10 @@ def token_statistics(logits: torch.Tensor, tokens: torch.Tensor, top_k: int = 0)
     others = log_p.masked_fill(F.one_hot(tokens, logits.shape[1]).bool(), -torch.inf)
     log_sum_sq = torch.logaddexp(2 * logprobs, torch.logsumexp(2 * others, -1))  # accurate for confident tokens too
     top_ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    top_logprobs = log_p.gather(1, top_ids)
+    top_ids = torch.where(members.gather(1, top_ids), top_ids, -1)
     return Statistics(
-        logprobs, entropies, lse, argmax == tokens, argmax, logits.sum(-1) / logits.shape[1], log_sum_sq, rank,
-        log_p.gather(1, top_ids), top_ids,
+        logprobs, entropies, lse, argmax == tokens, argmax, mean, log_sum_sq, rank, top_logprobs, top_ids
     )  # fmt: skip
 
 
@@ -142,12 +149,15 @@ def linear_logprobs(
     tokens: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     outputs: Sequence[str] = (),
     top_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor] | Statistics:
     """hidden (..., H), tokens (...) -> (logprobs (...), entropies (...)); 0 where masked or where the token is -100.
 
+    support (..., V) bool: the softmax is over the tokens where it is True, as where a sampler has kept only these; see
+    `fastpg.Support`. Its logits outside of these are -inf: they have no probability, and no gradient.
     With outputs (names of fields of `Statistics`) or top_k (how many of the largest log-probabilities) -> Statistics, where
     masked ids and ranks are -1.
     """
@@ -161,11 +171,13 @@ def linear_logprobs(
         whole = torch.full((*tokens.shape, *kept.shape[1:]), masked, dtype=kept.dtype, device=kept.device)
         return whole.masked_scatter(keep.view(*keep.shape, *(1,) * (kept.dim() - 1)), kept)
 
+    members = None if support is None else support[keep]
     if not outputs and not top_k:
+        z = z if members is None else torch.where(members, z, -torch.inf)
         logprobs, entropies = (placed("", kept) for kept in token_distribution(z, tokens[keep]))
         return logprobs, entropies
     asked = {"logprobs", *outputs} | ({"top_logprobs", "top_ids"} if top_k else set())
-    found = token_statistics(z, tokens[keep], top_k)._asdict()
+    found = token_statistics(z, tokens[keep], top_k, members)._asdict()
     return Statistics(**{name: placed(name, kept) if name in asked else None for name, kept in found.items()})
 
 

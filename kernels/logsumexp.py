@@ -12,8 +12,9 @@ rows in registers (Milakov and Gimelshein, arXiv 1805.02867). When the pivot mov
 and q becomes e^d (q + s d). `combine_kernel` does the same across splits, in their order. Unless other ranks hold other
 columns, it also finishes the row: its log-probability and its entropy.
 
-A column that must not count (the target's, one beyond the vocabulary or outside the row's support) enters as z = -inf. The pivot
-is 0 until a column has counted, because -inf - -inf would be NaN. A NaN logit reaches s, whatever the maximum makes of it.
+A column that must not count (the target's, one beyond the vocabulary, one outside the row's support) enters as z = -inf. The
+pivot is 0 until a column has counted, because -inf - -inf would be NaN. A NaN logit reaches s, whatever the maximum makes of
+it.
 
 Further statistics of a row, where they are asked for, come from the same sweep (`row_statistics`).
 """

@@ -32,6 +32,7 @@ from .. import validation
 from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import linear_policy_loss
+from ..linear.support import Support, predicting
 from ..lm_head import LMHead, is_partitioned
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput, per_token
@@ -90,6 +91,7 @@ def token_logprobs(
     attention_mask: torch.Tensor | None = None,  # (B, T)
     *,
     completion_mask: torch.Tensor | None = None,  # (B, T)
+    support: Support | None = None,
     position_ids: torch.Tensor | None = None,  # (B, T) or (1, T)
     temperature: float | torch.Tensor = 1.0,  # number or (B, T)
     entropy: bool = False,
@@ -107,6 +109,8 @@ def token_logprobs(
         input_ids: (B, T) int64.
         attention_mask: (B, T), 0 for padding on either side. None: nothing is padded.
         completion_mask: (B, T) bool, True for the tokens that are wanted. None: all.
+        support: a `Support` of B T sets: set b T + t is what input_ids[b, t] was sampled from. Those of other tokens may be
+            anything.
         position_ids: None: with an attention_mask those of transformers' `generate`, which count the tokens that are not
             padding. Where a row's positions do not go up by one, a new packed sequence begins. Its first token has no
             prediction. The model's attention must keep the sequences apart. That of transformers does so only without an
@@ -122,13 +126,15 @@ def token_logprobs(
     """
     batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     mask, tokens = _targets(batch)
+    support = predicting(support, tokens, check)
     rows = kept(tokens != validation.IGNORED_TOKEN) if check else None  # the host waits before the model runs
     temperature = _ahead(input_ids, "temperature", temperature)
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         out = linear_logprobs(
             hidden, _until_backward(head, arguments), tokens.to(hidden.device), mask=_on(rows, hidden),
-            temperature=_on(temperature, hidden), entropy=entropy, workspace=workspace, backend=backend, check=check,
+            support=_on(support, hidden), temperature=_on(temperature, hidden), entropy=entropy, workspace=workspace,
+            backend=backend, check=check,
         )  # fmt: skip
         return {"log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
 
@@ -145,6 +151,7 @@ def causal_lm_policy_loss(
     *,
     objective: Objective | ObjectiveFunction,
     completion_mask: torch.Tensor | None = None,  # (B, T)
+    support: Support | None = None,
     position_ids: torch.Tensor | None = None,  # (B, T) or (1, T)
     sequence_ids: torch.Tensor | None = None,  # (B, T)
     temperature: float | torch.Tensor = 1.0,  # number or (B, T)
@@ -165,7 +172,7 @@ def causal_lm_policy_loss(
     """`linear_policy_loss` for a model and token ids: one forward of the model, one pass over the vocabulary.
 
     Args:
-        model, input_ids, attention_mask, completion_mask, position_ids, temperature, fp32_head, model_inputs: as in
+        model, input_ids, attention_mask, completion_mask, support, position_ids, temperature, fp32_head, model_inputs: as in
             `token_logprobs`.
         old_logprobs, ref_logprobs, rollout_weights: (B, T), in the layout of `token_logprobs`; read where tokens are kept.
         advantages: (B, T), or one per sequence: (B,), or (S,) with sequence_ids.
@@ -181,6 +188,7 @@ def causal_lm_policy_loss(
     """
     batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
     tokens = _targets(batch)[1]
+    support = predicting(support, tokens, check)
     packed = sequence_ids is not None
 
     def placed(name: str, x: Any) -> Any:  # moved to the hidden states, where packed tokens are (N,)
@@ -199,20 +207,23 @@ def causal_lm_policy_loss(
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(_on, like=hidden)
-        head = _until_backward(head, arguments) if head.weight.dtype == torch.float16 else head  # which takes two passes
         out = linear_policy_loss(
-            states, head, there(targets), there(old_logprobs), there(advantages), objective=objective, mask=there(rows),
-            sequence_ids=there(sequence_ids), temperature=there(temperature), reduction=reduction, denominator=denominator,
-            kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(rollout_weights), entropy=entropy,
+            states, _until_backward(head, arguments, of_loss=True), there(targets), there(old_logprobs), there(advantages),
+            objective=objective, mask=there(rows), support=there(support), sequence_ids=there(sequence_ids),
+            temperature=there(temperature), reduction=reduction, denominator=denominator, kl=kl,
+            ref_logprobs=there(ref_logprobs), rollout_weights=there(rollout_weights), entropy=entropy,
             skip_zero_weight=skip_zero_weight, workspace=workspace, backend=backend, check=check,
         )  # fmt: skip
         return {"policy": out._replace(logprobs=_back(out.logprobs.view(input_ids.shape)))}
 
     out = _run(model, compute, batch, model_inputs)
-    if not add_aux_loss:
-        return out.policy
-    loss = out.policy.loss + coefficient * out.aux_loss.to(out.policy.loss.device)
-    return PolicyLossOutput(loss, out.policy.logprobs, out.policy.metrics | {"aux_loss": out.aux_loss.detach()})
+    return _plus_aux_loss(out, coefficient) if add_aux_loss else out.policy
+
+
+def _plus_aux_loss(out: HeadlessOutput, coefficient: float) -> PolicyLossOutput:
+    loss, logprobs, metrics = out.policy
+    loss = loss + coefficient * out.aux_loss.to(loss.device)
+    return PolicyLossOutput(loss, logprobs, metrics | {"aux_loss": out.aux_loss.detach()})
 
 
 @contextmanager
@@ -352,16 +363,21 @@ def _headless_forward(
     return result
 
 
-def _until_backward(head: LMHead, arguments: dict[str, Any]) -> LMHead:
-    """The head of two passes, whose backward multiplies by the weight again: a copy, if it was gathered for the call alone."""
-    if not arguments["gathered"] or not torch.is_grad_enabled():
+def _until_backward(head: LMHead, arguments: dict[str, Any], of_loss: bool = False) -> LMHead:
+    """The head of two passes, whose backward multiplies by the weight again: a copy, if it was gathered for the call alone.
+
+    of_loss: for `linear_policy_loss`, which takes two passes in float16.
+    """
+    if not arguments["gathered"] or not torch.is_grad_enabled() or (of_loss and head.weight.dtype != torch.float16):
         return head
     bias = None if head.bias is None else head.bias.clone()
     return dataclasses.replace(head, weight=head.weight.clone(), bias=bias)
 
 
 def _on(x: Any, like: torch.Tensor) -> Any:
-    """x on the device of `like`, where it is a tensor or a `Kept`."""
+    """x on the device of `like`, where it is a tensor, a `Kept` or a `Support`."""
+    if isinstance(x, Support):
+        return x.to(like.device)
     if isinstance(x, Kept):
         return x if x.mask.device == like.device else x.mask.to(like.device)
     return x.to(like.device) if isinstance(x, torch.Tensor) and x.dim() else x

@@ -142,7 +142,11 @@ def linear_policy_loss(
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
         call = _Call(rows, head, _terms(given, rows, weights, options), losses, options, inputs.head.weight_grad)
-        result = _result_over(sets_of(support, rows, inputs, skips=True), call, inputs.head)
+        sets = sets_of(support, rows, inputs, skips=True)
+        if sets is None and plan.sweeps:
+            result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
+        else:
+            result = _two_passes(call, inputs.head) if sets is None else _over_sets(sets, call, inputs.head)
     if isinstance(mask, Kept) and not check:  # a weight of NaN shows where there is no row too
         result = Result(result.loss + (weights - weights).sum(), *result[1:])
     that_count.check()
@@ -344,17 +348,14 @@ class Result(NamedTuple):
     again: torch.Tensor | None = None  # (2,): rows that were computed again, and whether dW was too; None: none
 
 
-def _result_over(sets: RowSets | None, call: _Call, head: LMHead) -> Result:
-    """The results of a call whose rows have a softmax over these sets each; None: over the whole vocabulary."""
-    if sets is None:
-        return _result(call, head)
+def _over_sets(sets: RowSets, call: _Call, head: LMHead) -> Result:
+    """The results of a call whose rows have a softmax over a set of their own each."""
     if sets.computed is None:
         return _result(call._replace(rows=sets.rows), head)
     found = _result(call._replace(rows=sets.rows, terms=call.terms.select(sets.computed)), head)
     others = call.terms.select(sets.certain())
     loss = found.loss + call.losses(torch.zeros_like(others.advantages), others).sum()
-    logprobs, entropies = sets.among_all(found.logprobs), sets.among_all(found.entropies)
-    return Result(loss, logprobs, entropies, None, found.again)
+    return Result(loss, sets.among_all(found.logprobs), sets.among_all(found.entropies), None, found.again)
 
 
 def _result(call: _Call, head: LMHead) -> Result:

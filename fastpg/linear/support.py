@@ -198,6 +198,17 @@ def check_support(support: Support, tokens: torch.Tensor) -> None:
             raise ValueError(f"support.{name} is on {x.device} but tokens is on {tokens.device}")
 
 
+def predicting(support: Support | None, tokens: torch.Tensor, check: bool) -> Support | None:
+    """The sets at the states that predict their tokens, one place earlier, as `tokens` (B, T) stand there, -100 for none."""
+    if support is None:
+        return None
+    check_support(support, tokens)
+    ahead = support.shifted()
+    if check:  # here errors can name the tokens' own positions; a later check knows the size of the vocabulary
+        check_sets(ahead, tokens != validation.IGNORED_TOKEN, tokens, None, first=1)
+    return ahead
+
+
 def _rows_of_ids(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each id, (M,): the position whose set it is in, and whether it is in any. The host does not wait."""
     offsets, place = support.offsets.long(), torch.arange(len(support.ids), device=support.ids.device)
@@ -205,10 +216,11 @@ def _rows_of_ids(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
     return row.clamp(max=max(len(offsets) - 2, 0)), (place >= offsets[0]) & (place < offsets[-1])
 
 
-def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab: int | None) -> None:
+def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab: int | None, first: int = 0) -> None:
     """Raises ValueError for sets of tokens that count, keep (...), which are no sets of the vocabulary with their token.
 
-    vocab: None where ranks hold parts of it; they compare the largest id themselves. The host waits once.
+    vocab: None where ranks hold parts of it; they compare the largest id themselves. first: the position that errors call the
+    first one. The host waits once.
     """
     keep, flat, ids = keep.reshape(-1), tokens.reshape(-1), support.ids
     sizes, (row, inside) = support.sizes(), _rows_of_ids(support)
@@ -229,24 +241,19 @@ def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab
         return
     if bool(wrong_offsets):
         raise ValueError(f"support.offsets must ascend, from 0 or more to at most the number of ids, {len(ids)}")
-    for problem, what in zip(problems[1:], ("empty", "foreign", "again", "missing"), strict=True):
-        if bool(problem.any()):
-            at = int(problem.nonzero()[0, 0])
-            _raise_for(
-                what, at if what in ("empty", "missing") else int(row[at]), int(ids[at]) if len(ids) > at else 0, flat, vocab
-            )
-
-
-def _raise_for(what: str, n: int, token: int, tokens: torch.Tensor, vocab: int | None) -> None:
-    if what == "empty":
-        raise ValueError(f"support has an empty set for the token at position {n}, which counts: mask it, or set support.whole")
-    if what == "foreign":
-        raise ValueError(f"support.ids must be in [0, {vocab or 2**31 - 1}); got {token} in the set of position {n}")
-    if what == "again":
-        raise ValueError(f"support has the id {token} twice in the set of position {n}")
+    kinds = ("empty", "foreign", "again", "missing")
+    what, problem = next(pair for pair in zip(kinds, problems[1:], strict=True) if bool(pair[1].any()))
+    at = int(problem.nonzero()[0, 0])
+    n, token = (at, int(flat[at])) if what in ("empty", "missing") else (int(row[at]), int(ids[at]))
+    where, limit = f"position {n + first}", 2**31 - 1 if vocab is None else vocab
     raise ValueError(
-        f"support leaves out the sampled token {int(tokens[n])} at position {n}, which then has no probability: "
-        "support.with_tokens(tokens) adds it"
+        {
+            "empty": f"support has an empty set for the token at {where}, which counts: mask it, or set support.whole there",
+            "foreign": f"support.ids must be in [0, {limit}); got {token} in the set of {where}",
+            "again": f"support has the id {token} twice in the set of {where}",
+            "missing": f"support leaves out the sampled token {token} at {where}, which then has no probability: "
+            "support.with_tokens(tokens) adds it",
+        }[what]
     )
 
 

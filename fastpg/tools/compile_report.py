@@ -60,13 +60,22 @@ MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 # combinations of flags of `finish`, beside each flag alone
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
-# of the two passes, beside each flag alone and all: every further statistic, with the argmax or with the most of the largest
-# logits, and gradients of the logsumexp and of the mean logit
+# beside each flag alone and all: sets of a support; of the two passes every further statistic, with the argmax or with the most
+# of the largest logits, and gradients of the logsumexp and of the mean logit
 _FURTHER = {
-    ("logsumexp", "bfloat16"): [("statistics",), ("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k")],
-    ("logsumexp", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k")],
+    ("anchored_exp", "bfloat16"): [("exps", "support")],
+    ("anchored_exp", "float32"): [("exps", "bias", "softcap", "entropy", "lora", "temperature", "support")],
+    ("selective_logsumexp", "bfloat16"): [("support",)],
+    ("selective_dlogits", "bfloat16"): [("support",)],
+    ("dlogits", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "support")],
+    ("logsumexp", "bfloat16"): [
+        ("support",),
+        ("statistics",),
+        ("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k"),
+    ],
+    ("logsumexp", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k", "support")],
     ("combine", "float32"): [("statistics",), ("entropy", "finish", "statistics")],
-    ("dlogits", "bfloat16"): [("bias", "softcap", "entropy", "lora", "temperature", "logsumexp", "mean_logits")],
+    ("dlogits", "bfloat16"): [("support",), ("bias", "softcap", "entropy", "lora", "temperature", "logsumexp", "mean_logits")],
 }
 
 # rows of a chunk (no multiple of 16), vocabulary of a head (that no tile divides: so more is masked), vocabulary of a slice of
@@ -115,9 +124,9 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
     finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
     gradient_rows    plain, and in bf16 each flag alone
     policy_loss      CISPO, and a whole loss
-    anchored_exp     as other kernels; on sm_90 also the persistent tile of other hidden sizes
-    logsumexp        as other kernels; also with further statistics
-    dlogits          as other kernels; in bf16 also with gradients of the logsumexp and of the mean logit
+    anchored_exp     as other kernels; with sets of a support; on sm_90 also the persistent tile of other hidden sizes
+    logsumexp        as other kernels; also with further statistics, and with sets of a support
+    dlogits          as other kernels; also with sets of a support, and with gradients of the logsumexp and of the mean logit
     other kernels    plain, in bf16 each flag alone but temperature, all flags
     """
     for kernel in kernels or KERNELS:
@@ -183,7 +192,8 @@ def _launch(variant: Variant) -> None:
     scale = vector() if "temperature" in flags else 1.0
     tokens = meta(_ROWS, dtype=torch.int64)
     size = 2 * _SIZE if "persistent" in flags else _SIZE
-    p = Operands(meta(_ROWS, size, dtype=dtype), meta(vocab, size, dtype=dtype), lora, bias, tokens, scale, inner)
+    sets = meta(_ROWS, vocab // 8, dtype=torch.uint8) if "support" in flags else None
+    p = Operands(meta(_ROWS, size, dtype=dtype), meta(vocab, size, dtype=dtype), lora, bias, tokens, scale, inner, sets)
     tile_of = variant.kernel if variant.kernel in MULTIPLIES else MULTIPLIES[0]  # others have none
     blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None, tile_of, p.hidden.shape[1])
     statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
@@ -212,7 +222,7 @@ def _launch(variant: Variant) -> None:
         scale_gradients([meta(_ROWS, _SIZE, dtype=dtype), meta(vocab, _SIZE, dtype=dtype)], meta())
     else:
         logits = meta(_ROWS, vocab, dtype=dtype)
-        ready = ready_logits(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags))
+        ready = ready_logits(logits, meta(_ROWS, dtype=torch.bool), tokens, vector("temperature" in flags), sets)
         if variant.kernel == "selective_logsumexp":
             selective_logsumexp(ready, entropy)
         else:

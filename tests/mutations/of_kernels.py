@@ -271,9 +271,9 @@ MUTATIONS = [
     ),
     Mutation(
         "row statistics: columns beyond the vocabulary count as logits",
-        "kernels/row_statistics.py",
-        "keys = tl.where((columns < V)[None, :], keys, LOWEST)",
-        "keys = tl.where((columns < V + 9)[None, :], keys, LOWEST)",
+        "kernels/logsumexp.py",
+        "    counts = (columns < head.V)[None, :]",
+        "    counts = (columns < head.V + 9)[None, :]",
         "row_statistics",
         "ragged or banned",
     ),

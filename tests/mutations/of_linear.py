@@ -315,7 +315,7 @@ MUTATIONS = [
     Mutation(
         "mean_logits: its gradient is not divided by the columns of all ranks",
         "fastpg/linear/linear_logprobs.py",
-        "return vocab if call.group is None else",
+        "return vocab if group is None else",
         "return vocab if True else",
         "vocab_parallel_outputs",
         "like_one_process",
