@@ -91,11 +91,15 @@ _INTERPRETED = Blocks(128, 1024, 64, 4, 1, parts=2)
 _NARROW, _NARROW_SINGLE = 16, 32
 
 
-def narrow_parts(blocks: Blocks) -> Blocks:
-    """The tile in parts so narrow that the sweep has registers for further statistics (`row_statistics`)."""
+def narrow_parts(blocks: Blocks, sets: bool = False) -> Blocks:
+    """The tile in parts so narrow that the sweep has registers for further statistics (`row_statistics`).
+
+    sets: and for the sets of a support as well.
+    """
     if triton.knobs.runtime.interpret:
         return blocks
-    return blocks._replace(parts=max(blocks.parts, blocks.columns // (_NARROW_SINGLE if blocks == _SINGLE else _NARROW)))
+    width = _NARROW if blocks != _SINGLE else _NARROW_SINGLE // 2 if sets else _NARROW_SINGLE
+    return blocks._replace(parts=max(blocks.parts, blocks.columns // width))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -167,10 +167,17 @@ def others_only(z, columns, token, V):
 
 @triton.jit
 def in_sets(rows, r, columns, V):
-    """(ROWS, COLUMNS) bool: whether a column belongs to the softmax of a row; False beyond the edges. rows: with SETS."""
-    inside = (r < rows.C)[:, None] & (columns < V)[None, :]
-    places = rows.SETS + r.to(tl.int64)[:, None] * rows.stride_s + (columns // 8)[None, :]
-    return ((tl.load(places, mask=inside, other=0).to(tl.int32) >> (columns % 8)[None, :]) & 1) != 0
+    """(ROWS, COLUMNS) bool: whether a column belongs to the softmax of a row; False beyond the edges. rows: with SETS.
+
+    columns: in runs of 8 that begin at multiples of 8, so that one load serves a run.
+    """
+    runs: tl.constexpr = columns.shape[0] // 8
+    first = tl.min(tl.reshape(columns, (runs, 8)), 1)
+    inside = (r < rows.C)[:, None] & (first < V)[None, :]
+    places = rows.SETS + r.to(tl.int64)[:, None] * rows.stride_s + (first // 8)[None, :]
+    byte = tl.load(places, mask=inside, other=0).to(tl.int32)
+    bits = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return (tl.reshape(bits, (r.shape[0], runs * 8)) != 0) & (columns < V)[None, :]
 
 
 @triton.jit

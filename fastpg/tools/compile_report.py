@@ -63,7 +63,10 @@ _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
 # beside each flag alone and all: sets of a support; of the two passes every further statistic, with the argmax or with the most
 # of the largest logits, and gradients of the logsumexp and of the mean logit
 _FURTHER = {
-    ("anchored_exp", "bfloat16"): [("exps", "support")],
+    ("anchored_exp", "bfloat16"): [
+        ("exps", "support"),
+        ("exps", "bias", "softcap", "entropy", "lora", "temperature", "support"),
+    ],
     ("anchored_exp", "float32"): [("exps", "bias", "softcap", "entropy", "lora", "temperature", "support")],
     ("selective_logsumexp", "bfloat16"): [("support",)],
     ("selective_dlogits", "bfloat16"): [("support",)],
