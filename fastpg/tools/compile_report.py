@@ -62,24 +62,22 @@ _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
 # beside each flag alone and all: sets of a support; of the two passes every further statistic, with the argmax or with the most
 # of the largest logits, and gradients of the logsumexp and of the mean logit
+_ALL = ("bias", "softcap", "entropy", "lora", "temperature")
 _FURTHER = {
-    ("anchored_exp", "bfloat16"): [
-        ("exps", "support"),
-        ("exps", "bias", "softcap", "entropy", "lora", "temperature", "support"),
+    ("anchored_exp", "bfloat16"): [("exps", "support"), ("exps", *_ALL, "support")],
+    ("anchored_exp", "float32"): [("exps", *_ALL, "support")],
+    ("logsumexp", "bfloat16"): [
+        ("support",), ("statistics",), (*_ALL, "statistics", "top_k"), (*_ALL, "statistics", "top_k", "support")
     ],
-    ("anchored_exp", "float32"): [("exps", "bias", "softcap", "entropy", "lora", "temperature", "support")],
+    ("logsumexp", "float32"): [(*_ALL, "statistics", "top_k"), (*_ALL, "statistics", "top_k", "support")],
+    ("combine", "float32"): [("statistics",), ("entropy", "finish", "statistics")],
+    ("dlogits", "bfloat16"): [
+        ("support",), (*_ALL, "logsumexp", "mean_logits"), (*_ALL, "logsumexp", "mean_logits", "support")
+    ],
+    ("dlogits", "float32"): [(*_ALL, "support")],
     ("selective_logsumexp", "bfloat16"): [("support",)],
     ("selective_dlogits", "bfloat16"): [("support",)],
-    ("dlogits", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "support")],
-    ("logsumexp", "bfloat16"): [
-        ("support",),
-        ("statistics",),
-        ("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k"),
-    ],
-    ("logsumexp", "float32"): [("bias", "softcap", "entropy", "lora", "temperature", "statistics", "top_k", "support")],
-    ("combine", "float32"): [("statistics",), ("entropy", "finish", "statistics")],
-    ("dlogits", "bfloat16"): [("support",), ("bias", "softcap", "entropy", "lora", "temperature", "logsumexp", "mean_logits")],
-}
+}  # fmt: skip
 
 # rows of a chunk (no multiple of 16), vocabulary of a head (that no tile divides: so more is masked), vocabulary of a slice of
 # it, hidden size, LoRA's rank
