@@ -264,3 +264,38 @@ def _fake_selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incom
 def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming, backend: str) -> torch.Tensor:
     """The gradient of ready logits (N, V): `torch_tiles.selective_dlogits`."""
     return tiles_of(backend).selective_dlogits(ready, statistics, incoming)
+
+
+def _fake_sets(
+    rows: Rows, head: Head, entries: Entries, asked: Asked, backend: str, target: torch.Tensor | None
+) -> SetPartials:
+    logits = _vector(head.weight, entries.row.shape[0])
+    slope = None if head.softcap is None else torch.empty_like(logits)
+    return SetPartials(_fake_partials(rows, head, asked, 0, backend, target), entries._replace(z=logits, slope=slope))
+
+
+@operator(_fake_sets)
+def gathered_partials(
+    rows: Rows, head: Head, entries: Entries, asked: Asked, backend: str, target: torch.Tensor | None
+) -> SetPartials:
+    """`gathered.gathered_partials`."""
+    return gathered.gathered_partials(tiles_of(backend), rows, head, entries, asked, target)
+
+
+def _fake_gathered_backward(
+    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: Plan,
+    weight_grad: torch.Tensor | None,
+) -> Gradients:  # fmt: skip
+    return _fake_backward(rows, head, statistics, incoming, wanted, plan, weight_grad)
+
+
+@operator(_fake_gathered_backward, mutates=("weight_grad",))
+def gathered_backward(
+    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: Plan,
+    weight_grad: torch.Tensor | None,
+) -> Gradients:  # fmt: skip
+    """`gathered.gathered_backward`."""
+    tiles = tiles_of(plan.backend)
+    return gathered.gathered_backward(
+        tiles, rows, head, entries, statistics, incoming, wanted, plan.partial, weight_grad
+    )  # fmt: skip

@@ -85,6 +85,20 @@ class TileOps(Protocol):
     def selective_statistics(self, ready: ReadyLogits, entropy: bool) -> RowStatistics: ...
     def selective_dlogits(self, ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor: ...
 
+    # rows whose softmax is over few tokens
+    def gathered_dots(
+        self, x: torch.Tensor, place: torch.Tensor, table: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor: ...
+    def run_sums(
+        self,
+        factor: torch.Tensor,
+        keys: torch.Tensor,
+        source: torch.Tensor,
+        index: torch.Tensor,
+        out: torch.Tensor,
+        add: bool,
+    ) -> None: ...
+
 
 def choose_backend(backend: str | None, hidden: torch.Tensor, name: str = "hidden") -> str:
     """ "torch" or "triton": the argument, else FASTPG_BACKEND, else triton for CUDA and ROCm tensors and torch elsewhere.

@@ -115,6 +115,23 @@ class Partials(NamedTuple):
     further: FurtherPartials = FurtherPartials()
 
 
+class Entries(NamedTuple):
+    """The tokens of the sets of K rows that are on this rank, M in all, row by row."""
+
+    row: torch.Tensor  # (M,) int64, ascending: the number of the row
+    column: torch.Tensor  # (M,) int64: the token, counted from this rank's first column
+    sizes: torch.Tensor  # (K,) int64: how many tokens each row's set has, those of other ranks included
+    z: torch.Tensor | None = None  # (M,) in the accumulation dtype: their logits, once these are known
+    slope: torch.Tensor | None = None  # (M,): the softcap's slope there, where there is a softcap
+
+
+class SetPartials(NamedTuple):
+    """The partial statistics of rows over their sets, and the entries with their logits."""
+
+    partials: Partials
+    entries: Entries
+
+
 class RowStatistics(NamedTuple):
     """The statistics of each row over all columns, (C,) each in the accumulation dtype. `finish_rows` defines them."""
 

@@ -15,6 +15,8 @@ import torch
 
 from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
 from . import running
+from .gathered import gathered_dots as gathered_dots
+from .gathered import run_sums as run_sums
 from .keep import keep as keep
 from .products import (
     WIDENED_ROWS,
@@ -417,7 +419,7 @@ def target_logits(chunk: Chunk, head: Head) -> Target:
         z = z + (chunk.lora_hidden * head.lora_weight[tokens].to(dtype)).sum(1, keepdim=True)
     if head.bias is not None:
         z = z + head.bias[tokens].to(dtype)[:, None]
-    slope = _to_logits_(z, head, chunk.temperature, want_slope=True)
+    slope = to_logits_(z, head, chunk.temperature, want_slope=True)
     # +inf becomes NaN: as an anchor it would make a row of other infinities look ordinary
     z = torch.where(inside & (z[:, 0] != torch.inf), z[:, 0], torch.nan)
     return Target(z, None if slope is None else slope[:, 0])
@@ -443,10 +445,10 @@ def _logits(
         product(out, to_inner_size(z, inner), to_inner_size(b, inner).T, True, False)
     if head.bias is not None:
         out.add_(head.bias[start : start + len(w)])
-    return _to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
+    return to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
 
 
-def _to_logits_(score: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
+def to_logits_(score: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
     """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place. Returns the softcap's slope as `_logits` does."""
     if head.logit_scale != 1:
         score.mul_(head.logit_scale)

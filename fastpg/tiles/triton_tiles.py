@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import dlogits as dlogits_kernel
 from ..kernels import finish as finish_kernel
+from ..kernels import gathered as gathered_kernel
 from ..kernels import gradient_rows as rows_kernel
 from ..kernels import keep as keep_kernel
 from ..kernels import objectives
@@ -61,6 +62,7 @@ __all__ = [
     "anchored_loss",
     "dlogits",
     "first_of_sums",
+    "gathered_dots",
     "gradient_rows",
     "keep",
     "keys_of_a_split",
@@ -72,6 +74,7 @@ __all__ = [
     "operand_dtype",
     "policy_loss",
     "row_statistics",
+    "run_sums",
     "scale_",
     "selective_dlogits",
     "selective_statistics",
@@ -327,6 +330,18 @@ def _loss(loss: DeviceLoss) -> objectives.Loss:
     kl = None if loss.kl is None else getattr(objectives, loss.kl)
     ratio_range = objectives.RatioRange(loss.ratio_min, loss.ratio_max)
     return objectives.Loss(objective, bounds, kl, loss.kl_coef, loss.kl_is_weighted, loss.show_lost, ratio_range)
+
+
+def gathered_dots(x: torch.Tensor, place: torch.Tensor, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    with _device_of(x):
+        return gathered_kernel.gathered_dots(x, place, table, index)
+
+
+def run_sums(
+    factor: torch.Tensor, keys: torch.Tensor, source: torch.Tensor, index: torch.Tensor, out: torch.Tensor, add: bool
+) -> None:
+    with _device_of(source):
+        gathered_kernel.run_sums(factor, keys, source, index, out, add)
 
 
 def _blocks(head: Head, kernel: str) -> Blocks:
