@@ -6,9 +6,9 @@ An entry m is one token of one row's set. Two kernels serve the forward and the 
     run sums    out[key] = sum_m c_m source[index_m], over a run of equal keys  dX: keys are rows, source is W
                                                                                dW: keys are tokens, source is X
 
-The keys of a run sum ascend. A program stands at every entry, and only the one at the first entry of a run has work: so the host
-need not know how many runs there are. It adds its entries one after the other, in fp32, and rounds the sum once. There are no
-atomics, so results have the same bits every time.
+The keys of a run sum ascend. A program stands at every entry, and only the one at the first entry of a run has work. So the
+host need not know how many runs there are. The program adds its entries one after the other, in fp32, and rounds the sum once.
+There are no atomics, so results have the same bits every time.
 """
 
 import torch

@@ -31,11 +31,12 @@ _OWN = ("failed", "vocab_start", "rows of the weight", "smallest token", "larges
 
 
 class Facts:
-    """One rank's description of the call. After `one_outcome`, `chunk` is the length that all ranks use."""
+    """One rank's description of the call. After `one_outcome`, `chunk` and `vocab_size` are the numbers that all ranks use."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int | torch.Tensor] = {}
         self.chunk: int | None = None  # rows of a chunk: the smallest of all ranks; None where each may choose its own
+        self.vocab_size: int | None = None  # V, of all ranks; None where there is one
 
     def describe(
         self,
@@ -163,6 +164,7 @@ def _compare(table: list[dict[str, int]], facts: Facts) -> None:
         raise ValueError(f"support.ids must be in [0, {edge}), the vocabulary of all ranks; got {table[0]['largest id']}")
     if table[0]["top_k"] > edge:
         raise ValueError(f"top_k must be at most V = {edge}, the vocabulary of all ranks; got {table[0]['top_k']}")
+    facts.vocab_size = edge
     facts.chunk = min(row["rows of a chunk"] for row in table) or None
 
 

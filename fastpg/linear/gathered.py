@@ -3,7 +3,7 @@
 A row n has a set S_n of tokens, its own token y among them. An entry m is one pair (n, v) with v in S_n. For each entry
 
     z_m  = softcap(logit_scale (x_n . w_v + b_v)) / T_n         one dot product
-    c_m  = dL/dscore_nv                                         as `torch_tiles.dlogits` has it, from z_m and the row's statistics
+    c_m  = dL/dscore_nv                                         as in `torch_tiles.dlogits`, from z_m and the row's statistics
 
 and sums over the vocabulary are sums over the entries of a row:
 
@@ -164,9 +164,7 @@ def gathered_backward(
     )
 
 
-def _factors(
-    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming
-) -> torch.Tensor:
+def _factors(rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:
     """c (M,); the formulas are those of `torch_tiles.dlogits`."""
     row, (g, h, ell, of_sum) = entries.row, incoming
     log_p = entries.z - statistics.logsumexp[row]

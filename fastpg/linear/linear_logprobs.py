@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, overload
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from ..distributed import vocab_parallel
 from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
-from ..tiles.structures import Asked, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted, is_further
+from ..tiles.structures import Asked, Entries, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted, is_further
 from . import operators
 from .call import (
+    Inputs,
     counted,
     differentiable,
     head_of,
@@ -25,8 +27,8 @@ from .kept import Kept
 from .online import Plan
 from .outputs import TokenStatistics, asked_of, check_top_k, token_statistics
 from .rows import Rows, rows_of
-from .statistics import row_results
-from .support import Support, agreed_sets, sets_of
+from .statistics import row_results, set_results
+from .support import RowSets, Support, agreed_sets, sets_of
 from .workspace import plan_logprobs
 
 if TYPE_CHECKING:
@@ -162,10 +164,12 @@ def linear_logprobs(
         )
     with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, tokens_that_count)
-        sets = sets_of(support, rows, inputs, skips=not (is_further(asked) or asked.logsumexp))
-        found = _row_results(rows if sets is None else sets.rows, inputs.head, asked, chunk_rows, inputs.backend)
-        if sets is not None:
-            found = sets.completed(found, _vocab_size(inputs.head, inputs.head.group) if asked.mean else 0)
+        sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=not (is_further(asked) or asked.logsumexp))
+        found = (
+            _over_sets(sets, asked, chunk_rows, inputs)
+            if sets
+            else rows_results(rows, inputs.head, asked, chunk_rows, inputs.backend)
+        )
     tokens_that_count.check()
     if len(outputs) or asked.top_k:
         return token_statistics(found, rows, tokens.shape, inputs.head.vocab_start or 0, outputs)
@@ -173,21 +177,35 @@ def linear_logprobs(
     return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
 
 
+def _over_sets(sets: RowSets, asked: Asked, chunk_rows: int, inputs: Inputs) -> RowResults:
+    """The results of rows whose softmax is over a set of their own each."""
+    head, backend = inputs.head, inputs.backend
+    large = small = None
+    if sets.large is not None:
+        large = rows_results(sets.large, head, asked, chunk_rows, backend)
+        large = sets.over_their_sets(large, _vocab_size(head, head.group) if asked.mean else 0)
+    if sets.small is not None:
+        small = rows_results(sets.small, head, asked, chunk_rows, backend, sets.entries)
+    return sets.together(large, small)
+
+
 def row_logprobs(
-    rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str
+    rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str, entries: Entries | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities and entropies (K,) of the rows, differentiable where an input needs a gradient."""
-    return _row_results(rows, head, Asked(entropy), chunk_rows, backend).statistics[:2]
+    return rows_results(rows, head, Asked(entropy), chunk_rows, backend, entries).statistics[:2]
 
 
-def _row_results(rows: Rows, head: LMHead, asked: Asked, chunk_rows: int, backend: str) -> RowResults:
-    """What is asked of the rows. Where an input needs a gradient, log-probabilities, entropies and logsumexps have one, and the
-    other numbers of `RowStatistics` are None."""
+def rows_results(
+    rows: Rows, head: LMHead, asked: Asked, chunk_rows: int, backend: str, entries: Entries | None = None
+) -> RowResults:
+    """What is asked of the rows, each over its own entries where these are given. Where an input needs a gradient,
+    log-probabilities, entropies and logsumexps have one, and the other numbers of `RowStatistics` are None."""
     first_column = 0 if head.group is None else head.vocab_start
+    call = _Call(rows, head_of(head), asked, chunk_rows, backend, head.group, first_column, entries, head.weight_grad)
     if not needs_gradient(rows.hidden, head):
         with torch.no_grad():
-            return row_results(rows, head_of(head), asked, chunk_rows, backend, head.group, first_column)
-    call = _Call(rows, head_of(head), asked, chunk_rows, backend, head.group, first_column, head.weight_grad)
+            return _found(call)[0]
     logprobs, entropy, logsumexp, *further = _LinearLogprobs.apply(*differentiable(call), with_inputs(call))
     return RowResults(RowStatistics(logprobs, entropy, None, logsumexp, None), Further(*further))
 
@@ -202,7 +220,16 @@ class _Call(NamedTuple):
     backend: str
     group: vocab_parallel.Group
     first_column: int
+    entries: Entries | None  # of rows whose softmax is over small sets; None: over all columns, or those of `rows.allowed`
     weight_grad: torch.Tensor | None
+
+
+def _found(call: _Call) -> tuple[RowResults, Entries | None]:
+    """The results of the rows, and the entries with their logits."""
+    rows, head, asked, chunk_rows, backend, group, first_column, entries, _ = call
+    if entries is None:
+        return row_results(rows, head, asked, chunk_rows, backend, group, first_column), None
+    return set_results(rows, head, entries, asked, backend, group, first_column)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -211,10 +238,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
         whole = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
-        statistics, further = row_results(
-            whole.rows, whole.head, call.asked, call.chunk_rows, call.backend, call.group, call.first_column
-        )
-        ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics)
+        (statistics, further), entries = _found(whole)
+        ctx.save_for_backward(*whole.rows, *whole.head[:3], *statistics, *(entries or ()))
         ctx.call = call._replace(rows=Rows(*(None,) * len(Rows._fields)))  # saved_tensors hold the rows
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in further if x is not None and x is not further.mean_logits))
@@ -224,16 +249,23 @@ class _LinearLogprobs(torch.autograd.Function):
     # operator called here has no derivative, and raises when one is asked for.
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, grad_logsumexp, grad_argmax, grad_mean_logits, *others):
-        saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
-        count = len(Rows._fields)
-        rows, statistics = Rows(*saved[:count]), RowStatistics(*saved[count + 3 :])
-        call = ctx.call._replace(rows=rows, head=Head(*saved[count : count + 3], *ctx.call.head[3:]))
+        saved = iter(ctx.saved_tensors)  # read once: checkpointing unpacks each tensor a single time
+        rows, weights, statistics = (_next(saved, count) for count in (len(Rows._fields), 3, len(RowStatistics._fields)))
+        statistics, entries = RowStatistics(*statistics), tuple(saved)
+        call = ctx.call._replace(
+            rows=Rows(*rows), head=Head(*weights, *ctx.call.head[3:]), entries=Entries(*entries) if entries else None
+        )
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(statistics.logprobs)
-        wanted = Wanted(*ctx.needs_input_grad[:5])
-        of_sum = None if grad_mean_logits is None else grad_mean_logits / _vocab_size(call.head, call.group)
+        wanted, of_sum = Wanted(*ctx.needs_input_grad[:5]), None
+        if grad_mean_logits is not None:
+            of_sum = grad_mean_logits / (_vocab_size(call.head, call.group) if call.entries is None else call.entries.sizes)
         incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp, of_sum)
         return *gradients_of(call, statistics, incoming, wanted), None
+
+
+def _next(values: Iterator[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
+    return tuple(itertools.islice(values, count))
 
 
 def _vocab_size(head: Head | LMHead, group: vocab_parallel.Group) -> int | torch.Tensor:
@@ -247,7 +279,12 @@ def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wan
     rows, group = call.rows, call.group
     plan = Plan(call.chunk_rows, call.backend, group is not None)
     with without_autocast(rows.hidden.device):  # backward() may be called under autocast
-        gradients = operators.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)
+        if call.entries is None:
+            gradients = operators.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)
+        else:
+            gradients = operators.gathered_backward(
+                rows, call.head, call.entries, statistics, incoming, wanted, plan, call.weight_grad
+            )  # fmt: skip
     if group is None:
         return gradients
     dhidden, dlora_hidden = (None if x is None else vocab_parallel.all_reduced(x, group) for x in gradients[:2])

@@ -142,7 +142,7 @@ def linear_policy_loss(
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
         call = _Call(rows, head, _terms(given, rows, weights, options), losses, options, inputs.head.weight_grad)
-        sets = sets_of(support, rows, inputs, skips=True)
+        sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=True)
         if sets is None and plan.sweeps:
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
@@ -349,13 +349,26 @@ class Result(NamedTuple):
 
 
 def _over_sets(sets: RowSets, call: _Call, head: LMHead) -> Result:
-    """The results of a call whose rows have a softmax over a set of their own each."""
-    if sets.computed is None:
-        return _result(call._replace(rows=sets.rows), head)
-    found = _result(call._replace(rows=sets.rows, terms=call.terms.select(sets.computed)), head)
-    others = call.terms.select(sets.certain())
-    loss = found.loss + call.losses(torch.zeros_like(others.advantages), others).sum()
-    return Result(loss, sets.among_all(found.logprobs), sets.among_all(found.entropies), None, found.again)
+    """The results of a call whose rows have a softmax over a set of their own each.
+
+    Rows of large sets take the schedule of the call. Those of small sets are gathered, and the loss of their log-probabilities
+    is differentiated; where a set is the token alone the log-probability is 0.
+    """
+    if sets.others is None:
+        return _result(call._replace(rows=sets.large), head)
+    options, terms, parts = call.options, call.terms, []
+    if sets.small is not None:
+        small = row_logprobs(sets.small, head, options.entropy, options.plan.two_pass_rows, options.backend, sets.entries)
+        parts.append((*small, sets.at_small))
+    logprobs = sets.placed([(x[0], x[2]) for x in parts])
+    logprobs = torch.zeros_like(terms.advantages) if logprobs is None else logprobs
+    loss, again = _TokenLoss.apply(logprobs[sets.others], call.losses, terms.select(sets.others)), None
+    if sets.large is not None:
+        large = _result(call._replace(rows=sets.large, terms=terms.select(sets.at_large)), head)
+        parts.append((large.logprobs, large.entropies, sets.at_large))
+        loss, again = loss + large.loss, large.again
+    logprobs, entropies = (sets.placed([(x[i], x[2]) for x in parts]) for i in range(2))
+    return Result(loss, logprobs.detach(), None if entropies is None else entropies.detach(), None, again)
 
 
 def _result(call: _Call, head: LMHead) -> Result:

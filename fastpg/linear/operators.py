@@ -13,6 +13,7 @@ from ..tiles.structures import (
     Asked,
     Chunk,
     DeviceLoss,
+    Entries,
     Further,
     FurtherPartials,
     Gradients,
@@ -27,13 +28,14 @@ from ..tiles.structures import (
     RowResults,
     RowStatistics,
     RowSums,
+    SetPartials,
     Target,
     TokenInputs,
     TokenTerms,
     Wanted,
     largest_kept,
 )
-from . import online
+from . import gathered, online
 from .rows import Rows
 
 
@@ -283,7 +285,7 @@ def gathered_partials(
 
 
 def _fake_gathered_backward(
-    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: Plan,
+    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: online.Plan,
     weight_grad: torch.Tensor | None,
 ) -> Gradients:  # fmt: skip
     return _fake_backward(rows, head, statistics, incoming, wanted, plan, weight_grad)
@@ -291,7 +293,7 @@ def _fake_gathered_backward(
 
 @operator(_fake_gathered_backward, mutates=("weight_grad",))
 def gathered_backward(
-    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: Plan,
+    rows: Rows, head: Head, entries: Entries, statistics: RowStatistics, incoming: Incoming, wanted: Wanted, plan: online.Plan,
     weight_grad: torch.Tensor | None,
 ) -> Gradients:  # fmt: skip
     """`gathered.gathered_backward`."""

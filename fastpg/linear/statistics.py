@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..distributed import vocab_parallel
 from ..tiles.row_statistics import finish_further, finish_rows
-from ..tiles.structures import Asked, Head, RowResults, RowStatistics, largest_kept
+from ..tiles.structures import Asked, Entries, Head, RowResults, RowStatistics, largest_kept
 from . import operators
 from .rows import Rows
 
@@ -34,3 +34,20 @@ def row_results(
     partials, columns = vocab_parallel.combine(partials, rows.tokens, vocab_size, group, kept, first_column)
     statistics = finish_rows(partials, asked.entropy)
     return RowResults(statistics, finish_further(partials.further, statistics, rows.tokens + first_column, columns, asked))
+
+
+def set_results(
+    rows: Rows, head: Head, entries: Entries, asked: Asked, backend: str, group: vocab_parallel.Group, first_column: int = 0
+) -> tuple[RowResults, Entries]:
+    """What is asked of rows whose softmax is over small sets, and the entries of these with their logits."""
+    target, tokens = None, rows.tokens
+    if group is not None and asked.rank:
+        target = operators.two_pass_targets(rows, head, max(len(tokens), 1), backend)
+        target = vocab_parallel.on_the_owner(target, tokens, head.weight.shape[0], group)
+    partials, entries = operators.gathered_partials(rows, head, entries, asked, backend, target)
+    if group is not None:
+        kept = largest_kept(asked)
+        partials, _ = vocab_parallel.combine(partials, tokens, head.weight.shape[0], group, kept, first_column)
+    statistics = finish_rows(partials, asked.entropy)
+    columns = entries.sizes.to(statistics.t.dtype)
+    return RowResults(statistics, finish_further(partials.further, statistics, tokens + first_column, columns, asked)), entries

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import validation
-from ..tiles.structures import RowResults, RowStatistics
+from ..tiles.structures import Entries, Further, RowResults, RowStatistics
 
 if TYPE_CHECKING:
     from ..lm_head import LMHead
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .rows import Rows
 
 _INTEGERS = (torch.int32, torch.int64)
+_FEWEST = 8
 
 
 class Support(NamedTuple):
@@ -275,58 +276,118 @@ def agreed_sets(support: Support | None, keep: torch.Tensor, head: LMHead) -> tu
 
 
 class RowSets(NamedTuple):
-    """The sets of the K rows of a call."""
+    """The sets of the K rows of a call, and three kinds of rows by the size of their sets. A kind without rows is None.
 
-    rows: Rows  # the L rows that are computed, with the columns of their softmax
-    computed: torch.Tensor | None  # (L,) int64: their places among the K rows; None: all of these
+    A row whose set is its token alone may be of none of these: its log-probability and its entropy are 0.
+    """
+
     sizes: torch.Tensor  # (K,) int64: how many tokens a row's set has, 0 for the whole vocabulary
+    large: Rows | None  # rows that are multiplied with all of the weight, with the columns of their softmax
+    at_large: torch.Tensor | None  # int64: their places among the K rows; None: all of these
+    others: torch.Tensor | None  # the places of the other rows; None: there are none
+    small: Rows | None  # rows that are multiplied with gathered rows of the weight
+    at_small: torch.Tensor | None
+    entries: Entries | None  # of the small ones
 
-    def among_all(self, values: torch.Tensor | None) -> torch.Tensor | None:
-        """Values of the computed rows (L,) as (K,): 0 for the others, as their log-probability and their entropy are."""
-        if values is None or self.computed is None:
-            return values
-        return values.new_zeros(len(self.sizes)).index_copy(0, self.computed, values)
-
-    def certain(self) -> torch.Tensor:
-        """The places of the other rows, whose set is their token alone."""
-        return torch.nonzero_static(self.sizes == 1, size=len(self.sizes) - len(self.computed))[:, 0]
-
-    def completed(self, found: RowResults, vocab_size: int | torch.Tensor) -> RowResults:
-        """The results of all rows, from those of computed rows; sums over the set take its size in the place of V."""
+    def over_their_sets(self, found: RowResults, vocab_size: int | torch.Tensor) -> RowResults:
+        """The results of the large rows, where sums over the set take its size in the place of V."""
         statistics, further = found
+        sizes = self.sizes if self.at_large is None else self.sizes[self.at_large]
         if further.mean_logits is not None:
-            share = torch.where(self.sizes == 0, 1, vocab_size / self.sizes.clamp(min=1))
+            share = torch.where(sizes == 0, 1, vocab_size / sizes.clamp(min=1))
             further = further._replace(mean_logits=further.mean_logits * share.to(further.mean_logits.dtype))
-        if further.top_ids is not None:
-            places = torch.arange(further.top_ids.shape[1], device=self.sizes.device)
-            beyond = (places >= self.sizes[:, None]) & (self.sizes[:, None] > 0)
-            logprobs, ids = further.top_logprobs.masked_fill(beyond, -torch.inf), further.top_ids.masked_fill(beyond, -1)
-            further = further._replace(top_logprobs=logprobs, top_ids=ids)
-        return RowResults(RowStatistics(*map(self.among_all, statistics)), further)
+        return RowResults(statistics, further)
+
+    def together(self, large: RowResults | None, small: RowResults | None) -> RowResults:
+        """The results of all K rows."""
+        found = [(x, at) for x, at in ((large, self.at_large), (small, self.at_small)) if x is not None]
+        if len(found) == 1 and found[0][1] is None:
+            results = found[0][0]
+        else:
+            statistics = RowStatistics(
+                *(self.placed([(x[0][i], at) for x, at in found]) for i in range(len(RowStatistics._fields)))
+            )
+            further = Further(*(self.placed([(x[1][i], at) for x, at in found]) for i in range(len(Further._fields))))
+            results = RowResults(statistics, further)
+        further = results.further
+        if further.top_ids is None:
+            return results
+        places = torch.arange(further.top_ids.shape[1], device=self.sizes.device)
+        beyond = (places >= self.sizes[:, None]) & (self.sizes[:, None] > 0)
+        logprobs, ids = further.top_logprobs.masked_fill(beyond, -torch.inf), further.top_ids.masked_fill(beyond, -1)
+        return RowResults(results.statistics, further._replace(top_logprobs=logprobs, top_ids=ids))
+
+    def placed(self, parts: list[tuple[torch.Tensor | None, torch.Tensor | None]]) -> torch.Tensor | None:
+        """Values of some rows at their places among the K, (K, ...), 0 for the others."""
+        given = [(x, at) for x, at in parts if x is not None]
+        if not given:
+            return None
+        out = given[0][0].new_zeros(len(self.sizes), *given[0][0].shape[1:])
+        for x, at in given:
+            out = x if at is None else out.index_copy(0, at, x)
+        return out
 
 
-def sets_of(support: Support | None, rows: Rows, inputs: Inputs, skips: bool) -> RowSets | None:
-    """The sets of the rows of a call, tokens counted from this rank's first column; None without a support.
+def sets_of(support: Support | None, rows: Rows, inputs: Inputs, vocab_size: int | None, skips: bool) -> RowSets | None:
+    """The sets of the rows of a call; None without a support.
 
-    skips: rows whose set is their token alone are not computed, since their log-probability and their entropy are 0 whatever
-    the logits are. The host waits for their number, so that nothing is skipped where it reads nothing.
+    vocab_size: V of all ranks; None where there is one. skips: rows whose set is their token alone are not computed, as nobody
+    asks for more than their log-probability and their entropy. The host waits for the number of rows of each kind; where it
+    reads nothing, all rows are large ones.
     """
     if support is None:
         return None
-    head, places, computed, tokens = inputs.head, rows.indices, None, rows.tokens
-    sizes = support.sizes()
+    head, sizes = inputs.head, support.sizes()
     if support.whole is not None:
         sizes = sizes.masked_fill(support.whole, 0)
-    sizes = sizes if places is None else sizes[places]
-    if skips and inputs.host_reads:
-        others = sizes != 1
-        if not bool(others.all()):
-            computed = others.nonzero()[:, 0]
-            rows = rows.select(computed)
-            places, tokens = rows.indices, rows.tokens
-    return RowSets(
-        rows._replace(allowed=packed_sets(support, places, tokens, head.vocab_start or 0, len(head.weight))), computed, sizes
-    )
+    sizes = sizes if rows.indices is None else sizes[rows.indices]
+    if not inputs.host_reads:
+        return RowSets(sizes, _large(support, rows, head), None, None, None, None, None)
+    is_large = (sizes == 0) | (sizes > most_gathered(vocab_size or head.vocab_size))
+    is_small = ~is_large & (sizes > (1 if skips else 0))
+    counts = torch.stack([is_large.sum(), is_small.sum(), torch.where(is_small, sizes, 0).sum()]).tolist()
+    large, at_large = _chosen(rows, is_large, counts[0])
+    small, at_small = _chosen(rows, is_small, counts[1])
+    entries = others = None
+    if counts[1]:
+        entries = _entries(support, small.indices, sizes if at_small is None else sizes[at_small], counts[2], head)
+    if at_large is not None:
+        others = torch.nonzero_static(~is_large, size=len(sizes) - counts[0])[:, 0]
+    if counts[0] or not counts[1]:  # where nothing is computed, results still have a gradient, of 0
+        return RowSets(sizes, _large(support, large, head), at_large, others, small if counts[1] else None, at_small, entries)
+    return RowSets(sizes, None, at_large, others, small, at_small, entries)
+
+
+def _chosen(rows: Rows, wanted: torch.Tensor, count: int) -> tuple[Rows, torch.Tensor | None]:
+    """The `count` rows that are wanted, and their places; None: all."""
+    if count == len(wanted):
+        return rows, None
+    places = torch.nonzero_static(wanted, size=count)[:, 0]
+    return rows.select(places), places
+
+
+def most_gathered(vocab_size: int) -> int:
+    """The most tokens of a set for which gathered rows of the weight cost less than a product with all of them.
+
+    A product reads the weight once for each tile of 128 or 256 rows of hidden states: V / 256 rows of it, or more, for each.
+    """
+    return max(_FEWEST, vocab_size // 256)
+
+
+def _large(support: Support, rows: Rows, head: LMHead) -> Rows:
+    return rows._replace(allowed=packed_sets(support, rows.indices, rows.tokens, head.vocab_start or 0, len(head.weight)))
+
+
+def _entries(support: Support, places: torch.Tensor | None, sizes: torch.Tensor, count: int, head: LMHead) -> Entries:
+    """The entries of rows at these places, whose sets have `count` ids in all; those in this rank's columns."""
+    first = support.offsets[:-1] if places is None else support.offsets[places]
+    row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=count)
+    within = torch.arange(count, device=sizes.device) - (sizes.cumsum(0) - sizes)[row]
+    column = support.ids[first[row].long() + within].long() - (head.vocab_start or 0)
+    if head.group is not None:
+        here = (column >= 0) & (column < len(head.weight))
+        row, column = row[here], column[here]
+    return Entries(row, column, sizes)
 
 
 def packed_sets(support: Support, places: torch.Tensor | None, tokens: torch.Tensor, first: int, columns: int) -> torch.Tensor:

@@ -86,9 +86,7 @@ class TileOps(Protocol):
     def selective_dlogits(self, ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor: ...
 
     # rows whose softmax is over few tokens
-    def gathered_dots(
-        self, x: torch.Tensor, place: torch.Tensor, table: torch.Tensor, index: torch.Tensor
-    ) -> torch.Tensor: ...
+    def gathered_dots(self, x: torch.Tensor, place: torch.Tensor, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor: ...
     def run_sums(
         self,
         factor: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Products over chosen columns alone, in PyTorch: dot products with gathered rows of the weight, and weighted sums of such rows.
+"""Products over chosen columns alone, in PyTorch: dot products with gathered rows of the weight, weighted sums of such rows.
 
 An entry is one token of one row's set. Nothing here has the size of the vocabulary. Sums run in the order of the entries.
 """
@@ -30,8 +30,8 @@ def run_sums(
 ) -> None:
     """out[key] = sum_m factor_m source[index_m] over the run of entries m with this key; added to out[key] with `add`.
 
-    keys (M,) ascend. Rows of out (T, H) whose key does not occur stay as they are. Each sum is formed in the dtype of factor and
-    rounded once.
+    keys (M,) ascend. Rows of out (T, H) whose key does not occur stay as they are. Each sum is formed in the dtype of factor,
+    and rounded once.
     """
     present, counts = torch.unique_consecutive(keys, return_counts=True)
     edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -10,8 +10,8 @@ import fastpg
 
 TOP_LEVEL = """
     CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput Reinforce SAPO
-    Support TokenLogprobs TokenStatistics advantages kept linear_cispo_loss linear_cross_entropy linear_logprobs linear_policy_loss
-    masked_mean policy_loss selective_logprobs
+    Support TokenLogprobs TokenStatistics advantages kept linear_cispo_loss linear_cross_entropy linear_logprobs
+    linear_policy_loss masked_mean policy_loss selective_logprobs
 """
 PATHS = {
     "fastpg": TOP_LEVEL + "__version__",
