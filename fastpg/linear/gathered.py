@@ -123,6 +123,7 @@ def gathered_backward(
     incoming: Incoming,
     wanted: Wanted,
     partial: bool,
+    *,
     weight_grad: torch.Tensor | None,
 ) -> Gradients:
     """Gradients for incoming gradients (K,) of the rows' results; `sum_logits` is that of the sum over the set.

@@ -142,11 +142,10 @@ def linear_policy_loss(
         options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         losses = partial(token_losses, objective=objective, kl=kl)
         call = _Call(rows, head, _terms(given, rows, weights, options), losses, options, inputs.head.weight_grad)
-        sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=True)
-        if sets is None and plan.sweeps:
+        if support is None and plan.sweeps:
             result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
         else:
-            result = _two_passes(call, inputs.head) if sets is None else _over_sets(sets, call, inputs.head)
+            result = _by_sets(sets_of(support, rows, inputs, agreed.vocab_size, skips=True), call, inputs.head)
     if isinstance(mask, Kept) and not check:  # a weight of NaN shows where there is no row too
         result = Result(result.loss + (weights - weights).sum(), *result[1:])
     that_count.check()
@@ -348,14 +347,14 @@ class Result(NamedTuple):
     again: torch.Tensor | None = None  # (2,): rows that were computed again, and whether dW was too; None: none
 
 
-def _over_sets(sets: RowSets, call: _Call, head: LMHead) -> Result:
-    """The results of a call whose rows have a softmax over a set of their own each.
+def _by_sets(sets: RowSets | None, call: _Call, head: LMHead) -> Result:
+    """The results of a call whose rows have a softmax over a set of their own each; None: over the whole vocabulary.
 
     Rows of large sets take the schedule of the call. Those of small sets are gathered, and the loss of their log-probabilities
     is differentiated; where a set is the token alone the log-probability is 0.
     """
-    if sets.others is None:
-        return _result(call._replace(rows=sets.large), head)
+    if sets is None or sets.others is None:
+        return _result(call if sets is None else call._replace(rows=sets.large), head)
     options, terms, parts = call.options, call.terms, []
     if sets.small is not None:
         small = row_logprobs(sets.small, head, options.entropy, options.plan.two_pass_rows, options.backend, sets.entries)

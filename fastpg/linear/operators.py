@@ -299,5 +299,5 @@ def gathered_backward(
     """`gathered.gathered_backward`."""
     tiles = tiles_of(plan.backend)
     return gathered.gathered_backward(
-        tiles, rows, head, entries, statistics, incoming, wanted, plan.partial, weight_grad
+        tiles, rows, head, entries, statistics, incoming, wanted, plan.partial, weight_grad=weight_grad
     )  # fmt: skip

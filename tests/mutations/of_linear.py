@@ -331,8 +331,8 @@ MUTATIONS = [
     Mutation(
         "gathered heads: two passes keep no copy of the weight",
         "fastpg/integrations/transformers.py",
-        'if not arguments["gathered"] or not torch.is_grad_enabled():',
-        "if True:",
+        'if not arguments["gathered"] or not torch.is_grad_enabled() or',
+        "if True or",
         "wrapped_models",
         "gathered_for_its_forward",
     ),
