@@ -109,8 +109,7 @@ def token_logprobs(
         input_ids: (B, T) int64.
         attention_mask: (B, T), 0 for padding on either side. None: nothing is padded.
         completion_mask: (B, T) bool, True for the tokens that are wanted. None: all.
-        support: a `Support` of B T sets: set b T + t is what input_ids[b, t] was sampled from. Those of other tokens may be
-            anything.
+        support: a `Support` of B T sets: set b T + t is what input_ids[b, t] was sampled from. Other tokens' may be anything.
         position_ids: None: with an attention_mask those of transformers' `generate`, which count the tokens that are not
             padding. Where a row's positions do not go up by one, a new packed sequence begins. Its first token has no
             prediction. The model's attention must keep the sequences apart. That of transformers does so only without an
@@ -207,12 +206,12 @@ def causal_lm_policy_loss(
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(_on, like=hidden)
+        head = _until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
         out = linear_policy_loss(
-            states, _until_backward(head, arguments, of_loss=True), there(targets), there(old_logprobs), there(advantages),
-            objective=objective, mask=there(rows), support=there(support), sequence_ids=there(sequence_ids),
-            temperature=there(temperature), reduction=reduction, denominator=denominator, kl=kl,
-            ref_logprobs=there(ref_logprobs), rollout_weights=there(rollout_weights), entropy=entropy,
-            skip_zero_weight=skip_zero_weight, workspace=workspace, backend=backend, check=check,
+            states, head, there(targets), there(old_logprobs), there(advantages), objective=objective, mask=there(rows),
+            support=there(support), sequence_ids=there(sequence_ids), temperature=there(temperature), reduction=reduction,
+            denominator=denominator, kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(rollout_weights),
+            entropy=entropy, skip_zero_weight=skip_zero_weight, workspace=workspace, backend=backend, check=check,
         )  # fmt: skip
         return {"policy": out._replace(logprobs=_back(out.logprobs.view(input_ids.shape)))}
 
@@ -363,12 +362,9 @@ def _headless_forward(
     return result
 
 
-def _until_backward(head: LMHead, arguments: dict[str, Any], of_loss: bool = False) -> LMHead:
-    """The head of two passes, whose backward multiplies by the weight again: a copy, if it was gathered for the call alone.
-
-    of_loss: for `linear_policy_loss`, which takes two passes in float16.
-    """
-    if not arguments["gathered"] or not torch.is_grad_enabled() or (of_loss and head.weight.dtype != torch.float16):
+def _until_backward(head: LMHead, arguments: dict[str, Any], one_pass: bool = False) -> LMHead:
+    """The head of two passes, whose backward multiplies by the weight again: a copy, if it was gathered for the call alone."""
+    if not arguments["gathered"] or not torch.is_grad_enabled() or one_pass:
         return head
     bias = None if head.bias is None else head.bias.clone()
     return dataclasses.replace(head, weight=head.weight.clone(), bias=bias)

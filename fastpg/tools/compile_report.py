@@ -53,6 +53,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gradient_rows": (("bfloat16", "float32"), ("frozen_weight", "frozen_hidden", "places")),
     "scale": (("bfloat16", "float32"), ()),
     "policy_loss": (("float32",), ("cispo",)),
+    "gathered_dots": (("bfloat16", "float32"), ()),
+    "run_sums": (("bfloat16", "float32"), ("add",)),
     "selective_logsumexp": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
     "selective_dlogits": (("bfloat16", "float16", "float32"), ("entropy", "temperature")),
 }
@@ -201,8 +203,8 @@ def _launch(variant: Variant) -> None:
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
     incoming = Incoming(vector(), vector(entropy), unit, vector("logsumexp" in flags), vector("mean_logits" in flags))
 
-    if variant.kernel in ("keep", "summary", "policy_loss"):
-        _launch_on_vectors(variant, meta)
+    if variant.kernel in ("keep", "summary", "policy_loss", "gathered_dots", "run_sums"):
+        _launch_without_tiles(variant, meta)
     elif variant.kernel == "target":
         target_logits(p, vector("anchor" in flags))
     elif variant.kernel == "anchored_exp":
@@ -293,7 +295,21 @@ def _loss_terms(flags: tuple[str, ...], meta: Callable[..., torch.Tensor]) -> tu
     )  # fmt: skip
 
 
-def _launch_on_vectors(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
+def _launch_gathered(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
+    from ..kernels.gathered import gathered_dots, run_sums
+
+    dtype = DTYPES[variant.dtype]
+    entries, hidden, weight = (
+        meta(8 * _ROWS, dtype=torch.int64), meta(_ROWS, _SIZE, dtype=dtype), meta(_VOCAB, _SIZE, dtype=dtype)
+    )  # fmt: skip
+    if variant.kernel == "gathered_dots":
+        gathered_dots(hidden, entries, weight, entries)
+    else:
+        adds = "add" in variant.flags
+        run_sums(meta(8 * _ROWS), entries, weight, entries, meta(_ROWS, _SIZE) if adds else hidden, adds)
+
+
+def _launch_without_tiles(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
     from ..kernels.keep import Factors, Tokens, keep
     from ..kernels.policy_loss import policy_loss
     from ..kernels.summary import FIELDS, summary
@@ -305,6 +321,8 @@ def _launch_on_vectors(variant: Variant, meta: Callable[..., torch.Tensor]) -> N
         factors = Factors(meta(_ROWS), meta(_ROWS), meta(_ROWS), meta()) if "skip" in flags else Factors()
         ids = meta(_ROWS, dtype=torch.int64)
         keep(Tokens(ids, mask, temperature, 1), factors, ids if "rows" in flags else None, _VOCAB)
+    elif variant.kernel in ("gathered_dots", "run_sums"):
+        _launch_gathered(variant, meta)
     elif variant.kernel == "summary":
         summary(meta(FIELDS, 250), "entropy" in flags)
     else:
