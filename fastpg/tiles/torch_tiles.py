@@ -137,7 +137,7 @@ def _outside(allowed: torch.Tensor | None, block: slice, start: int, stop: int) 
     if allowed is None:
         return None
     packed = allowed[block, start // 8 : -(-stop // 8), None]
-    bits = packed >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    bits = packed & torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
     return bits.flatten(1)[:, : stop - start] == 0
 
 
