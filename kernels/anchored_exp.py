@@ -114,7 +114,8 @@ def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.const
             q = LN2 * tl.sum(e * tl.maximum(log2_e, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL), 1)
         if out.E is not None:
             if head.inner is not None:
-                e = e * slope
+                # with sets the slope may be NaN where no logit counts
+                e = e * slope if rows.SETS is None else tl.where(e == 0.0, 0.0, e * slope)
             stored = round_to(e, out.E.dtype.element_ty, TILE.WIDEN)
             if out.R is not None:
                 if head.inner is None:

@@ -132,10 +132,10 @@ def _epilogue(score, start, mine, rows, head, incoming, out, PARTS: tl.constexpr
     columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
     z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
     d = gradient_entries(z, columns, mine, incoming)
-    if rows.SETS is not None:
-        d = tl.where(in_sets(rows, mine.r, columns, head.V), d, 0.0)
     if head.inner is not None:
         d = d * slope
+    if rows.SETS is not None:  # behind the slope, which may be NaN where no logit counts
+        d = tl.where(in_sets(rows, mine.r, columns, head.V), d, 0.0)
     stored = round_to(d, out.D.dtype.element_ty, TILE.WIDEN)
     taken = mine.g
     if out.R is not None:

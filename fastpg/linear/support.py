@@ -143,7 +143,10 @@ def _ids(ids: Sequence[int] | torch.Tensor, n: int) -> torch.Tensor:
         raise TypeError(f"sets[{n}] must be a list of token ids, or None; got {validation.kind(ids)}") from error
     if found.dim() != 1 or found.dtype not in _INTEGERS:
         raise TypeError(f"sets[{n}] must be a list of token ids, or None; got {validation.kind(found)} {tuple(found.shape)}")
-    return found.long()
+    wide = found.long()
+    if not torch.equal(wide, wide.int()):  # else it would come back as another id
+        raise ValueError(f"sets[{n}] must have ids of 32 bits; got {int(wide[wide != wide.int()][0])}")
+    return wide
 
 
 def _of_output(output: Any, number: int) -> list[Sequence[int] | None] | None:
@@ -294,8 +297,8 @@ class RowSets(NamedTuple):
         statistics, further = found
         sizes = self.sizes if self.at_large is None else self.sizes[self.at_large]
         if further.mean_logits is not None:
-            share = torch.where(sizes == 0, 1, vocab_size / sizes.clamp(min=1))
-            further = further._replace(mean_logits=further.mean_logits * share.to(further.mean_logits.dtype))
+            share = vocab_size / sizes.clamp(min=1).to(further.mean_logits.dtype)  # integers would be divided in float32
+            further = further._replace(mean_logits=further.mean_logits * torch.where(sizes == 0, 1, share))
         return RowResults(statistics, further)
 
     def together(self, large: RowResults | None, small: RowResults | None) -> RowResults:

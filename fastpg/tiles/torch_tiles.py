@@ -249,11 +249,11 @@ def dlogits(
         _to_gradient_(z, chunk.tokens, block, start, statistics, g, h, at_target)
         if of_sum is not None:
             z.add_(of_sum[block, None])
-        outside = _outside(chunk.allowed, block, start, start + len(w))
-        if outside is not None:
-            z.masked_fill_(outside, 0)
         if slope is not None:
             z.mul_(slope)
+        outside = _outside(chunk.allowed, block, start, start + len(w))
+        if outside is not None:  # behind the slope, which may be NaN there
+            z.masked_fill_(outside, 0)
         if stored != wide:
             sums = z.sum(1)
             out[block].copy_(z.to(stored))  # `out[block]` may be z itself
@@ -340,6 +340,8 @@ def anchored_exp(
             if out is not None:
                 if slope is not None:
                     e.mul_(slope)
+                    if outside is not None:  # where the slope may be NaN
+                        e.masked_fill_(outside, 0)
                     sums = e.sum(1) if is_rounded else sums
                 stored = out[block, start:stop].copy_(e[: len(out) - r])
                 if is_rounded:
