@@ -19,6 +19,8 @@ SUITES = (
     "test_one_pass",
     "test_one_pass_autograd",
     "test_one_pass_masks",
+    "test_support",
+    "test_support_masks",
 )
 
 
