@@ -162,11 +162,14 @@ def _of_output(output: Any, number: int) -> list[Sequence[int] | None] | None:
                 f"outputs[{number}].offsets must ascend from 0 to the number of its token_ids, {len(ids)}; got {edges[:8]}"
             )
         return [ids[a:b] for a, b in itertools.pairwise(edges)]
+    given = type(output).__name__
     if isinstance(output, (list, tuple)):
-        return list(output)
+        others = [ids for ids in output if ids is not None and not hasattr(ids, "__len__")]
+        if not others:
+            return list(output)
+        given = f"{given} of {type(others[0]).__name__}"
     raise TypeError(
-        f"outputs[{number}] must have token_ids and offsets, as vLLM's SamplingMask, or be a list of lists of ids; got "
-        f"{type(output).__name__}"
+        f"outputs[{number}] must have token_ids and offsets, as vLLM's SamplingMask, or be a list of lists of ids; got {given}"
     )
 
 
