@@ -15,7 +15,7 @@ from raising import never, said
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from fastpg import GSPO, LMHead
+from fastpg import GSPO, LMHead, Support
 from fastpg.integrations.transformers import causal_lm_policy_loss, patched, token_logprobs
 
 V, IDS = 61, torch.ones(2, 4, dtype=torch.int64)
@@ -185,6 +185,13 @@ def test_models_that_do_more_than_their_configuration_says():
 # ---- arguments
 
 ONES = torch.ones(2, 4)
+
+
+def support(position, ids, count=8):
+    """The whole vocabulary everywhere but there: all tokens are 1, and that of position 0 is not predicted."""
+    return {"support": Support.from_lists([ids if n == position else None for n in range(count)])}
+
+
 OF_BOTH = {
     "ids-flat": ({"input_ids": IDS[0]}, "TypeError: input_ids and labels must be integer tensors (B, T); got torch.int64 (4,)"),
     "ids-float": (
@@ -223,6 +230,26 @@ OF_BOTH = {
         {"return_dict": True, "logits_to_keep": 1},
         "ValueError: ['logits_to_keep', 'return_dict'] cannot be handed on: the model is run once, on all of input_ids",
     ),
+    "support-mask": (
+        {"support": torch.ones(2, 4, V).bool()},
+        "TypeError: support must be a fastpg.Support, which Support.from_mask, from_lists and from_sampler make; got "
+        "torch.bool",
+    ),
+    "support-count": (
+        support(2, None, count=6),
+        "ValueError: support must have a set for each of the 8 tokens, offsets (9,); got offsets (7,)",
+    ),
+    # positions are the tokens' own, not those of the states that predict them
+    "support-without-the-token": (
+        support(2, [3, 4]),
+        "ValueError: support leaves out the sampled token 1 at position 2, which then has no probability: "
+        "support.with_tokens(tokens) adds it",
+    ),
+    "support-empty": (
+        support(7, []),
+        "ValueError: support has an empty set for the token at position 7, which counts: mask it, or set support.whole there",
+    ),
+    "support-twice": (support(5, [1, 3, 3]), "ValueError: support has the id 3 twice in the set of position 5"),
     "ids, temperature": (
         {"input_ids": ONES, "temperature": torch.ones(2)},
         "TypeError: input_ids and labels must be integer tensors (B, T); got torch.float32 (2, 4)",
@@ -270,6 +297,15 @@ def test_arguments_that_do_not_fit(changes, words):
     assert said(lambda: causal_lm_policy_loss(model, **{"input_ids": IDS} | of_loss | changes)) == words
     if words in [case[1] for case in OF_BOTH.values()]:
         assert said(lambda: token_logprobs(model, **{"input_ids": IDS} | changes)) == words
+
+
+def test_ids_of_a_support_outside_of_the_models_vocabulary():
+    given = {"attention_mask": None, "old_logprobs": None, "advantages": torch.ones(2), "objective": never}
+    words = "ValueError: support.ids must be in [0, 61); got 61 in the set of position "
+    assert said(lambda: causal_lm_policy_loss(llama(), IDS, **given | support(2, [1, V])), before_work=False).startswith(words)
+    assert said(lambda: token_logprobs(llama(), IDS, **support(2, [1, V])), before_work=False).startswith(words)
+    for position in (0, 4):  # the first tokens of rows, which nothing predicts
+        assert token_logprobs(llama(), IDS, **support(position, [V, V])).logprobs.isfinite().all()
 
 
 @pytest.mark.parametrize(("changes", "words"), IN_THE_FORWARD.values(), ids=IN_THE_FORWARD)
