@@ -319,7 +319,8 @@ class RowSets(NamedTuple):
         if further.top_ids is None:
             return results
         places = torch.arange(further.top_ids.shape[1], device=self.sizes.device)
-        beyond = (places >= self.sizes[:, None]) & (self.sizes[:, None] > 0)
+        beyond = (places >= self.sizes[:, None]) | (further.top_logprobs == -torch.inf)  # a banned token, in the set or not
+        beyond &= self.sizes[:, None] > 0
         logprobs, ids = further.top_logprobs.masked_fill(beyond, -torch.inf), further.top_ids.masked_fill(beyond, -1)
         return RowResults(results.statistics, further._replace(top_logprobs=logprobs, top_ids=ids))
 

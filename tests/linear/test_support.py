@@ -181,6 +181,19 @@ def test_statistics_of_each_size(backend, size, vocab):
 
 
 @BACKENDS
+def test_banned_tokens_of_a_set_are_among_its_largest_as_no_token(backend):
+    """A member with a bias of -inf has no probability, and no id outside of the set stands in its place."""
+    bias = torch.zeros(12).index_fill(0, torch.tensor([5, 0]), -torch.inf)
+    hidden, weight, tokens = torch.randn(3, 4), torch.randn(12, 4), torch.tensor([1, 2, 3])
+    support = Support.from_lists([[1, 5, 0], [5, 2, 7], None])
+    found = linear_logprobs(hidden, LMHead(weight, bias), tokens, support=support, top_k=3, backend=backend)
+    assert found.top_ids[:2, 1:].tolist() == [[-1, -1], [2 if found.top_ids[1, 0] == 7 else 7, -1]]
+    assert found.top_ids[0, 0] == 1
+    assert found.top_logprobs[:2, 2].tolist() == [-torch.inf] * 2
+    assert (found.top_ids[2] >= 0).all()
+
+
+@BACKENDS
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_each_statistic_alone_has_the_bits_of_all_together(backend, name):
     """Also those that skip rows whose set is their token alone."""
