@@ -160,7 +160,7 @@ def errors(rank: int) -> dict[str, str]:
     first, whole = Support.from_lists(SETS), Support.from_lists([None, *SETS[1:]])
     cases = {
         "another set": first if rank == 0 else Support.from_lists([[0, 2], *SETS[1:]]),
-        "ids at other positions": first if rank == 0 else Support.from_lists([[0, 1, 2], [1], [3]]),
+        "ids at other positions": Support.from_lists([[0, 1], [1, 2, 3], [3]] if rank == 0 else [[0, 1, 3], [1, 2], [3]]),
         "none on one rank": first if rank == 0 else None,
         "whole on one rank": first if rank == 0 else whole,
         "outside of every shard": Support.from_lists([[0, 4], *SETS[1:]]),

@@ -233,15 +233,15 @@ def poisoned(kind: str, **options) -> tuple[Inputs, Inputs, Support]:
 
 @BACKENDS
 @CHECKS
-@pytest.mark.parametrize("function", ["logprobs", "loss"])
 @pytest.mark.parametrize("kind", ["bias", "bias, softcap", "weights", "bf16"])
-def test_what_the_logits_are_outside_of_every_set(backend, check, function, kind):
+def test_what_the_logits_are_outside_of_every_set(backend, check, kind):
     """NaN, infinities, and logits that overflow."""
     x, spoilt, support = poisoned(kind, softcap=5.0 if "softcap" in kind else None)
-    got, want = (results(function, p, support, backend, check=check) for p in (spoilt, x))
-    same(got, want)
-    assert not got["dW"][UNUSED].any()
-    assert not got["db"][UNUSED].any()
+    for function in ("logprobs", "loss"):
+        got, want = (results(function, p, support, backend, check=check) for p in (spoilt, x))
+        same(got, want)
+        assert not got["dW"][UNUSED].any()
+        assert not got["db"][UNUSED].any()
 
 
 @BACKENDS

@@ -293,4 +293,28 @@ MUTATIONS = [
         "linear_cross_entropy",
         "is_torchs and label_smoothing and triton",
     ),
+    Mutation(
+        "support: bits read from the other end of a byte",
+        "kernels/tile.py",
+        "(byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1",
+        "(byte[:, :, None] >> (7 - tl.arange(0, 8))[None, None, :]) & 1",
+        "support",
+        "largest_logits and triton",
+    ),
+    Mutation(
+        "support: the kernel's gradient reaches what is outside of a set",
+        "kernels/dlogits.py",
+        "d = tl.where(in_sets(rows, mine.r, columns, head.V), d, 0.0)",
+        "d = tl.where(in_sets(rows, mine.r, columns, head.V), d, d)",
+        "support",
+        "largest_logits and two_pass_triton",
+    ),
+    Mutation(
+        "support: a softcap's slope of NaN outside of a set reaches E",
+        "kernels/anchored_exp.py",
+        "e * slope if rows.SETS is None else tl.where(e == 0.0, 0.0, e * slope)",
+        "e * slope",
+        "support_masks",
+        "outside_of_every_set and softcap and triton",
+    ),
 ]
