@@ -163,6 +163,7 @@ def errors(rank: int) -> dict[str, str]:
         "ids at other positions": Support.from_lists([[0, 1], [1, 2, 3], [3]] if rank == 0 else [[0, 1, 3], [1, 2], [3]]),
         "none on one rank": first if rank == 0 else None,
         "whole on one rank": first if rank == 0 else whole,
+        "whole on one rank, ids on both": first if rank == 0 else first._replace(whole=whole.whole),
         "outside of every shard": Support.from_lists([[0, 4], *SETS[1:]]),
         "outside, on one rank": first if rank == 0 else Support.from_lists([[0, -1], *SETS[1:]]),
         "without the token, on one rank": first if rank == 0 else Support.from_lists([[1, 2], *SETS[1:]]),
@@ -190,7 +191,7 @@ FAILED = "head.group: the call failed on rank(s) [1] of the group; the error is 
 def test_ranks_agree_on_the_sets_or_all_raise(ranks):
     """Before any work: a rank that went on alone would wait for the other one."""
     first, second = (of_rank["errors"] for of_rank in ranks)
-    for name in ("another set", "ids at other positions", "none on one rank", "whole on one rank"):
+    for name in ("another set", "ids at other positions", "none on one rank", *(n for n, _ in first if n.startswith("whole"))):
         for check in (True, False):
             assert first[name, check] == second[name, check] == AGREE, name
     outside = "support.ids must be in [0, 4), the vocabulary of all ranks; got 4"

@@ -10,7 +10,7 @@ import torch
 from objectives import OBJECTIVES
 from problems import Result, check_result, random_problem
 from sampled_sets import MIXED, check_outside, check_over, largest_sets, logprobs_over, random_sets, sampled_over
-from schedules import BACKENDS, KERNEL_DEVICE, SCHEDULES, TORCH, one_pass, one_pass_triton
+from schedules import BACKENDS, KERNEL_DEVICE, SCHEDULES, TORCH, one_pass, one_pass_triton, two_pass_triton
 
 from fastpg import (
     CISPO,
@@ -30,6 +30,8 @@ from fastpg import (
 from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.crosscheck.cases import Inputs, Settings
 from fastpg.linear.outputs import OUTPUTS
+from fastpg.tiles import triton_tiles
+from fastpg.tiles.structures import TileShape
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL_DTYPES = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
@@ -94,6 +96,15 @@ def test_over_several_tiles_and_chunks(schedule):
     x = sampled_over(x, members)
     got = check_over(x, members, schedule, CISPO(), workspace=10 * 2**20)
     assert torch.equal(got["logp"], schedule(x, CISPO(), support=Support.from_mask(members))["logp"])
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_slices_of_the_vocabulary_on_kernels(dtype, monkeypatch):
+    """The backward of two passes, whose slices begin in the middle of the sets' bytes."""
+    monkeypatch.setattr(triton_tiles, "tile_shape", lambda head: TileShape(256, 136, 1, 256))
+    x = random_problem(24, 500, dtype)
+    members = random_sets(x.tokens, 500, MIXED)
+    check_over(sampled_over(x, members), members, two_pass_triton, CISPO())
 
 
 @SCHEDULES
@@ -400,12 +411,17 @@ def test_under_torch_compile(function):
 
 @pytest.mark.parametrize("schedule", [one_pass, one_pass_triton], ids=lambda f: f.__name__)
 def test_rows_that_are_recomputed(schedule):
-    """Tokens 150 nats below the others, thought certain: such rows are computed again, over their own sets. Rows whose set is
-    their token alone never are."""
-    x = random_problem(24, 200, f32, bias=True)
-    x.head.bias[x.tokens] -= 150
+    """Tokens 150 nats below the others, thought certain: such rows are computed again, over their own sets. Others are not, nor
+    is a row whose set is its token alone."""
+    x = random_problem(36, 200, f32, bias=True)
+    x = replace(x, tokens=torch.randperm(200)[:36])
+    low = torch.arange(36) % 4 < 2
+    x.head.bias[x.tokens[low]] -= 150
     members = random_sets(x.tokens, 200, MIXED)
-    others = torch.ones(200, dtype=torch.bool).index_fill(0, x.tokens, False)
-    x = replace(x, old_logprobs=torch.where(members.sum(1) == 1, -300.0, 0.0))
-    got = check_over(x, members, schedule, Reinforce())
-    assert got.metrics["recomputed_tokens"] == (members & others).any(1).sum() > 10
+    others = torch.ones(200, dtype=torch.bool).index_fill(0, x.tokens[low], False)
+    members[~low] &= others  # where such a token is the only other one, the sum is too small
+    old = torch.where(low, 0.0, logprobs_over(x, members)[0].float())
+    got = check_over(replace(x, old_logprobs=old), members, schedule, Reinforce())
+    again = low & (members & others).any(1)
+    assert got.metrics["recomputed_tokens"] == again.sum() > 10
+    assert (~again & (members.sum(1) > 1)).sum() > 10

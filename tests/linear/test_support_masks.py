@@ -210,6 +210,17 @@ def test_without_checks_as_with_them(backend, function, options):
         torch.testing.assert_close(without[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
+@BACKENDS
+@FUNCTIONS
+def test_without_checks_a_rows_own_token_is_in_its_set(backend, function):
+    """As if `with_tokens` had added it: an engine may have left it out."""
+    x, members = problem(30, masked=True)
+    bare = Support.from_mask(members.scatter(1, x.tokens[:, None], members.sum(1, keepdim=True) == V))
+    got = results(function, x, bare, backend, check=False)
+    same(got, results(function, x, bare.with_tokens(x.tokens), backend, check=False))
+    same(got, results(function, x, Support.from_mask(members), backend, check=False))
+
+
 # ---- logits outside of a set
 
 UNUSED = torch.arange(3, V, 7)  # in no set
