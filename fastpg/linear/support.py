@@ -391,6 +391,7 @@ def _entries(support: Support, places: torch.Tensor | None, sizes: torch.Tensor,
     row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=count)
     within = torch.arange(count, device=sizes.device) - (sizes.cumsum(0) - sizes)[row]
     column = support.ids[first[row].long() + within].long() - (head.vocab_start or 0)
+    column = column[(row * 2**32 + column).argsort()]  # so that the order of a set's ids changes no bit
     if head.group is not None:
         here = (column >= 0) & (column < len(head.weight))
         row, column = row[here], column[here]

@@ -201,12 +201,12 @@ def test_the_loss_and_the_metrics_count_certain_rows(backend, check, objective):
 @FUNCTIONS
 @pytest.mark.parametrize("options", [{}, {"masked": True, "temperature": "per-token"}, {"softcap": 5.0, "lora": 3}], ids=str)
 def test_without_checks_as_with_them(backend, function, options):
-    """Bit for bit, but for sums over rows, whose order may be another."""
+    """But for rounding: without checks small sets are not gathered, as the host does not know their number."""
     x, members = problem(30, **options)
     x = replace(x, old_logprobs=(logprobs_over(x, members)[0] - 0.1).float())  # so close that no row is computed again
     with_checks, without = (results(function, x, Support.from_mask(members), backend, check=check) for check in (True, False))
     for name, value in with_checks.items():
-        tolerance = 0.0 if name in ("logp", "entropy", "dlogits") else 1e-5
+        tolerance = 0.0 if name == "dlogits" else 1e-5
         torch.testing.assert_close(without[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
