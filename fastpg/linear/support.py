@@ -92,6 +92,32 @@ class Support(NamedTuple):
                 sets[b * rows.shape[1] + place] = ids if ids is not None and len(ids) else None
         return cls.from_lists(sets, device=mask.device)
 
+    @classmethod
+    def cat(cls, supports: Sequence[Support]) -> Support:
+        """The sets of several supports, one after the other. On a GPU the host waits for the number of ids."""
+        if not supports or not all(isinstance(x, Support) for x in supports):
+            raise TypeError(f"supports must be a sequence of at least one fastpg.Support; got {validation.kind(supports)}")
+        inside = torch.cat([_rows_of_ids(x)[1] for x in supports])
+        whole = [x.offsets.new_zeros(len(x.offsets) - 1, dtype=torch.bool) if x.whole is None else x.whole for x in supports]
+        return cls(
+            torch.cat([x.ids for x in supports])[inside],
+            _offsets(torch.cat([x.sizes() for x in supports])),
+            None if all(x.whole is None for x in supports) else torch.cat(whole),
+        )
+
+    def select(self, positions: torch.Tensor) -> Support:
+        """The sets at `positions` (...), int32 or int64, in that order. On a GPU the host waits for the number of ids.
+
+        support.select(torch.arange(B * T).view(B, T)[rows])  # some rows of (B, T), as for a mini-batch
+        """
+        if not isinstance(positions, torch.Tensor) or positions.dtype not in _INTEGERS:
+            raise TypeError(f"positions must be an int32 or int64 tensor; got {validation.kind(positions)}")
+        flat = positions.reshape(-1).long()
+        first, sizes = self.offsets[:-1][flat].long(), self.sizes()[flat]
+        offsets = _offsets(sizes)
+        ids = self.ids[torch.repeat_interleave(first - offsets[:-1], sizes) + torch.arange(sizes.sum(), device=sizes.device)]
+        return Support(ids, offsets, None if self.whole is None else self.whole[flat])
+
     def with_tokens(self, tokens: torch.Tensor) -> Support:
         """The sets with each position's own token, tokens (...), added where it was missing.
 

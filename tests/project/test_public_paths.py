@@ -24,6 +24,7 @@ PATHS = {
         policy_loss ppo_clip reduce reinforce sapo softcap token_distribution token_statistics
     """,
     "fastpg.crosscheck": "assert_matches_oracle",
+    "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.transformers": """
         CausalLMLogprobs HeadlessOutput causal_lm_policy_loss patched token_logprobs
     """,
@@ -38,7 +39,10 @@ PATHS = {
     "fastpg.kernels.target": "target_kernel target_logits",
     "fastpg.__main__": "main",
 }
-NEEDS = {"fastpg.integrations.transformers": "transformers", "fastpg.integrations.trl": "trl"}
+NEEDS = {
+    "fastpg.integrations.sampling": "transformers", "fastpg.integrations.transformers": "transformers",
+    "fastpg.integrations.trl": "trl",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", PATHS)
