@@ -87,6 +87,11 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
 
     Returns a handle with `undo()`, also a context manager.
 
+    Log-probabilities are over the whole vocabulary, as TRL's own. If the trainer samples rollouts with top_p, top_k or min_p,
+    their ratios to the sampler's log-probabilities are biased, and a UserWarning says so. The sets of tokens that the sampler
+    kept (`fastpg.Support`) cannot be used here: a trainer of TRL 1.16 calls its model with token ids, masks, labels and images,
+    and hands what else a rollout returns to the reward functions alone.
+
     For LoRA on the lm_head, which TRL's trainers refuse when built, see `build_trainer`.
     Under DeepSpeed's ZeRO-3 every rank has to call it, before `train`. It gathers one decoder layer at a time.
 
@@ -104,6 +109,7 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
             f"{type(trainer).__name__}'s models have no fused lm_head of TRL's; use_fastpg wants a trainer that has, such as "
             "SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer"
         )
+    _warn_of_sampling(trainer.args)
     heads = FastpgHeads()
     scorers = [_Scorer(settings, workspace, backend) for _, settings in found]
     for (model, _), scorer in zip(found, scorers, strict=True):
@@ -253,6 +259,26 @@ def _check_trainer(trainer: Any) -> None:
         raise TypeError(f"use_fastpg wants a trainer of TRL's; got {type(trainer).__name__}")
     if getattr(trainer.args, "use_liger_kernel", False):
         raise ValueError("use_liger_kernel=True patches the model when training starts, and would drop fastpg's head; use one")
+
+
+def _warn_of_sampling(args: Any) -> None:
+    further = getattr(args, "generation_kwargs", None)
+    further = further if isinstance(further, dict) else {}
+    top_p, top_k, min_p = (further.get(name, getattr(args, name, None)) for name in ("top_p", "top_k", "min_p"))
+    on = {
+        "top_p": top_p if top_p is not None and top_p < 1 else None,
+        "top_k": top_k if top_k is not None and top_k > 0 else None,  # vLLM knows -1 beside 0
+        "min_p": min_p or None,
+    }
+    given = ", ".join(f"{name}={value}" for name, value in on.items() if value is not None)
+    if given:
+        warnings.warn(
+            f"with {given} rollouts are sampled from some tokens of the vocabulary, but the trainer's log-probabilities are "
+            "over all of it, so that ratios to the sampler's log-probabilities are biased. TRL hands no sets of kept tokens to "
+            "its models. Sample from the whole vocabulary, or write the step with fastpg.integrations.transformers."
+            "token_logprobs, whose support= takes the sets as a fastpg.Support",
+            stacklevel=3,
+        )
 
 
 def _fused_models(trainer: Any, name: str) -> Iterator[tuple[nn.Module, _Settings]]:

@@ -4,6 +4,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import pytest
 import torch
@@ -118,3 +119,42 @@ def test_an_output_with_other_fields(monkeypatch):
     names = [(field.name, object, None) for field in fields if field.name != "is_top1"] + [("variance", object, None)]
     monkeypatch.setattr(trl_utils, "FusedCausalLMOutput", dataclasses.make_dataclass("FusedCausalLMOutput", names))
     refused(stub(fused(tiny_model())), ImportError, "differs from that of .* in is_top1, variance: use that version")
+
+
+SAMPLING = {
+    "top_p=0.9": {"top_p": 0.9, "top_k": 0, "min_p": None},
+    "top_k=20": {"top_p": 1.0, "top_k": 20},
+    "min_p=0.05": {"min_p": 0.05, "top_k": -1},
+    "top_p=0.8, top_k=5": {"top_p": 1.0, "top_k": 5, "generation_kwargs": {"top_p": 0.8}},
+}
+
+
+@pytest.mark.parametrize(("given", "args"), SAMPLING.items(), ids=SAMPLING)
+def test_a_sampler_that_keeps_some_tokens_is_warned_of(given, args):
+    words = f"with {given} rollouts are sampled from some tokens of the vocabulary.*biased.*token_logprobs.*fastpg\\.Support"
+    with pytest.warns(UserWarning, match=words) as seen, use_fastpg(stub(fused(tiny_model()), **args)):
+        pass
+    assert [w.filename for w in seen if issubclass(w.category, UserWarning)] == [__file__]
+
+
+@pytest.mark.parametrize("args", [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {}])
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, trl.RLOOTrainer])
+def test_trainers_own_settings(trainer_class, args, make):
+    """TRL's defaults, which keep all tokens, are no reason to warn."""
+    trainer = make(trainer_class, **args)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        use_fastpg(trainer).undo()
+    assert [str(w.message).split(" rollouts")[0] for w in seen] == [f"with {k}={v}" for k, v in args.items()]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"top_p": 1, "top_k": 0, "min_p": 0.0},
+        {"top_p": None, "top_k": None},
+        {"top_k": 5, "generation_kwargs": {"top_k": 0}},
+    ],
+)
+def test_settings_that_keep_all_tokens(args):
+    use_fastpg(stub(fused(tiny_model()), **args)).undo()  # a warning would be an error
