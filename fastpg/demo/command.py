@@ -86,6 +86,12 @@ def add_command(commands) -> None:
         help="estimator; none: those of group are shuffled over the batch, a control that must not learn (default: group)",
     )
     parser.add_argument("--objective", choices=OBJECTIVES, default="cispo", help="default: cispo")
+    parser.add_argument(
+        "--top-p",
+        type=share,
+        default=1.0,
+        help="sample with top-p, and train with the tokens that it kept (default: 1, all tokens)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -93,6 +99,12 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError  # argparse names the option and the value
     return int(text)
+
+
+def share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -120,9 +132,10 @@ def run(args: argparse.Namespace) -> None:
         model = model.to(device)
         loading = time.perf_counter() - start
 
-        training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective)
+        training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective, args.top_p)
     training.seconds["load"] = loading
     report(console, training)
     title = f"{args.model} on {device}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
+    title += f", top-p {args.top_p:g}" if args.top_p < 1 else ""
     for path in save(training, args.out, title):
         console.print(f"wrote {path}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import advantages
+from ..linear.support import Support
 from ..loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, Objective, PPOClip, Reinforce
 
 OBJECTIVES: dict[str, Objective] = {
@@ -36,6 +37,14 @@ class Rollouts(NamedTuple):
     episodes: torch.Tensor  # (B,) int64, the row's episode
     groups: torch.Tensor  # (E,) int64, the episode's group
     states: list[Hashable]  # of each row
+    support: Support | None = None  # B T sets of tokens that could be drawn; None: the whole vocabulary everywhere
+
+    def support_of(self, rows: torch.Tensor) -> Support | None:
+        """The sets of the tokens in some rows."""
+        if self.support is None:
+            return None
+        places = torch.arange(self.tokens.numel(), device=self.tokens.device).view_as(self.tokens)
+        return self.support.select(places[rows])
 
     def episode_rewards(self) -> torch.Tensor:
         """(E,): the total reward of each episode."""

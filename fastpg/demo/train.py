@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import linear_policy_loss
+from ..linear.support import Support
 from ..lm_head import LMHead
 from ..loss.objectives import CISPO, Objective
 from ..loss.policy_loss import PolicyLossOutput, policy_loss
 from ..tools.memory import transient_bytes
 from .estimators import ESTIMATORS, OBJECTIVES, Context, Critic, Rollouts
+from .nucleus import draw
 from .tasks import Task
 from .walk import Walk, rollout_values, walk
 
@@ -60,30 +62,36 @@ def train(
     seed: int = 0,
     advantage: str = "group",
     objective: str = "cispo",
+    top_p: float = 1.0,
 ) -> Training:
-    """Trains by policy gradient, with the named estimator and objective, on the model's device."""
+    """Trains by policy gradient, with the named estimator and objective, on the model's device.
+
+    With top_p < 1 every log-probability is over the tokens that the sampler kept, in the updates as at the time of sampling.
+    """
     clock, device = Clock(), model.device
     random, generator = Random(seed), torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.0)
     head = LMHead.from_model(model)  # the tied embedding itself
-    context = Context(Critic(head.hidden_size, device), rollout_values(model, task, generator), generator)
+    context = Context(Critic(head.hidden_size, device), rollout_values(model, task, generator, top_p), generator)
     history = []
     progress = tqdm(range(1, steps + 1), unit="step")
     for step in progress:
         with clock("sample"):
-            rollouts = (walk if isinstance(task, Walk) else sample)(model, task, random, generator)
+            rollouts = (walk if isinstance(task, Walk) else sample)(model, task, random, generator, top_p)
         with clock("score"), torch.no_grad():
-            old_logprobs = linear_logprobs(rollouts.hidden, head, rollouts.tokens, mask=rollouts.mask).logprobs
+            scored = {"mask": rollouts.mask, "support": rollouts.support}
+            old_logprobs = linear_logprobs(rollouts.hidden, head, rollouts.tokens, **scored).logprobs
         with clock("advantages"):
             advantages = ESTIMATORS[advantage](rollouts, context)
 
         updates = []
         for rows in parts_of_groups(rollouts.episodes, task.group_size):
-            tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
+            tokens, mask, support = rollouts.tokens[rows], rollouts.mask[rows], rollouts.support_of(rows)
             with clock("update"):
                 prompts = rollouts.prompts[rows] if len(rollouts.prompts) == len(rollouts.tokens) else rollouts.prompts
                 hidden = hidden_states(model, prompts, tokens)
-                out = loss_of(OBJECTIVES[objective], hidden, head, tokens, old_logprobs[rows], advantages[rows], mask)
+                old, dealt = old_logprobs[rows], advantages[rows]
+                out = loss_of(OBJECTIVES[objective], hidden, head, tokens, old, dealt, mask, support)
                 out.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -104,16 +112,18 @@ def loss_of(
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
+    support: Support | None,
 ) -> PolicyLossOutput:
     """The loss in one pass over the vocabulary, or in two if the ratio is that of a whole sequence."""
     if objective.needs_sequences:
-        logprobs = linear_logprobs(hidden, head, tokens, mask=mask).logprobs
+        logprobs = linear_logprobs(hidden, head, tokens, mask=mask, support=support).logprobs
         return policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
-    return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, mask=mask)
+    given = {"objective": objective, "mask": mask, "support": support}
+    return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, **given)
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.Generator) -> Rollouts:
+def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.Generator, top_p: float = 1.0) -> Rollouts:
     """Draws prompts, samples a group of completions of each at temperature 1, and verifies their answers.
 
     The generator is on the model's device, and so is everything drawn.
@@ -125,15 +135,15 @@ def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.
 
     last, cache = read_prompts(model, prompts, task.group_size)
     running = torch.ones(len(last), dtype=torch.bool, device=device)
-    tokens, mask, hidden = [], [], []
+    tokens, mask, hidden, sets = [], [], [], []
     for _ in range(task.max_new_tokens):
         # The logits of one position of each completion, which sampling needs. Training builds no others.
-        probabilities = model.get_output_embeddings()(last).softmax(-1)
-        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        token, kept = draw(model.get_output_embeddings()(last), top_p, generator)
         token = torch.where(running, token, task.stop_token)
         tokens.append(token)
         mask.append(running)
         hidden.append(last)
+        sets.append(kept)
         running = running & (token != task.stop_token)
         if not running.any():
             break
@@ -144,7 +154,8 @@ def sample(model: PreTrainedModel, task: Task, random: Random, generator: torch.
     verified = [float(task.verify(ids, answer)) for ids, answer in zip(completions, answers, strict=True)]
     rewards, episodes = torch.tensor(verified, device=device), torch.arange(len(tokens), device=device)
     states = [prompt for prompt, _ in problems for _ in range(task.group_size)]
-    return Rollouts(prompts, tokens, mask, hidden, rewards, episodes, episodes // task.group_size, states)
+    support = Support.from_mask(torch.stack(sets, 1)) if top_p < 1 else None
+    return Rollouts(prompts, tokens, mask, hidden, rewards, episodes, episodes // task.group_size, states, support)
 
 
 def parts_of_groups(episodes: torch.Tensor, group_size: int) -> Iterator[torch.Tensor]:

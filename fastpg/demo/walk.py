@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..advantages import monte_carlo_values
+from ..linear.support import Support
 from .estimators import Rollouts
+from .nucleus import draw
 from .tasks import ALPHABET, Task
 
 if TYPE_CHECKING:
@@ -58,10 +60,11 @@ class Step(NamedTuple):
     token: int
     reward: float
     hidden: torch.Tensor  # (H,), at the end of the prompt
+    kept: torch.Tensor | None  # (V,) bool, the tokens that could be drawn; None: all
 
 
 @torch.no_grad()
-def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator) -> list[Step]:
+def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator, top_p: float = 1.0) -> list[Step]:
     """Plays an episode from each start to its end, all of them side by side. Steps of an episode are in order.
 
     The generator is on the model's device.
@@ -70,12 +73,13 @@ def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Gener
     while running:
         prompts = torch.tensor([states[i].prompt() for i in running], device=generator.device)
         hidden = model.base_model(prompts).last_hidden_state[:, -1]
-        tokens = torch.multinomial(model.get_output_embeddings()(hidden).softmax(-1), 1, generator=generator)[:, 0]
+        tokens, kept = draw(model.get_output_embeddings()(hidden), top_p, generator)
         still_running = []
-        for i, token, h in zip(running, tokens.tolist(), hidden, strict=True):
+        sets = [None] * len(running) if kept is None else kept
+        for i, token, h, allowed in zip(running, tokens.tolist(), hidden, sets, strict=True):
             position, goal, steps_left = states[i]
             moved = min(max(position + _MOVES.get(token, 0), 0), 9)
-            steps.append(Step(i, states[i], token, float(moved == goal), h))
+            steps.append(Step(i, states[i], token, float(moved == goal), h, allowed))
             states[i] = State(moved, goal, steps_left - 1)
             if moved != goal and steps_left > 1:
                 still_running.append(i)
@@ -83,10 +87,10 @@ def play(model: PreTrainedModel, starts: Sequence[State], generator: torch.Gener
     return steps
 
 
-def walk(model: PreTrainedModel, task: Walk, random: Random, generator: torch.Generator) -> Rollouts:
+def walk(model: PreTrainedModel, task: Walk, random: Random, generator: torch.Generator, top_p: float = 1.0) -> Rollouts:
     """Plays a group of episodes from each of a few starts. Every step of every episode is a row."""
     starts = [state for state in (task.draw(random) for _ in range(task.prompts_per_step)) for _ in range(task.group_size)]
-    steps, device = play(model, starts, generator), generator.device
+    steps, device = play(model, starts, generator, top_p), generator.device
     tokens = torch.tensor([[step.token] for step in steps], device=device)
     return Rollouts(
         torch.tensor([step.state.prompt() for step in steps], device=device),
@@ -97,23 +101,24 @@ def walk(model: PreTrainedModel, task: Walk, random: Random, generator: torch.Ge
         torch.tensor([step.episode for step in steps], device=device),
         torch.arange(len(starts), device=device) // task.group_size,
         [step.state for step in steps],
+        Support.from_mask(torch.stack([step.kept for step in steps])) if top_p < 1 else None,
     )
 
 
-def returns(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator) -> list[float]:
+def returns(model: PreTrainedModel, starts: Sequence[State], generator: torch.Generator, top_p: float = 1.0) -> list[float]:
     """The reward of one fresh episode from each start; the rollout function of `advantages.monte_carlo_values`."""
     earned = [0.0] * len(starts)
-    for step in play(model, starts, generator):
+    for step in play(model, starts, generator, top_p):
         earned[step.episode] += step.reward
     return earned
 
 
 def rollout_values(
-    model: PreTrainedModel, task: Task | Walk, generator: torch.Generator
+    model: PreTrainedModel, task: Task | Walk, generator: torch.Generator, top_p: float = 1.0
 ) -> Callable[[list[Hashable]], torch.Tensor] | None:
     """A function from states to V(s), by fresh rollouts. None if the task has no states to start from."""
     if not isinstance(task, Walk):
         return None
     return lambda states: monte_carlo_values(
-        lambda starts: returns(model, starts, generator), states, task.rollouts_per_state, batched=True
+        lambda starts: returns(model, starts, generator, top_p), states, task.rollouts_per_state, batched=True
     )

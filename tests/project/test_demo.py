@@ -144,6 +144,85 @@ def test_every_objective(objective):
     assert training.history[-1]["first_ratio_max"] == pytest.approx(1, abs=1e-3)
 
 
+def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(V,) bool: the most probable tokens, one after the other, until their probabilities sum to top_p."""
+    kept, total, probabilities = torch.zeros_like(logits, dtype=torch.bool), 0.0, logits.double().softmax(0)
+    while total < top_p:
+        best = int(probabilities.masked_fill(kept, -1).argmax())
+        kept[best], total = True, total + float(probabilities[best])
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("task", "objective"),
+    [(demo_tasks.larger_digit(), "cispo"), (demo_tasks.larger_digit(), "gspo"), (demo_walk.Walk(), "ppo")],
+)
+def test_with_top_p_a_policys_ratio_to_its_sampler_is_one(task, objective, monkeypatch):
+    """In the first update, and relative to the probabilities of the sampler: over the tokens that it kept."""
+    top_p, walks = 0.8, isinstance(task, demo_walk.Walk)
+    original, seen, model = demo.loss_of, [], demo_tasks.tiny_model()
+    sampler, name = (demo.walk, "walk") if walks else (demo.sample, "sample")
+
+    def sample(*arguments):
+        seen.append((sampler(*arguments), model.get_output_embeddings().weight.detach().clone()))
+        return seen[-1][0]
+
+    def loss_of(*arguments):
+        seen.append(arguments[4])
+        return original(*arguments)
+
+    monkeypatch.setattr(demo, name, sample)
+    monkeypatch.setattr(demo, "loss_of", loss_of)
+    training = demo.train(model, task, 2, advantage="rloo", objective=objective, top_p=top_p)
+    assert training.history[0]["first_ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert training.history[0]["first_ratio_mean"] == pytest.approx(1, abs=1e-3)
+
+    (rollouts, weight), old = seen[:2]
+    rows, kept = next(demo.parts_of_groups(rollouts.episodes, task.group_size)), 0
+    for i, row in enumerate(rows.tolist()):
+        for t in range(int(rollouts.mask[row].sum())):
+            logits, token = rollouts.hidden[row, t] @ weight.T, rollouts.tokens[row, t]
+            left = logits.masked_fill(~nucleus(logits, top_p), -torch.inf)
+            assert old[i, t] == pytest.approx(float(left.log_softmax(0)[token]), abs=1e-5)
+            kept += int(left.isfinite().sum())
+    assert kept < 0.9 * len(ALPHABET) * int(rollouts.mask[rows].sum())
+
+
+def test_top_p_reaches_the_training(monkeypatch, tmp_path):
+    def train(*settings):
+        raise RuntimeError(f"settings: {settings[1:]}")
+
+    monkeypatch.setattr(command, "train", train)
+    for given, top_p in (([], 1.0), (["--top-p", "0.9"], 0.9)):
+        with pytest.raises(RuntimeError, match=rf"'group', 'cispo', {top_p}\)"):
+            main(["demo", "--model", "tiny", "--device", "cpu", "--out", str(tmp_path), *given])
+
+
+def test_rollouts_of_states_are_drawn_with_top_p_too():
+    """VinePPO's values are those of the policy that samples."""
+
+    class Half(torch.nn.Module):  # up with probability 0.6, down with 0.4
+        def base_model(self, prompts):
+            return SimpleNamespace(last_hidden_state=torch.zeros(*prompts.shape, 1))
+
+        def get_output_embeddings(self):
+            logits = torch.full((len(ALPHABET),), -torch.inf)
+            logits[ALPHABET.index(">")], logits[ALPHABET.index("<")] = math.log(0.6), math.log(0.4)
+            return lambda hidden: logits.expand(len(hidden), -1)
+
+    start, generator = State(2, 3, 1), torch.Generator().manual_seed(0)
+    values = [demo_walk.rollout_values(Half(), demo_walk.Walk(rollouts_per_state=99), generator, p)([start]) for p in (1, 0.5)]
+    assert values[0] == pytest.approx(0.6, abs=0.2)
+    assert values[1] == 1
+
+
+@pytest.mark.parametrize("top_p", ["0", "1.01", "-1", "most"])
+def test_bad_top_p(top_p, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", f"--top-p={top_p}"])
+    assert f"--top-p: invalid share value: '{top_p}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("advantage", NEED_STEPS)
 def test_estimators_of_steps_need_an_environment_of_steps(advantage):
     with pytest.raises(SystemExit, match=f"--advantage {advantage} needs episodes of several steps; add --model walk"):
