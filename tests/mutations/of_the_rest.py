@@ -59,6 +59,22 @@ MUTATIONS = [
         "patched_without_items",
     ),
     Mutation(
+        "recorded_support: before top-k and top-p",
+        "fastpg/integrations/sampling.py",
+        "[*found, calls[-1].recorder]",
+        "[calls[-1].recorder, *found]",
+        "sampling",
+        "scores_that_are_left",
+    ),
+    Mutation(
+        "demo: updates over the whole vocabulary",
+        "fastpg/demo/train.py",
+        '"mask": mask, "support": support}',
+        '"mask": mask}',
+        "demo",
+        "with_top_p",
+    ),
+    Mutation(
         "TRL: cast_lm_head_to_fp32 is forgotten",
         "fastpg/integrations/trl.py",
         "fp32_head=self.settings.cast_lm_head_to_fp32",
