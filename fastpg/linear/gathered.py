@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from ..tiles.backend import TileOps
+from ..tiles.logits import to_logits_
 from ..tiles.row_statistics import target_gradient
 from ..tiles.structures import (
     Asked,
@@ -35,7 +36,6 @@ from ..tiles.structures import (
     Wanted,
     largest_kept,
 )
-from ..tiles.torch_tiles import to_logits_
 from .rows import Rows
 
 

@@ -18,6 +18,7 @@ from . import running
 from .gathered import gathered_dots as gathered_dots
 from .gathered import run_sums as run_sums
 from .keep import keep as keep
+from .logits import to_logits_
 from .products import (
     WIDENED_ROWS,
     accumulation_dtype,
@@ -448,30 +449,6 @@ def _logits(
     if head.bias is not None:
         out.add_(head.bias[start : start + len(w)])
     return to_logits_(out, head, None if chunk.temperature is None else chunk.temperature[block], want_slope)
-
-
-def to_logits_(score: torch.Tensor, head: Head, temperature: torch.Tensor | None, want_slope: bool) -> torch.Tensor | None:
-    """x . w + b -> z = softcap(logit_scale (x . w + b)) / T in place. Returns the softcap's slope as `_logits` does."""
-    if head.logit_scale != 1:
-        score.mul_(head.logit_scale)
-    slope = None
-    if head.softcap is not None:
-        slope = _softcap_(score, head.softcap, want_slope)
-    if temperature is not None:
-        score.div_(temperature)
-    return slope
-
-
-def _softcap_(u: torch.Tensor, cap: float, want_slope: bool) -> torch.Tensor | None:
-    """u <- c tanh(u / c); returns 1 - tanh^2 = 4 q / (1 + q)^2, q = exp(-2 |u / c|), which does not cancel at large u.
-
-    tanh = -expm1(-2 |u / c|) / (1 + q), which does not cancel at small u either.
-    """
-    exponent = u.abs().mul_(-2 / cap)
-    q_plus_1 = exponent.exp().add_(1)
-    slope = exponent.exp().mul_(4).div_(q_plus_1).div_(q_plus_1) if want_slope else None
-    torch.copysign(exponent.expm1_().div_(q_plus_1).mul_(cap), u, out=u)
-    return slope
 
 
 def _target_column(tokens: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

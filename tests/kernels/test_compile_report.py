@@ -61,7 +61,7 @@ def judge(compiled: list[Compiled]) -> None:
     for c in compiled:
         assert c.spill_bytes == 0, c
         assert c.shared_bytes <= c.shared_limit, c
-        assert 16 <= c.registers <= 512, c  # a number was read
+        assert 8 <= c.registers <= 512, c  # a number was read
         if c.kernel in MULTIPLIES and c.dtype != "float32":
             assert c.mma_instructions > 0, c
         if c.kernel not in MULTIPLIES:
@@ -107,11 +107,12 @@ def test_the_whole_matrix_is_the_table_of_the_readme(tmp_path):
 
 
 def test_what_the_matrix_asks_for():
-    assert len(list(compile_report.variants())) <= 420
+    assert len(list(compile_report.variants())) <= 432
     count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
-    assert count["anchored_exp", "bfloat16"] == 11  # plain, five flags alone, all; the persistent tile of sm_90
-    assert count["logsumexp", "float16"] == count["dlogits", "float32"] == 2  # plain, all
-    assert count["logsumexp", "bfloat16"] == 8  # plain, four flags alone, all; further statistics without and with all
+    assert count["anchored_exp", "bfloat16"] == 13  # plain, five flags alone, all; a support; the persistent tile of sm_90
+    assert count["logsumexp", "float16"] == 2  # plain, all
+    assert count["dlogits", "float32"] == 3  # and all with a support
+    assert count["logsumexp", "bfloat16"] == 10  # plain, four flags alone, all; statistics and a support, without and with all
     assert len(set(compile_report.variants())) == (sum(count.values()) - 4) * len(TARGETS) + 4
 
 
