@@ -21,7 +21,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tile ops: logits multiplied by the temperature",
-        "fastpg/tiles/torch_tiles.py",
+        "fastpg/tiles/logits.py",
         "score.div_(temperature)",
         "score.mul_(temperature)",
         "parity",
