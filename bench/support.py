@@ -7,6 +7,7 @@ that crosses it. Each step is forward and backward of a CISPO loss. Runs are int
 method is compared with full logits in float64 on some rows.
 
     bare products    X W^T, Z W, Z^T X of the same shapes and dtype, the floor of a step over the whole vocabulary
+    rows copied      the rows of W of all sets, read and written once
     fastpg           linear_cispo_loss(support=)
     full logits      log_softmax of all logits, -inf outside the sets
     gathered         rows of the weight by indexing, softmax over them and autograd: plain PyTorch on the same sets
@@ -51,12 +52,15 @@ class Batch(NamedTuple):
     advantages: torch.Tensor  # (N,)
     support: Support
 
+    def to(self, dtype: torch.dtype) -> Batch:
+        return self._replace(hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+
     def leaves(self) -> Batch:
         return self._replace(hidden=self.hidden.detach().requires_grad_(), weight=self.weight.detach().requires_grad_())
 
 
 @torch.no_grad()
-def sampled(rows: int, top_p: float, dtype: torch.dtype) -> Batch:
+def sampled(rows: int, top_p: float) -> Batch:
     """Hidden states of text that SmolLM2 sampled, and what top_p left of the vocabulary at each token."""
     model, tokenizer = load_smollm2()
     torch.manual_seed(0)
@@ -78,7 +82,6 @@ def sampled(rows: int, top_p: float, dtype: torch.dtype) -> Batch:
         some = torch.zeros_like(p, dtype=torch.bool).scatter_(1, order, p.cumsum(-1) - p < top_p)
         kept.append(some.scatter_(1, ids[:, None], True))  # a rounding error apart, the token is among them
     support = Support.from_mask(torch.cat(kept))
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
     old = fastpg.linear_logprobs(hidden, weight, tokens, support=support).logprobs
     advantages = torch.randn(rows)
     return Batch(hidden, weight, tokens, old + 0.05 * torch.randn(rows), advantages, support)
@@ -150,6 +153,14 @@ def bare_products(b: Batch) -> Callable[[], None]:
     return run
 
 
+def rows_copied(b: Batch) -> Callable[[], None]:
+    def run() -> None:
+        for ids in b.support.ids.long().split(512):
+            _ = b.weight[ids]
+
+    return run
+
+
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -157,7 +168,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def measured(b: Batch, rounds: int) -> dict[str, dict[str, float]]:
-    runs = {"bare products": bare_products(b)} | {name: (lambda m=m: step(m, b)) for name, m in METHODS.items()}
+    runs = {"bare products": bare_products(b), "rows copied": rows_copied(b)} | {
+        name: (lambda m=m: step(m, b)) for name, m in METHODS.items()
+    }
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):  # the first is not counted
         for name, run in runs.items():
@@ -178,8 +191,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
     results = {"machine": machine("cpu"), "top_p": options.top_p, "rows": options.rows}
+    batch = sampled(options.rows, options.top_p)
     for name, dtype in DTYPES.items():
-        b = sampled(options.rows, options.top_p, dtype)
+        b = batch.to(dtype)
         sizes = torch.where(b.support.whole, len(b.weight), b.support.sizes()).double()
         results["sizes"] = {
             "mean": sizes.mean().item(), "median": sizes.median().item(), "largest": sizes.max().item(),

@@ -376,7 +376,7 @@ def sets_of(support: Support | None, rows: Rows, inputs: Inputs, vocab_size: int
     sizes = sizes if rows.indices is None else sizes[rows.indices]
     if not inputs.host_reads:
         return RowSets(sizes, _large(support, rows, head), None, None, None, None, None)
-    is_large = (sizes == 0) | (sizes > most_gathered(vocab_size or head.vocab_size))
+    is_large = (sizes == 0) | (sizes > most_gathered(vocab_size or head.vocab_size, sizes.device))
     is_small = ~is_large & (sizes > (1 if skips else 0))
     counts = torch.stack([is_large.sum(), is_small.sum(), torch.where(is_small, sizes, 0).sum()]).tolist()
     large, at_large = _chosen(rows, is_large, counts[0])
@@ -399,12 +399,15 @@ def _chosen(rows: Rows, wanted: torch.Tensor, count: int) -> tuple[Rows, torch.T
     return rows.select(places), places
 
 
-def most_gathered(vocab_size: int) -> int:
+def most_gathered(vocab_size: int, device: torch.device) -> int:
     """The most tokens of a set for which gathered rows of the weight cost less than a product with all of them.
 
-    A product reads the weight once for each tile of 128 or 256 rows of hidden states: V / 256 rows of it, or more, for each.
+    It depends on nothing else of a batch, so that neither do a row's bits. A product reads the weight once for each tile of 128
+    or 256 rows of hidden states: V / 256 rows of it, or more, for each row. That is the limit on accelerators, an estimate from
+    bytes: it was not measured. On a CPU products are slower beside memory. With SmolLM2's head on two cores of an AMD EPYC
+    (AVX-512), limits from V / 128 to V / 48 were the fastest in fp32, those up to V / 64 in bf16.
     """
-    return max(_FEWEST, vocab_size // 256)
+    return max(_FEWEST, vocab_size // (64 if device.type == "cpu" else 256))
 
 
 def _large(support: Support, rows: Rows, head: LMHead) -> Rows:
