@@ -85,8 +85,8 @@ def run_cases(rank: int) -> dict:
         further = leaves.gradients(further_loss(found))
         with torch.no_grad():  # a set may be wrong at masked positions only
             again = linear_logprobs(own.hidden, own.head, x.tokens, outputs=OUTPUTS, top_k=TOP, check=False, **options)
-        for field, a, b in zip(found._fields, found, again, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=f"{name}, {field}")
+        close = [torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, again, strict=True)]
+        results[f"{name}, unchecked"] = dict(zip(found._fields, close, strict=True))
         results[name] = one, two, [v.detach() for v in found], further
     results["errors"] = errors(rank)
     return results
@@ -145,6 +145,13 @@ def test_statistics(ranks, name):
     few = x.keep() & (members.sum(1) < TOP)
     assert (got.top_ids[few, -1] == -1).all()
     assert all(value.isfinite().all() for value in further.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_statistics_without_checks(ranks, name):
+    """Small sets are not gathered then; all else is as with checks."""
+    for of_rank in ranks:
+        assert all(of_rank[f"{name}, unchecked"].values()), of_rank[f"{name}, unchecked"]
 
 
 # ---- errors

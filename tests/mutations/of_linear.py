@@ -333,8 +333,8 @@ MUTATIONS = [
         "fastpg/integrations/transformers.py",
         'if not arguments["gathered"] or not torch.is_grad_enabled() or',
         "if True or",
-        "data_parallel",
-        "trains_like_one_process",
+        "transformers",
+        "ddp_and_fsdp",
     ),
     Mutation(
         "cross entropy: the mean of class weights divides by the count",
