@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +51,7 @@ class Support(NamedTuple):
         cls, sets: Sequence[Sequence[int] | torch.Tensor | None], *, device: torch.device | str | None = None
     ) -> Support:
         """From one list or tensor of ids per position, positions (B, T) flattened. None: the whole vocabulary."""
-        rows = [torch.empty(0, dtype=torch.int64) if x is None else _ids(x, n) for n, x in enumerate(sets)]
+        rows = [torch.empty(0, dtype=torch.int64) if x is None else _ids(x, f"sets[{n}]") for n, x in enumerate(sets)]
         sizes = torch.tensor([len(x) for x in rows], dtype=torch.int64)
         whole = torch.tensor([x is None for x in sets], dtype=torch.bool)
         ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
@@ -74,23 +73,18 @@ class Support(NamedTuple):
         """
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() not in (1, 2):
             raise TypeError(f"mask must be a bool tensor (B, T) or (N,), True at sampled tokens; got {validation.kind(mask)}")
-        rows = mask.cpu() if mask.dim() == 2 else mask.cpu()[None]
         if mask.dim() == 2 and len(outputs) != len(mask):
             raise ValueError(f"outputs must have one entry for each of the {len(mask)} rows of mask; got {len(outputs)}")
-        found = [_of_output(output, number) for number, output in enumerate(outputs)]
-        per_row = [[x] for x in found] if mask.dim() == 2 else [found]
-        sets: list[Sequence[int] | None] = [None] * rows.numel()
-        for b, entries in enumerate(per_row):
-            places = rows[b].nonzero()[:, 0].tolist()
-            joined = _joined(entries, len(places))
-            if joined is None:
-                continue
-            if len(joined) != len(places):
-                where = f"row {b} of mask" if mask.dim() == 2 else "mask"
-                raise ValueError(f"{where} has {len(places)} sampled tokens, but outputs have sets of {len(joined)}")
-            for place, ids in zip(places, joined, strict=True):
-                sets[b * rows.shape[1] + place] = ids if ids is not None and len(ids) else None
-        return cls.from_lists(sets, device=mask.device)
+        found, places = [_of_output(output, number) for number, output in enumerate(outputs)], mask.cpu()
+        sizes = torch.zeros(mask.numel(), dtype=torch.int64)
+        rows = sizes.view(mask.shape)
+        if mask.dim() == 2:
+            for b, of_row in enumerate(found):
+                _place(rows[b], places[b], [of_row], f"row {b} of mask")
+        else:
+            _place(rows, places, found, "mask")
+        ids = torch.cat([x.ids for x in found if x is not None] or [torch.empty(0, dtype=torch.int64)])
+        return cls(ids.int(), _offsets(sizes), sizes == 0).to(mask.device)
 
     @classmethod
     def cat(cls, supports: Sequence[Support]) -> Support:
@@ -162,50 +156,65 @@ def _offsets(sizes: torch.Tensor) -> torch.Tensor:
     return torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
 
 
-def _ids(ids: Sequence[int] | torch.Tensor, n: int) -> torch.Tensor:
+def _ids(ids: Sequence[int] | torch.Tensor, name: str) -> torch.Tensor:
     try:
         found = torch.as_tensor(ids, device="cpu") if len(ids) else torch.empty(0, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"sets[{n}] must be a list of token ids, or None; got {validation.kind(ids)}") from error
+        raise TypeError(f"{name} must be a list of token ids, or None; got {validation.kind(ids)}") from error
     if found.dim() != 1 or found.dtype not in _INTEGERS:
-        raise TypeError(f"sets[{n}] must be a list of token ids, or None; got {validation.kind(found)} {tuple(found.shape)}")
+        raise TypeError(f"{name} must be a list of token ids, or None; got {validation.kind(found)} {tuple(found.shape)}")
     wide = found.long()
     if not torch.equal(wide, wide.int()):  # else it would come back as another id
-        raise ValueError(f"sets[{n}] must have ids of 32 bits; got {int(wide[wide != wide.int()][0])}")
+        raise ValueError(f"{name} must have ids of 32 bits; got {int(wide[wide != wide.int()][0])}")
     return wide
 
 
-def _of_output(output: Any, number: int) -> list[Sequence[int] | None] | None:
-    """The sets of one completion, token by token; None: it has none."""
+class _Completion(NamedTuple):
+    """The sets of one completion, one after the other."""
+
+    ids: torch.Tensor  # int64
+    sizes: torch.Tensor  # int64, of each sampled token; 0 where there is no set
+
+
+def _of_output(output: Any, number: int) -> _Completion | None:
+    """The sets of an entry of `from_sampler`; None: it has none."""
     if output is None:
         return None
     fields = output if isinstance(output, dict) else vars(output) if hasattr(output, "__dict__") else {}
     ids, offsets = (fields.get(name, getattr(output, name, None)) for name in ("token_ids", "offsets"))
     if ids is not None and offsets is not None:
-        edges = [int(x) for x in offsets]
-        if not edges or edges[0] != 0 or edges[-1] != len(ids) or any(a > b for a, b in itertools.pairwise(edges)):
+        edges = torch.as_tensor(offsets, device="cpu").long()
+        sizes = edges.diff()
+        if not len(edges) or edges[0] != 0 or edges[-1] != len(ids) or bool((sizes < 0).any()):
             raise ValueError(
-                f"outputs[{number}].offsets must ascend from 0 to the number of its token_ids, {len(ids)}; got {edges[:8]}"
+                f"outputs[{number}].offsets must ascend from 0 to the number of its token_ids, {len(ids)}; got "
+                f"{edges[:8].tolist()}"
             )
-        return [ids[a:b] for a, b in itertools.pairwise(edges)]
+        return _Completion(_ids(ids, f"outputs[{number}].token_ids"), sizes)
     given = type(output).__name__
     if isinstance(output, (list, tuple)):
         others = [ids for ids in output if ids is not None and not hasattr(ids, "__len__")]
         if not others:
-            return list(output)
+            sets = [_ids(x, f"outputs[{number}][{place}]") for place, x in enumerate(output) if x is not None]
+            sizes = torch.tensor([0 if x is None else len(x) for x in output], dtype=torch.int64)
+            return _Completion(torch.cat(sets) if sets else torch.empty(0, dtype=torch.int64), sizes)
         given = f"{given} of {type(others[0]).__name__}"
     raise TypeError(
         f"outputs[{number}] must have token_ids and offsets, as vLLM's SamplingMask, or be a list of lists of ids; got {given}"
     )
 
 
-def _joined(entries: list, count: int) -> list | None:
-    """The sets of several completions, one after the other; None: there are none."""
-    if all(entry is None for entry in entries):
-        return None
-    if len(entries) > 1 and any(entry is None for entry in entries):
+def _place(sizes: torch.Tensor, sampled: torch.Tensor, found: list[_Completion | None], where: str) -> None:
+    """Writes the sizes of the sets of `found`, one completion after the other, to the places of sizes that are sampled."""
+    some = [x.sizes for x in found if x is not None]
+    if not some:
+        return
+    if len(some) < len(found):
         raise ValueError("outputs of packed sequences must have sets for all of them or for none: a length of None is unknown")
-    return [ids for entry in entries for ids in entry]
+    joined, count = torch.cat(some), int(sampled.sum())
+    if len(joined) != count:
+        raise ValueError(f"{where} has {count} sampled tokens, but outputs have sets of {len(joined)}")
+    sizes[sampled] = joined
 
 
 def check_support(support: Support, tokens: torch.Tensor) -> None:
