@@ -18,9 +18,12 @@ import measure
 import peers
 import pytest
 import run as program
+import sampled_support
 import torch
 from cases import HEADS, LOSSES, Cell, Head, batch, cpu_cells, exact_logprobs, gpu_cells, tiny_cells
 from goals import goals
+
+from fastpg import Support
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 OF_THE_HOST = measure.of_the_host
@@ -423,3 +426,15 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     assert on_gpu[0]["what"] == "one pass over products, fp32, default workspace"
     one = next(goal for goal in on_gpu if goal["what"] == "fastpg one pass over products, qwen3-8b")
     assert (one["goal"], one["measured"]) == ("<= 1.02", rows[0]["over_products"])
+
+
+@pytest.mark.parametrize("method", sampled_support.METHODS)
+def test_every_way_over_a_support_computes_the_same(method):
+    torch.manual_seed(0)
+    members = torch.rand(70, 900) < torch.tensor([0.002, 0.01, 0.5])[torch.arange(70) % 3][:, None]
+    tokens = torch.randint(0, 900, (70,))
+    support = Support.from_mask(members.scatter(1, tokens[:, None], True))
+    batch = sampled_support.Batch(
+        torch.randn(70, 16), torch.randn(900, 16), tokens, -torch.rand(70), torch.randn(70), support
+    )  # fmt: skip
+    assert sampled_support.check(sampled_support.METHODS[method], batch) < 1e-5

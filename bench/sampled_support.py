@@ -1,6 +1,6 @@
 """A step over the tokens that a sampler kept: SmolLM2's own text at top_p 0.95, against the bare products and the usual ways.
 
-    python bench/support.py                     N = 2048 tokens, fp32 and bf16; a few minutes, on an idle machine
+    python bench/sampled_support.py             N = 2048 tokens, fp32 and bf16; a few minutes, on an idle machine
 
 The sets are those of nucleus sampling at temperature 1: the most probable tokens whose probabilities reach top_p, and the one
 that crosses it. Each step is forward and backward of a CISPO loss. Runs are interleaved, and the figure is the median. Each
