@@ -42,7 +42,7 @@ from .rows import Rows
 def gathered_partials(
     tiles: TileOps, rows: Rows, head: Head, entries: Entries, asked: Asked, target: torch.Tensor | None
 ) -> SetPartials:
-    """The partial statistics of every row over its entries, and the entries with their logits.
+    """The partial statistics of every row over its entries, and the logits of the entries.
 
     target: z_y (K,), which a rank needs to count the logits above it, since its columns may not have the token.
     """
@@ -53,8 +53,7 @@ def gathered_partials(
     if head.bias is not None:
         z += head.bias[column]
     slope = to_logits_(z, head, None if rows.temperature is None else rows.temperature[entries.row], want_slope=True)
-    found = entries._replace(z=z, slope=slope)
-    return SetPartials(_partials(rows, found, asked, target), found)
+    return SetPartials(_partials(rows, entries._replace(z=z), asked, target), z, slope)
 
 
 def _places(rows: Rows, entries: Entries) -> torch.Tensor:

@@ -273,7 +273,7 @@ def _fake_sets(
 ) -> SetPartials:
     logits = _vector(head.weight, entries.row.shape[0])
     slope = None if head.softcap is None else torch.empty_like(logits)
-    return SetPartials(_fake_partials(rows, head, asked, 0, backend, target), entries._replace(z=logits, slope=slope))
+    return SetPartials(_fake_partials(rows, head, asked, 0, backend, target), logits, slope)
 
 
 @operator(_fake_sets)

@@ -44,7 +44,8 @@ def set_results(
     if group is not None and asked.rank:
         target = operators.two_pass_targets(rows, head, max(len(tokens), 1), backend)
         target = vocab_parallel.on_the_owner(target, tokens, head.weight.shape[0], group)
-    partials, entries = operators.gathered_partials(rows, head, entries, asked, backend, target)
+    partials, z, slope = operators.gathered_partials(rows, head, entries, asked, backend, target)
+    entries = entries._replace(z=z, slope=slope)
     if group is not None:
         kept = largest_kept(asked)
         partials, _ = vocab_parallel.combine(partials, tokens, head.weight.shape[0], group, kept, first_column)

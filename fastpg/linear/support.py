@@ -420,7 +420,8 @@ def most_gathered(vocab_size: int, device: torch.device) -> int:
 
 
 def _large(support: Support, rows: Rows, head: LMHead) -> Rows:
-    return rows._replace(allowed=packed_sets(support, rows.indices, rows.tokens, head.vocab_start or 0, len(head.weight)))
+    allowed = packed_sets(support, rows.indices, rows.tokens, head.vocab_start or 0, len(head.weight))
+    return type(rows)(*rows[:-1], allowed)  # (Dynamo of torch 2.9 loses what `_replace` makes where a graph breaks)
 
 
 def _entries(support: Support, places: torch.Tensor | None, sizes: torch.Tensor, count: int, head: LMHead) -> Entries:

@@ -126,10 +126,11 @@ class Entries(NamedTuple):
 
 
 class SetPartials(NamedTuple):
-    """The partial statistics of rows over their sets, and the entries with their logits."""
+    """The partial statistics of rows over their sets, and the logits of the entries."""
 
     partials: Partials
-    entries: Entries
+    z: torch.Tensor  # (M,), as in Entries
+    slope: torch.Tensor | None  # (M,)
 
 
 class RowStatistics(NamedTuple):

@@ -389,11 +389,15 @@ def test_every_function_is_linear_policy_loss(backend):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and where it looks at results before a graph that broke
+@pytest.mark.parametrize("check", [False, True])  # True: the host reads, which breaks the graph, and small sets are gathered
 @pytest.mark.parametrize("function", ["logprobs", "loss", "selective"])
-def test_under_torch_compile(function):
+def test_under_torch_compile(function, check):
+    if check and function == "loss" and torch.__version__.startswith("2.9"):
+        pytest.skip("Dynamo of torch 2.9 cannot compile the loss with checks")
     x = random_problem(12, 40, f32, masked=True)
     support = Support.from_mask(random_sets(x.tokens, 40, MIXED))
-    options = {"mask": x.mask, "check": False, "backend": "torch"}
+    options = {"mask": x.mask, "check": check, "backend": "torch"}
 
     def call(hidden, weight, support):
         if function == "selective":
@@ -404,7 +408,7 @@ def test_under_torch_compile(function):
         return (found.logprobs + found.entropy + found.mean_logits).sum()
 
     inputs = x.hidden.clone().requires_grad_(), x.head.weight.clone().requires_grad_()
-    want, got = call(*inputs, support), torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs, support)
+    want, got = call(*inputs, support), torch.compile(call, fullgraph=not check, backend="aot_eager")(*inputs, support)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
