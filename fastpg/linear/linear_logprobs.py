@@ -167,11 +167,10 @@ def linear_logprobs(
     with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, tokens_that_count)
         sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=not (is_further(asked) or asked.logsumexp))
-        found = (
-            _over_sets(sets, asked, chunk_rows, inputs)
-            if sets
-            else rows_results(rows, inputs.head, asked, chunk_rows, inputs.backend)
-        )
+        if sets is None:
+            found = rows_results(rows, inputs.head, asked, chunk_rows, inputs.backend)
+        else:
+            found = _over_sets(sets, asked, chunk_rows, inputs)
     tokens_that_count.check()
     if len(outputs) or asked.top_k:
         return token_statistics(found, rows, tokens.shape, inputs.head.vocab_start or 0, outputs)

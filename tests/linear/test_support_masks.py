@@ -217,6 +217,16 @@ def test_without_checks_as_with_them(backend, function, options):
 
 
 @BACKENDS
+def test_large_sets_have_the_same_bits_without_checks(backend):
+    x = random_problem(20, 200, f32)
+    members = torch.rand(20, 200) < 0.5
+    support = Support.from_mask(members.scatter(1, x.tokens[:, None], True))
+    options = {"support": support, "entropy": True, "backend": backend}
+    with_checks, without = (linear_logprobs(x.hidden, x.head, x.tokens, check=c, **options) for c in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(with_checks, without, strict=True))
+
+
+@BACKENDS
 @FUNCTIONS
 def test_without_checks_a_rows_own_token_is_in_its_set(backend, function):
     """As if `with_tokens` had added it: an engine may have left it out."""
