@@ -23,6 +23,8 @@ The epilogue is what remains of a tile's time at a small H, so it is as short as
 - Without a softcap a row's rounding error is the difference of two sums, of what is computed and of what is stored.
 - Columns beyond the vocabulary are looked for only where the tile does not divide it.
 
+Further statistics of a row, where they are asked for, come from the same tiles (`row_statistics`).
+
 There are no atomics. Kernel 3 adds up the partial sums of a row, in an order that depends neither on C nor on the row's place.
 """
 
@@ -33,8 +35,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .blocks import Blocks, cdiv, multiprocessors
+from .blocks import Blocks, cdiv, multiprocessors, narrow_parts
 from .operands import Operands, is_aligned, tile_arguments
+from .row_statistics import NOTHING, Further, fold_further, has_sums, of_no_column, store_further
 from .tile import (
     EXP_IS_ZERO,
     LN2,
@@ -84,16 +87,18 @@ def _store(stored, start, first_row, columns, mine, rows, head, E, out, TILE: tl
 
 
 @triton.jit
-def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.constexpr, TILE: tl.constexpr):
+def _epilogue(score, start, first_row, mine, f, rows, head, E, out, further, PARTS: tl.constexpr, TILE: tl.constexpr):
     """Stores E of a tile (ROWS, COLUMNS) that begins at row `first_row` and column `start`, part by part.
 
-    Returns the tile's sums of E, E log E and E - stored, (ROWS,) each.
+    Returns the tile's sums of E, E log E and E - stored, (ROWS,) each, and its further statistics, f with those of this part.
     """
     if PARTS > 1:
         left, right = halves(score, TILE.WARP_GROUPS)
-        s, q, r = _epilogue(left, start, first_row, mine, rows, head, E, out, PARTS // 2, TILE)
+        s, q, r, f = _epilogue(left, start, first_row, mine, f, rows, head, E, out, further, PARTS // 2, TILE)
         middle = start + right.shape[1] // TILE.WARP_GROUPS
-        s_right, q_right, r_right = _epilogue(right, middle, first_row, mine, rows, head, E, out, PARTS // 2, TILE)
+        s_right, q_right, r_right, f = _epilogue(
+            right, middle, first_row, mine, f, rows, head, E, out, further, PARTS // 2, TILE
+        )  # fmt: skip
         s = s + s_right
         q = q + q_right
         r = r + r_right
@@ -101,12 +106,15 @@ def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.const
         columns = part_columns(start, score.shape[1], TILE.COLUMNS // TILE.WARP_GROUPS, TILE.WARP_GROUPS)
         log2_z, slope = logits(add_bias(score, head, columns), mine.scale[:, None], head.inner)
         log2_e = log2_z - mine.anchor[:, None]
-        counts = columns[None, :] != mine.token[:, None]
-        if not TILE.EVEN_V:
-            counts &= (columns < head.V)[None, :]
+        others = columns[None, :] != mine.token[:, None]
+        counts = (columns < head.V)[None, :]
         if rows.SETS is not None:
-            counts &= in_sets(rows, mine.r, columns, head.V)
-        e = tl.where(counts, tl.exp2(log2_e), 0.0)
+            counts = in_sets(rows, mine.r, columns, head.V)
+        if rows.SETS is not None or not TILE.EVEN_V:
+            others &= counts
+        f = _fold(f, further, log2_z * LN2, others, columns, counts)  # before there are exponentials in registers too
+        e = tl.where(others, tl.exp2(log2_e), 0.0)
+        f = _add_squares(f, further, e)
         s = tl.sum(e, 1)
         q = s
         r = s
@@ -123,18 +131,32 @@ def _epilogue(score, start, first_row, mine, rows, head, E, out, PARTS: tl.const
                 else:
                     r = tl.sum(e - stored.to(tl.float32), 1)
             _store(stored, start, first_row, columns, mine, rows, head, E, out, TILE)
-    return s, q, r
+    return s, q, r, f
 
 
 @triton.jit
-def _one_tile(place, X, W, rows, head, ANCHOR, E, out, TILE: tl.constexpr):
+def _fold(f, out, z, others, columns, counts):
+    return fold_further(f, out, z, tl.where(others, z, float("-inf")), columns, counts, f.SQUARES)
+
+
+@triton.jit
+def _add_squares(f, out, e):
+    squares = f.SQUARES
+    if out.SQUARES is not None:
+        squares += tl.sum(e * e, 1)
+    return Further(f.TOP, f.SUM, squares, f.ABOVE, f.TARGET)
+
+
+@triton.jit
+def _one_tile(place, X, W, rows, head, ANCHOR, E, out, further, K: tl.constexpr, TILE: tl.constexpr):
     score, r, inside, column_tile, column_tiles = tile_of(place, X, W, rows, head, TILE)
     row_tile, _ = tile_position(place, tl.cdiv(rows.C, TILE.ROWS), column_tiles)
     token = row_token(rows, r, inside).to(tl.int32)
     anchor = tl.load(ANCHOR + r, mask=inside, other=0.0)
     mine = Lane(r, token, row_scale(rows, r, inside) * LOG2E, anchor * LOG2E)
-    s, q, taken = _epilogue(
-        score, column_tile * TILE.COLUMNS, row_tile * TILE.ROWS, mine, rows, head, E, out, TILE.PARTS, TILE
+    f = of_no_column(further, r, inside, TILE.ROWS, K)
+    s, q, taken, f = _epilogue(
+        score, column_tile * TILE.COLUMNS, row_tile * TILE.ROWS, mine, f, rows, head, E, out, further, TILE.PARTS, TILE
     )  # fmt: skip
     at = r.to(tl.int64) * column_tiles + column_tile
     tl.store(out.S + at, s, mask=inside)
@@ -142,18 +164,19 @@ def _one_tile(place, X, W, rows, head, ANCHOR, E, out, TILE: tl.constexpr):
         tl.store(out.Q + at, q, mask=inside)
     if out.R is not None:
         tl.store(out.R + at, taken, mask=inside)
+    store_further(further, at, inside, f, K)
 
 
 @triton.jit
-def anchored_exp_kernel(X, W, rows, head, ANCHOR, E, out, TILE: tl.constexpr):
-    """E: a descriptor of the buffer with TILE.STORES, else None."""
+def anchored_exp_kernel(X, W, rows, head, ANCHOR, E, out, further, K: tl.constexpr, TILE: tl.constexpr):
+    """E: a descriptor of the buffer with TILE.STORES, else None. further: Further of (C, tiles), of which K keys are kept."""
     if TILE.PERSISTENT:
         # flattened: the loads of the next tile begin before the epilogue of this one
         tiles = tl.cdiv(rows.C, TILE.ROWS) * tl.cdiv(head.V, TILE.COLUMNS)
         for place in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            _one_tile(place, X, W, rows, head, ANCHOR, E, out, TILE)
+            _one_tile(place, X, W, rows, head, ANCHOR, E, out, further, K, TILE)
     else:
-        _one_tile(tl.program_id(0), X, W, rows, head, ANCHOR, E, out, TILE)
+        _one_tile(tl.program_id(0), X, W, rows, head, ANCHOR, E, out, further, K, TILE)
 
 
 def anchored_exp(
@@ -162,6 +185,7 @@ def anchored_exp(
     entropy: bool,
     exps: torch.Tensor | None,  # (C, V) out
     blocks: Blocks,
+    further: Further = NOTHING,  # (C, column tiles), where further statistics of each tile are written
 ) -> TileSums:
     """Writes E into `exps` if given; returns the partial sums (C, column tiles)."""
     count, columns = p.tokens.shape[0], cdiv(p.weight.shape[0], blocks.columns)
@@ -170,10 +194,13 @@ def anchored_exp(
         p.partials(columns), p.partials(columns) if entropy else None, p.partials(columns) if rounds else None, exps, stride
     )
     if count:
+        keys = 0 if further.TOP is None else further.TOP.shape[2]
+        if keys or has_sums(further):
+            blocks = narrow_parts(blocks, p.sets is not None)
         tiles, descriptor = cdiv(count, blocks.rows) * columns, None
         if blocks.stores and exps is not None and is_aligned(exps):
             descriptor = TensorDescriptor.from_tensor(exps, [blocks.rows, blocks.columns // blocks.parts])
         *first, tile = tile_arguments(p, blocks, descriptor is not None)
         programs = min(tiles, multiprocessors(p.hidden.device)) if blocks.persistent else tiles
-        anchored_exp_kernel[(programs,)](*first, anchor, descriptor, out, tile, **blocks.options())
+        anchored_exp_kernel[(programs,)](*first, anchor, descriptor, out, further, keys, tile, **blocks.options())
     return out

@@ -87,8 +87,9 @@ _SINGLE = Blocks(64, 64, 16, 4, 2, parts=2)
 _INTERPRETED = Blocks(128, 1024, 64, 4, 1, parts=2)
 
 
-# Columns of a part with further statistics, whose keys take two registers a logit: for 16-bit operands, and for fp32 ones.
-_NARROW, _NARROW_SINGLE = 16, 32
+# Columns of a part with further statistics, whose keys take two registers a logit: for 16-bit operands, for fp32 ones, and for
+# fp32 ones with sets. (The bits of a set are read eight at a time.)
+_NARROW, _NARROW_SINGLE, _NARROW_SETS = 16, 32, 8
 
 
 def narrow_parts(blocks: Blocks, sets: bool = False) -> Blocks:
@@ -98,7 +99,7 @@ def narrow_parts(blocks: Blocks, sets: bool = False) -> Blocks:
     """
     if triton.knobs.runtime.interpret:
         return blocks
-    width = _NARROW if blocks != _SINGLE else _NARROW_SINGLE // 2 if sets else _NARROW_SINGLE
+    width = _NARROW if blocks != _SINGLE else _NARROW_SETS if sets else _NARROW_SINGLE
     return blocks._replace(parts=max(blocks.parts, blocks.columns // width))
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from .blocks import Blocks, cdiv, narrow_parts
 from .operands import Operands, tile_arguments
-from .row_statistics import NOTHING, Further, combine_further, fold_further, has_sums, of_no_column, store_further
+from .row_statistics import NOTHING, Further, combine_further, fold_further, fold_squares, has_sums, of_no_column, store_further
 from .tile import (
     EXP_IS_ZERO,
     LOG2E,
@@ -110,7 +110,8 @@ def _fold_parts(
         counts = in_sets(rows, mine.r, columns, head.V)
         others = tl.where(counts, others, float("-inf"))
     larger, s, q = fold(others, m, s, q, out.Q is not None)
-    return larger, s, q, fold_further(f, further, z, others, columns, counts, m, larger)
+    squares = fold_squares(f, further, others, m, larger)
+    return larger, s, q, fold_further(f, further, z, others, columns, counts, squares)
 
 
 @triton.jit

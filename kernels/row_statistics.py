@@ -1,11 +1,13 @@
-"""Further statistics of rows, beside kernel 4's m, s and q: device functions of its sweep and of what combines its splits.
+"""Further statistics of rows: device functions of the sweeps, kernels 2 and 4, and of what combines their parts.
 
-Over the columns of a split, in each row:
+Over the columns of a split of kernel 4, or of a tile of kernel 2, in each row:
 
     the K largest logits and their columns, of all columns            K is 2, 4 or 8
     sum z_v                                                           of all columns
     sum exp(2 (z_v - m))                                              of the columns v != y; moves with the pivot as e^(2d)
     how many z_v > z_y                                                of the columns v != y
+
+Kernel 2 has the anchor in the place of m, so the third is its sum of E^2, and nothing moves.
 
 A logit and its column are one key, an integer of 64 bits: the upper ones are the logit's bits, in the order of the logits, and
 the lower ones the column, counted down. So the larger key is the larger logit, or of equal logits the smaller column, and the
@@ -20,7 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile import EXP_IS_ZERO, LOG2E
+from .blocks import cdiv
+from .tile import EXP_IS_ZERO, LOG2E, ROWS_PER_PROGRAM, row_sums
+
+_BLOCK = 512
 
 _LOWEST = -(2**63)
 LOWEST = tl.constexpr(_LOWEST)  # below the key of every logit
@@ -29,11 +34,11 @@ NO_COLUMN = tl.constexpr(_NO_COLUMN)
 
 
 class Further(NamedTuple):
-    """Of each split (C, splits) or of all columns (C,), as pointers; in a program, the values of its rows (ROWS,)."""
+    """Of each split or tile (C, splits) or of all columns (C,), as pointers; in a program, the values of its rows (ROWS,)."""
 
     TOP: Any = None  # int64 keys, (C, splits, K); in a program (ROWS, K), in any order
     SUM: Any = None
-    SQUARES: Any = None  # of all columns: log sum q_v^2, q_v = exp(z_v - m) / s; 0 where s = 0
+    SQUARES: Any = None  # of all splits: log sum q_v^2, q_v = exp(z_v - m) / s; 0 where s = 0. Of all tiles: sum E^2
     ABOVE: Any = None  # int32
     TARGET: Any = None  # z_y (C,), which ABOVE is compared with
 
@@ -89,22 +94,31 @@ def insert(top, z, columns, counts):
 
 
 @triton.jit
-def fold_further(f, out, z, others, columns, counts, before, m):
-    """The values that `out` asks for, updated with the logits z (ROWS, COLUMNS).
+def fold_squares(f, out, others, before, m):
+    """sum exp(2 (z_v - m)), updated with the logits `others` (ROWS, COLUMNS): -inf where v != y does not hold.
 
-    others: z with -inf in columns that are not v != y. before, m: their running maximum, without and with these. counts: which
-    columns belong to the softmax, (ROWS, COLUMNS) or (1, COLUMNS).
+    before, m: their running maximum, without and with these. (As in `fold` of `logsumexp`, whose exponentials these are.)
     """
-    top = f.TOP
-    total = f.SUM
     squares = f.SQUARES
-    above = f.ABOVE
-    if out.SQUARES is not None:  # as in `fold`, whose exponentials these are
+    if out.SQUARES is not None:
         pivot = tl.where(m == float("-inf"), 0.0, m)
         shift = tl.maximum(before - pivot, EXP_IS_ZERO, propagate_nan=tl.PropagateNan.ALL)
         decay = tl.exp2(shift * LOG2E)
         e = tl.exp2((others - pivot[:, None]) * LOG2E)
         squares = squares * decay * decay + tl.sum(e * e, 1)
+    return squares
+
+
+@triton.jit
+def fold_further(f, out, z, others, columns, counts, squares):
+    """The values that `out` asks for, updated with the logits z (ROWS, COLUMNS).
+
+    others: z with -inf in columns that are not v != y. counts: which columns belong to the softmax, (ROWS, COLUMNS) or
+    (1, COLUMNS). squares: the new SQUARES.
+    """
+    top = f.TOP
+    total = f.SUM
+    above = f.ABOVE
     if out.ABOVE is not None:
         above += tl.sum((others > f.TARGET[:, None]).to(tl.int32), 1)
     if out.SUM is not None:
@@ -152,6 +166,27 @@ def combine_further(M, further, out, r, inside, pivot, s, splits, ROWS: tl.const
         tl.store(out.SQUARES + r, tl.log(found) - 2.0 * tl.log(some), mask=inside)
     if further.ABOVE is not None:
         tl.store(out.ABOVE + r, tl.sum(above, 1), mask=inside)
+
+
+@triton.jit
+def sum_further_kernel(further, out, C, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the column tiles of each row, in their order."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = r < C
+    if further.SUM is not None:
+        tl.store(out.SUM + r, row_sums(further.SUM, r, inside, tiles, ROWS, BLOCK), mask=inside)
+    if further.SQUARES is not None:
+        tl.store(out.SQUARES + r, row_sums(further.SQUARES, r, inside, tiles, ROWS, BLOCK), mask=inside)
+    if further.ABOVE is not None:  # fp32 has every whole number up to 2^24
+        above = row_sums(further.ABOVE, r, inside, tiles, ROWS, BLOCK)
+        tl.store(out.ABOVE + r, above.to(tl.int32), mask=inside)
+
+
+def sum_further(further: Further, out: Further, count: int, tiles: int) -> None:
+    """The sums over column tiles (C, tiles) into those of rows (C,); for the keys see `largest_of`."""
+    if count and has_sums(further):
+        grid = (cdiv(count, ROWS_PER_PROGRAM),)
+        sum_further_kernel[grid](further, out, count, tiles, ROWS=ROWS_PER_PROGRAM, BLOCK=_BLOCK)
 
 
 def has_sums(further: Further) -> bool:

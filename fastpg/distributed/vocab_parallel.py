@@ -4,7 +4,7 @@ Every rank of `head.group` makes a vocab-parallel call with the same hidden stat
 Only these numbers of a row of logits cross ranks:
 
     one pass    z_y of the rank that has the token (with a softcap its slope there too), then the sums S (and Q for an entropy),
-                and at the end the sum of dX
+                and at the end the sum of dX; of further statistics their partials
     two passes  m, s, q, z_y of each rank's columns, and in backward the sum of dX; of further statistics their partials, and
                 for ranks of tokens z_y before the sweep
 
@@ -78,6 +78,19 @@ def combine(
     shares = shift.exp() * totals
     if weighted is not None:
         weighted = (shift.exp() * (gathered(weighted, group) + totals * shift)).sum(0)
+    further, columns = combine_further(further, tokens, vocab_size, group, kept, first_column)
+    if further.squares is not None:
+        total_of_squares = (gathered(further.squares, group).exp() * shares.square()).sum(0).log()
+        squares = torch.where(shares.sum(0) == 0, 0, total_of_squares - 2 * shares.sum(0).log())
+        further = FurtherPartials(*further[:3], squares, further.above)
+    target = on_the_owner(target, tokens, vocab_size, group)
+    return Partials(largest, shares.sum(0), weighted, target, further), columns
+
+
+def combine_further(
+    further: FurtherPartials, tokens: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, kept: int, first_column: int
+) -> tuple[FurtherPartials, torch.Tensor | None]:
+    """The further partials over the columns of all ranks, but for squares, and the number of these columns (see `combine`)."""
     values, ids, sums, squares, above = further
     columns = None
     if values is not None:
@@ -85,14 +98,9 @@ def combine(
     if sums is not None:
         columns = sum_over_ranks(tokens.new_tensor([vocab_size]), group)
         sums = sum_over_ranks(sums, group)
-    if squares is not None:
-        total_of_squares = (gathered(squares, group).exp() * shares.square()).sum(0).log()
-        squares = torch.where(shares.sum(0) == 0, 0, total_of_squares - 2 * shares.sum(0).log())
     if above is not None:
         above = sum_over_ranks(above, group)
-    further = FurtherPartials(values, ids, sums, squares, above)
-    target = on_the_owner(target, tokens, vocab_size, group)
-    return Partials(largest, shares.sum(0), weighted, target, further), columns
+    return FurtherPartials(values, ids, sums, squares, above), columns
 
 
 def _largest_of_ranks(

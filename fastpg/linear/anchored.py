@@ -43,27 +43,34 @@ import torch.nn.functional as F
 
 from ..distributed import vocab_parallel
 from ..kernels.limits import LARGEST_FACTOR, LARGEST_SUM, LOWEST_ANCHOR, SMALLEST_FACTOR, SMALLEST_SUM, SUMMARY
-from ..tiles import large_pages
+from ..tiles import large_pages, running
 from ..tiles.backend import tiles_of
 from ..tiles.host_read import HostRead
 from ..tiles.products import Sums, accumulation_dtype
-from ..tiles.row_statistics import entropy_of
+from ..tiles.row_statistics import entropy_of, finish_further
 from ..tiles.structures import (
+    Asked,
     Chunk,
     DeviceLoss,
+    Further,
+    FurtherPartials,
     Gradients,
     Head,
     LossSummary,
     LossSums,
+    RowResults,
+    RowStatistics,
     RowSums,
     Target,
     TokenTerms,
     Wanted,
+    is_further,
+    largest_kept,
 )
 from ..tiles.torch_tiles import store_target
 from . import operators
 from .rows import Rows, part
-from .statistics import row_statistics
+from .statistics import row_results
 from .workspace import Plan, exps_dtype, row_stride
 
 if TYPE_CHECKING:
@@ -77,43 +84,42 @@ class OnePass(NamedTuple):
     """The results of a sweep over K rows."""
 
     loss: torch.Tensor  # ()
-    logprobs: torch.Tensor  # (K,)
-    entropy: torch.Tensor | None  # (K,)
+    rows: RowResults  # the log-probabilities, and what else is asked for
     summary: torch.Tensor | None  # metrics, where kernels have computed the loss of all rows
     again: torch.Tensor | None  # (2,) int64: how many rows were computed again, and whether dW was too; None: none
     gradients: Gradients  # of the loss
-
-
-class RowResults(NamedTuple):
-    """Results of rows, (K,) each."""
-
-    logprobs: torch.Tensor
-    losses: torch.Tensor | None  # 0 where masked; None: not computed yet
-    entropy: torch.Tensor | None
 
 
 class Options(NamedTuple):
     """Settings of a sweep."""
 
     wanted: Wanted
-    entropy: bool
+    asked: Asked
     plan: Plan
     host_reads: bool
     backend: str
     device_loss: DeviceLoss | None  # the loss as device functions; None: it is computed in PyTorch
     wide_weight: bool = False  # dW stays in the accumulation dtype, to be added to a buffer of the caller
     group: ProcessGroup | None = None  # whose ranks hold the other columns
+    first_column: int = 0  # the token id of this rank's first column; ids count all columns
 
 
 class _RowVectors(NamedTuple):
     """Vectors (C,) of a chunk after product 1."""
 
-    logprobs: torch.Tensor
+    results: RowResults
     losses: torch.Tensor | None  # None: computed at the end, of all rows at once
-    entropy: torch.Tensor | None
     factor: torch.Tensor | None  # u, 0 where a row adds nothing; None if no gradient is wanted
     state: torch.Tensor  # int8: 0: S and u are in range, 1: u is not, 2: S is not. The row is flagged unless it is 0
     residual: torch.Tensor | None  # R, the rounding error of each row of E (`RowSums`); None if they are not rounded
+
+
+class _Product(NamedTuple):
+    """What product 1 finds out about the rows of a chunk, padding included."""
+
+    sums: RowSums  # S, Q and further partials over the columns of all ranks, R over this rank's
+    target: Target
+    columns: int | torch.Tensor  # V, of all ranks
 
 
 def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosses, options: Options) -> OnePass:
@@ -134,46 +140,65 @@ def one_pass(rows: Rows, head: Head, terms: TokenTerms, token_losses: TokenLosse
             flagged = _number_of_flagged(found, summary) if options.host_reads else None
         sweep.add_gradients(rows, span, chunk, vectors, once=count <= length)
 
-    results = RowResults(*(_joined(found, name) for name in ("logprobs", "losses", "entropy")))
+    results, losses = _joined([x.results for x in found]), _joined_vectors([x.losses for x in found])
     if flagged is not None and flagged.read():
         repeats = sweep.widen_weight(chunk, vectors)
-        results, again = _computed_again(sweep, rows, terms, found, results)
+        results, losses, again = _computed_again(sweep, rows, terms, found, results, losses)
         numbers = rows.tokens.new_tensor([again, repeats], dtype=torch.int64)
-        return OnePass(results.losses.sum(), *results[::2], None, numbers, sweep.gradients(rows))
+        return OnePass(losses.sum(), results, None, numbers, sweep.gradients(rows))
     if summary is not None:
-        return OnePass(summary.loss, *results[::2], summary.metrics, None, sweep.gradients(rows))
-    logprobs, losses, entropies = results
+        return OnePass(summary.loss, results, summary.metrics, None, sweep.gradients(rows))
     if losses is None:
-        logprobs, entropies = terms.kept(logprobs), None if entropies is None else terms.kept(entropies)
-        losses = token_losses(logprobs, terms)
-    return OnePass(losses.sum(), logprobs, entropies, None, None, sweep.gradients(rows))
+        results = kept_results(results, terms)
+        losses = token_losses(results.statistics.logprobs, terms)
+    return OnePass(losses.sum(), results, None, None, sweep.gradients(rows))
+
+
+def kept_results(results: RowResults, terms: TokenTerms) -> RowResults:
+    """The results, with log-probabilities and entropies of 0 where masked."""
+    logprobs, entropy, *others = results.statistics
+    entropy = None if entropy is None else terms.kept(entropy)
+    return RowResults(RowStatistics(terms.kept(logprobs), entropy, *others), results.further)
 
 
 def _number_of_flagged(found: list[_RowVectors], summary: LossSummary | None) -> HostRead:
     if summary is not None:
         return HostRead(summary.metrics[SUMMARY.index("flagged")])
-    return HostRead((_joined(found, "state") > 0).sum())
+    return HostRead((_joined_vectors([x.state for x in found]) > 0).sum())
 
 
 def _computed_again(
-    sweep: _Sweep, rows: Rows, terms: TokenTerms, found: list[_RowVectors], results: RowResults
-) -> tuple[RowResults, int]:
-    """The results with those of the flagged rows, in chunks of their own, and how many these are."""
-    logprobs, losses, entropies = results
-    state = _joined(found, "state")
+    sweep: _Sweep,
+    rows: Rows,
+    terms: TokenTerms,
+    found: list[_RowVectors],
+    results: RowResults,
+    losses: torch.Tensor | None,
+) -> tuple[RowResults, torch.Tensor, int]:
+    """The results and losses with those of the flagged rows, in chunks of their own, and how many these are."""
+    state = _joined_vectors([x.state for x in found])
     flagged = state.nonzero()[:, 0]
     again, again_terms = rows.select(flagged), terms.select(flagged)
-    anchors, again_entropies = sweep.recompute(again, state[flagged] < 2, flagged, logprobs, entropies)
-    logprobs = logprobs.index_copy(0, flagged, anchors)
-    entropies = None if entropies is None else entropies.index_copy(0, flagged, again_entropies)
+    anew = sweep.recompute(again, state[flagged] < 2, flagged, results)
+    results, anchors = _merged(lambda x, new: x.index_copy(0, flagged, new), results, anew), anew.statistics.logprobs
     if losses is None:
-        losses = sweep.token_losses(logprobs, terms)
+        losses = sweep.token_losses(results.statistics.logprobs, terms)
     else:
         losses = losses.index_copy(0, flagged, sweep.token_losses(anchors, again_terms))
     for span in _spans(len(flagged), sweep.options.plan.sweep_rows) if any(sweep.wanted) else []:
         chunk, vectors = sweep.first_product(again, span, again_terms.select(span), anchors[span])
         sweep.add_gradients(again, span, chunk, vectors, once=False)
-    return RowResults(logprobs, losses, entropies), len(flagged)
+    return results, losses, len(flagged)
+
+
+def _merged(function: Callable[..., torch.Tensor], *results: RowResults) -> RowResults:
+    """function(x, ...) of each field that the results have."""
+
+    def fields(kind: type[NamedTuple], *tuples: tuple) -> NamedTuple:
+        return kind(*(None if x[0] is None else function(*x) for x in zip(*tuples, strict=True)))
+
+    statistics, further = (fields(type(x[0]), *x) for x in zip(*results, strict=True))
+    return RowResults(statistics, further)
 
 
 class _Sweep:
@@ -219,8 +244,9 @@ class _Sweep:
         if loss is None or anchors is not None:
             return chunk, self._any_objective(chunk, exps, terms, anchors)
         into = LossSums(self.sums, tiles_of(self.options.backend).first_of_sums(span.start))
-        found = self.tiles.anchored_loss(chunk, self.head, terms, loss, exps, self.options.entropy, into)
-        return chunk, _RowVectors(*found)
+        found = self.tiles.anchored_loss(chunk, self.head, terms, loss, exps, self.options.asked.entropy, into)
+        results = RowResults(RowStatistics(found.logprobs, found.entropy, None, None, None))
+        return chunk, _RowVectors(results, found.losses, found.factor, found.state, found.residual)
 
     def _any_objective(
         self, chunk: Chunk, exps: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None
@@ -229,12 +255,12 @@ class _Sweep:
         size = len(terms.advantages)
         log_anchor = _log_anchor(terms) if anchors is None else anchors
         padded = F.pad(log_anchor, (0, len(chunk.tokens) - size))
-        total, weighted, residual = self._sums(chunk, padded, exps)
-        total = total[:size]
+        asked = self.options.asked if anchors is None else Asked()
+        found = self._product(chunk, padded, exps, asked)
+        total = found.sums.total[:size]
         t = total.log() - log_anchor
         logprobs = F.logsigmoid(-t) if anchors is None else anchors
-        entropy = None if weighted is None else entropy_of(t, total.log(), total, weighted[:size])
-        in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
+        in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM) & _squares_in_range(found.sums.further, log_anchor)
         flagged, factor = ~in_range, None
         if exps is not None:
             g = loss_gradient(self.token_losses, terms.kept(logprobs), terms)
@@ -243,24 +269,45 @@ class _Sweep:
         if not self.options.host_reads:
             # nothing can be recomputed: NaN shows a row that has left the range
             lost = ~(total < LARGEST_SUM) if factor is None else ~(total < LARGEST_SUM) | ~factor.isfinite()
-            logprobs, entropy, factor = (
-                None if x is None else terms.kept(torch.where(lost, torch.nan, x)) for x in (logprobs, entropy, factor)
-            )
+            t, logprobs = (torch.where(lost, torch.nan, x) for x in (t, logprobs))
+            found = _Product(_without_lost_squares(found.sums, log_anchor), *found[1:])
+            factor = None if factor is None else terms.kept(torch.where(lost, torch.nan, factor))
         elif factor is not None and anchors is None:
             factor = factor.masked_fill(flagged, 0)
-        return _RowVectors(logprobs, None, entropy, factor, flagged.to(torch.int8) + ~in_range, residual)
+        results = self._results(chunk, found, t, logprobs, asked)
+        return _RowVectors(results, None, factor, flagged.to(torch.int8) + ~in_range, found.sums.residual)
 
-    def _sums(self, chunk: Chunk, log_anchor: torch.Tensor, exps: torch.Tensor | None) -> RowSums:
-        """Product 1: S and Q over the columns of all ranks, R over this rank's. Writes E of this rank's columns to exps."""
-        head, options, group = self.head, self.options, self.options.group
+    def _results(self, chunk: Chunk, found: _Product, t: torch.Tensor, logprobs: torch.Tensor, asked: Asked) -> RowResults:
+        """The log-probabilities (C,), and what else is asked of the rows, from their log-odds t and their sums."""
+        size, (total, weighted, _, further) = len(t), found.sums
+        total, logsumexp, entropy = total[:size], None, None
+        if asked.entropy:
+            entropy = entropy_of(t, total.log(), total, weighted[:size])
+        if asked.logsumexp or asked.top_k:
+            # the row's own logit less its log-probability, from the side that does not cancel; log S - a = t
+            z = found.target.logit[:size]
+            logsumexp = torch.where(t < 0, z - logprobs, (z + t) - F.logsigmoid(t))
+        statistics = RowStatistics(logprobs, entropy, t, logsumexp, None)
+        if is_further(asked):
+            partials = running.closed(FurtherPartials(*(None if x is None else x[:size] for x in further)), total)
+            tokens = chunk.tokens[:size] + self.options.first_column
+            further = finish_further(partials, statistics, tokens, found.columns, asked)
+        else:
+            further = Further()
+        return RowResults(RowStatistics(logprobs, entropy, None, logsumexp, None), further)
+
+    def _product(self, chunk: Chunk, log_anchor: torch.Tensor, exps: torch.Tensor | None, asked: Asked) -> _Product:
+        """Product 1. Writes E of this rank's columns to exps."""
+        head, group, columns = self.head, self.options.group, self.head.weight.shape[0]
         target = self.tiles.target_logits(chunk, head)
         if group is not None:
-            columns = [target.logit] if target.slope is None else list(target)
-            of_owner = vocab_parallel.on_the_owner(torch.stack(columns, 1), chunk.tokens, head.weight.shape[0], group)
-            target = Target(*of_owner.T.contiguous()) if len(columns) == 2 else Target(of_owner[:, 0].contiguous(), None)
-        sums = self.tiles.anchored_exp(chunk, head, log_anchor, target, exps, options.entropy)
+            numbers = [target.logit] if target.slope is None else list(target)
+            of_owner = vocab_parallel.on_the_owner(torch.stack(numbers, 1), chunk.tokens, columns, group)
+            target = Target(*of_owner.T.contiguous()) if len(numbers) == 2 else Target(of_owner[:, 0].contiguous(), None)
+        local = Asked(*asked[:-1], min(asked.top_k, columns))
+        sums = self.tiles.anchored_exp(chunk, head, log_anchor, target, exps, local)
         if group is None:
-            return sums
+            return _Product(sums, target, columns)
         whole = vocab_parallel.sum_over_ranks(torch.stack([x for x in sums[:2] if x is not None]), group)
         residual = sums.residual
         if exps is not None:
@@ -269,13 +316,20 @@ class _Sweep:
             before, after, tokens = (x[:size] for x in (sums.total, whole[0], chunk.tokens))
             # else the row has been stored as zeros (before), or will be flagged or lost (after): it stays as it is
             in_range = (before < LARGEST_SUM) & (after < LARGEST_SUM)
-            columns = torch.where(in_range, tokens, -1)
-            taken = store_target(exps, columns, torch.where(in_range, -after * slope, 0))
+            places = torch.where(in_range, tokens, -1)
+            taken = store_target(exps, places, torch.where(in_range, -after * slope, 0))
             if residual is not None:
                 # the entry that is replaced was rounded too: its error leaves R, the new entry's enters
-                once = torch.where(columns == tokens.clamp(0, head.weight.shape[0] - 1), -before * slope, 0)
+                once = torch.where(places == tokens.clamp(0, columns - 1), -before * slope, 0)
                 residual = residual - (once - once.to(exps.dtype).to(once.dtype)) + taken
-        return RowSums(whole[0], whole[1] if options.entropy else None, residual)
+        further, all_columns = vocab_parallel.combine_further(
+            sums.further, chunk.tokens, columns, group, largest_kept(asked), self.options.first_column
+        )  # fmt: skip
+        if further.squares is not None:
+            squares = vocab_parallel.sum_over_ranks(further.squares, group)
+            further = FurtherPartials(*further[:3], squares, further.above)
+        sums = RowSums(whole[0], whole[1] if asked.entropy else None, residual, further)
+        return _Product(sums, target, columns if all_columns is None else all_columns)
 
     def _row_factor(self, g: torch.Tensor, denominator: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
         """u = -g logit_scale / (T D)."""
@@ -318,7 +372,7 @@ class _Sweep:
 
     def summary(self) -> LossSummary | None:
         """The loss and the metrics of all chunks, where kernels have computed their losses."""
-        return None if self.sums is None else self.tiles.loss_summary(self.sums, self.options.entropy)
+        return None if self.sums is None else self.tiles.loss_summary(self.sums, self.options.asked.entropy)
 
     def _allocate_sums(self, dtype: torch.dtype) -> None:
         head, device = self.head, self.head.weight.device
@@ -329,24 +383,21 @@ class _Sweep:
         if self.wanted.bias:
             self.dbias = torch.empty(head.weight.shape[0], dtype=self.dtype, device=device)
 
-    def recompute(
-        self,
-        flagged_rows: Rows,
-        keeps: torch.Tensor,
-        flagged: torch.Tensor,
-        logprobs: torch.Tensor,
-        entropies: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities and entropies of the flagged rows, from the two-pass forward.
+    def recompute(self, flagged_rows: Rows, keeps: torch.Tensor, flagged: torch.Tensor, results: RowResults) -> RowResults:
+        """The results of the flagged rows, from the two-pass forward.
 
         Rows with `keeps` True, which are flagged only for their u, keep those they have.
         """
         options = self.options
-        statistics = row_statistics(
-            flagged_rows, self.head, options.entropy, options.plan.two_pass_rows, options.backend, options.group
-        )
-        again = torch.where(keeps, logprobs[flagged], statistics.logprobs)
-        return again, None if entropies is None else torch.where(keeps, entropies[flagged], statistics.entropy)
+        anew = row_results(
+            flagged_rows, self.head, options.asked, options.plan.two_pass_rows, options.backend, options.group,
+            options.first_column,
+        )  # fmt: skip
+
+        def chosen(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            return torch.where(keeps.view(-1, *(1,) * (new.dim() - 1)), old[flagged], new)
+
+        return _merged(chosen, results, anew)
 
     def gradients(self, rows: Rows) -> Gradients:
         """The gradients, in their inputs' dtypes (dW with `wide_weight` in the accumulation dtype); dX is summed over ranks."""
@@ -370,9 +421,12 @@ class _Sweep:
         )  # fmt: skip
 
 
-def _joined(chunks: list[_RowVectors], name: str) -> torch.Tensor | None:
-    """The field `name` of all chunks as one vector."""
-    vectors = [getattr(chunk, name) for chunk in chunks]
+def _joined(chunks: list[RowResults]) -> RowResults:
+    """The results of all chunks as one."""
+    return chunks[0] if len(chunks) == 1 else _merged(lambda *x: torch.cat(x), *chunks)
+
+
+def _joined_vectors(vectors: list[torch.Tensor | None]) -> torch.Tensor | None:
     return vectors[0] if len(vectors) == 1 or vectors[0] is None else torch.cat(vectors)
 
 
@@ -417,3 +471,24 @@ def _spans(count: int, length: int) -> list[slice]:
 def _factor_in_range(factor: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     size = factor.abs()
     return (g == 0) | ((size >= SMALLEST_FACTOR) & (size <= LARGEST_FACTOR))
+
+
+# where sum E^2 is below this, and exp(a) is small enough for it to matter, sum p^2 cannot be told from it
+_SMALLEST_SQUARES, _SMALL_ANCHOR = 2.0**-110, -20.0
+
+
+def _without_lost_squares(sums: RowSums, log_anchor: torch.Tensor) -> RowSums:
+    """The sums with NaN for those of squares that have left their range."""
+    if sums.further.squares is None:
+        return sums
+    squares = sums.further.squares[: len(log_anchor)]
+    squares = torch.where(_squares_in_range(sums.further, log_anchor), squares, torch.nan)
+    return RowSums(*sums[:3], FurtherPartials(*sums.further[:3], squares, sums.further.above))
+
+
+def _squares_in_range(further: FurtherPartials, log_anchor: torch.Tensor) -> torch.Tensor | bool:
+    """Whether sum E^2, if it is asked for, has neither over- nor underflowed: S may be in range where it has."""
+    if further.squares is None:
+        return True
+    squares = further.squares[: len(log_anchor)]
+    return squares.isfinite() & ((squares >= _SMALLEST_SQUARES) | (log_anchor > _SMALL_ANCHOR))

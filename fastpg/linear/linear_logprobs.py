@@ -153,8 +153,7 @@ def linear_logprobs(
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         if isinstance(mask, Kept) and mask.skips:
             raise ValueError("mask=kept(mask, advantages) leaves out tokens whose advantage is 0: pass kept(mask)")
-        if inputs.head.group is None:  # else `agreed` knows V
-            check_top_k(asked.top_k, inputs.head.vocab_size)
+        check_top_k(asked.top_k, inputs.head)
         tokens_that_count = counted(inputs, support=support)
         chunk_rows = plan_logprobs(head_of(inputs.head), asked=asked, workspace=workspace, backend=inputs.backend)
         agreed.describe(
@@ -184,17 +183,10 @@ def _over_sets(sets: RowSets, asked: Asked, chunk_rows: int, inputs: Inputs) -> 
     large = small = None
     if sets.large is not None:
         large = rows_results(sets.large, head, asked, chunk_rows, backend)
-        large = sets.over_their_sets(large, _vocab_size(head, head.group) if asked.mean else 0)
+        large = sets.over_their_sets(large, vocab_size_of(head, head.group) if asked.mean else 0)
     if sets.small is not None:
         small = rows_results(sets.small, head, asked, chunk_rows, backend, sets.entries)
     return sets.together(large, small)
-
-
-def row_logprobs(
-    rows: Rows, head: LMHead, entropy: bool, chunk_rows: int, backend: str, entries: Entries | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities and entropies (K,) of the rows, differentiable where an input needs a gradient."""
-    return rows_results(rows, head, Asked(entropy), chunk_rows, backend, entries).statistics[:2]
 
 
 def rows_results(
@@ -260,7 +252,7 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(statistics.logprobs)
         wanted, of_sum = Wanted(*ctx.needs_input_grad[:5]), None
         if grad_mean_logits is not None:
-            of_sum = grad_mean_logits / (_vocab_size(call.head, call.group) if call.entries is None else call.entries.sizes)
+            of_sum = grad_mean_logits / (vocab_size_of(call.head, call.group) if call.entries is None else call.entries.sizes)
         incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp, of_sum)
         return *gradients_of(call, statistics, incoming, wanted), None
 
@@ -269,7 +261,7 @@ def _next(values: Iterator[torch.Tensor], count: int) -> tuple[torch.Tensor, ...
     return tuple(itertools.islice(values, count))
 
 
-def _vocab_size(head: Head | LMHead, group: vocab_parallel.Group) -> int | torch.Tensor:
+def vocab_size_of(head: Head | LMHead, group: vocab_parallel.Group) -> int | torch.Tensor:
     """V, of all ranks."""
     vocab = head.weight.shape[0]
     return vocab if group is None else vocab_parallel.sum_over_ranks(torch.tensor([vocab], device=head.weight.device), group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -15,27 +16,15 @@ from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, de
 from ..loss.policy_loss import PolicyLossOutput, id_limit, per_token, step_of, token_losses, token_terms
 from ..loss.reductions import Reduction, check_reduction, inverse_denominator, token_weights
 from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
-from ..tiles import large_pages, torch_tiles
-from ..tiles.backend import tiles_of
-from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
-from ..tiles.structures import Gradients, Head, TokenTerms, Wanted
-from .anchored import Options, TokenLosses, loss_gradient, one_pass
-from .call import (
-    Counted,
-    Inputs,
-    counted,
-    differentiable,
-    head_of,
-    prepare,
-    wanted_of,
-    with_inputs,
-    without_autocast,
-)
+from ..tiles.structures import Asked, TokenTerms, Wanted, is_further
+from .anchored import Options
+from .call import Counted, Inputs, counted, differentiable, head_of, prepare, wanted_of, with_inputs, without_autocast
 from .kept import Kept
-from .linear_logprobs import row_logprobs
+from .outputs import TokenStatistics, asked_of, check_top_k, token_statistics
+from .row_losses import Call, OnePassLoss, Result, over_sets, result_of
 from .rows import Rows, rows_of
-from .support import RowSets, Support, agreed_sets, sets_of
+from .support import Support, agreed_sets
 from .workspace import Plan, plan_policy_loss
 
 if TYPE_CHECKING:
@@ -60,11 +49,13 @@ def linear_policy_loss(
     ref_logprobs: torch.Tensor | None = None,  # (...)
     rollout_weights: torch.Tensor | None = None,  # (...)
     entropy: bool = False,
+    outputs: Sequence[str] = (),
+    top_k: int = 0,
     skip_zero_weight: bool = True,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
-) -> PolicyLossOutput:
+) -> PolicyLossOutput | PolicyLossStatistics:
     """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D without the logits; the same sweep computes its gradients.
 
         z    = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
@@ -87,6 +78,10 @@ def linear_policy_loss(
             tensors it closes over. Ratios of whole sequences (GSPO) need two passes.
         entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
             entropies are differentiable.
+        outputs, top_k: statistics of each token's distribution, as in `linear_logprobs`, and out of the same sweep; here none
+            of them is differentiable. The result is then a `PolicyLossStatistics`. A token that costs no work has none: its
+            numbers are NaN, and -1 for ids and ranks. With log_sum_sq_probs also rows are recomputed whose old_logprobs are
+            off by more than about 40; with check=False they have NaN there.
         skip_zero_weight: tokens whose advantage (times rollout weight) is exactly 0 cost no work, where a built-in objective
             is used without a KL penalty. They count in the denominators. Their log-probability is reported as NaN, metrics are
             means over the other tokens, and metrics["skipped_tokens"] counts them.
@@ -101,6 +96,7 @@ def linear_policy_loss(
             then makes the loss and the gradients NaN. (On a CPU, where reads are free, values may be read anyway.)
 
     Returns PolicyLossOutput: the loss (), differentiable once in hidden, weight and bias; logprobs (...) detached; metrics.
+    With outputs or top_k it is a PolicyLossStatistics: these three, and the statistics.
 
     Gradients are computed before backward, except for float16. Backward scales them by the incoming gradient in fp32. Double
     backward raises. Under non-reentrant checkpointing the products run again.
@@ -110,46 +106,53 @@ def linear_policy_loss(
     them in float16's range. Until then the inputs and six numbers per row are kept. retain_graph, several backwards,
     weight_grad and checkpointing behave as in `linear_logprobs`.
 
-    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, and for a workspace
-    too small for one tile.
+    Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit, for unknown or repeated
+    names in outputs, for a top_k out of range, and for a workspace too small for one tile.
     """
     given = LossInputs(
         old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids, reduction, denominator
     )
     agreed = Facts()
     with one_outcome(head, agreed):
+        asked = asked_of(entropy, outputs, top_k)
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
-        _check_loss(given, inputs)
+        _check_loss(given, inputs, asked)
         head, wanted = head_of(inputs.head), wanted_of(inputs)
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
-        skips = _skips(given, inputs, skip_zero_weight)
-        judged = skips and (check or isinstance(mask, Kept))
-        that_count = counted(inputs, *(_factors(given, inputs) if judged else ()), support=support)
+        that_count = counted(inputs, *_judged(given, inputs, skip_zero_weight), support=support)
         if sequence_ids is not None and check:
             check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
         weights = _weights(given, inputs, that_count)
         plan = plan_policy_loss(
-            head, tokens.numel() if that_count.rows is None else that_count.rows, entropy=entropy, wanted=wanted,
+            head, tokens.numel() if that_count.rows is None else that_count.rows, asked=asked, wanted=wanted,
             wide_weight=inputs.head.weight_grad is not None, workspace=workspace, backend=inputs.backend,
         )  # fmt: skip
         agreed.describe(
-            inputs, that_count.computed, entropy=entropy, old_logprobs=old_logprobs, chunk=plan.sweep_rows,
-            sets=agreed_sets(support, that_count.computed, inputs.head),
+            inputs, that_count.computed, entropy=asked.entropy, further=asked[1:], old_logprobs=old_logprobs,
+            chunk=plan.sweep_rows, sets=agreed_sets(support, that_count.computed, inputs.head),
         )  # fmt: skip
 
     with without_autocast(inputs.hidden.device):
-        rows = rows_of(inputs, that_count)
-        options = _options(given, inputs, wanted, entropy, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
-        losses = partial(token_losses, objective=objective, kl=kl)
-        call = _Call(rows, head, _terms(given, rows, weights, options), losses, options, inputs.head.weight_grad)
+        options = _options(given, inputs, wanted, asked, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
+        call = _call(given, inputs, rows_of(inputs, that_count), weights, options)
         if support is None and plan.sweeps:
-            result = Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
+            result = result_of(OnePassLoss.apply(*differentiable(call), with_inputs(call)))
         else:
-            result = _by_sets(sets_of(support, rows, inputs, agreed.vocab_size, skips=True), call, inputs.head)
+            result = over_sets(support, agreed.vocab_size, call, inputs)
     if isinstance(mask, Kept) and not check:  # a weight of NaN shows where there is no row too
         result = Result(result.loss + (weights - weights).sum(), *result[1:])
     that_count.check()
-    return _report(result, call, objective, that_count)
+    output = _report(result, call, objective, that_count)
+    return _with_statistics(output, result, call, that_count, outputs) if len(outputs) or top_k else output
+
+
+class PolicyLossStatistics(NamedTuple):
+    """What `linear_policy_loss` returns with `outputs` or `top_k`: a `PolicyLossOutput`, and statistics of its tokens."""
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    metrics: Metrics
+    statistics: TokenStatistics  # detached
 
 
 class LossInputs(NamedTuple):
@@ -166,7 +169,8 @@ class LossInputs(NamedTuple):
     denominator: float | torch.Tensor | None
 
 
-def _check_loss(given: LossInputs, inputs: Inputs) -> None:
+def _check_loss(given: LossInputs, inputs: Inputs, asked: Asked) -> None:
+    check_top_k(asked.top_k, inputs.head)
     tokens, ids = inputs.tokens, given.sequence_ids
     check_sequence_ids(ids, "tokens", tokens)
     validation.check_policy_inputs("tokens", tokens, *given[:6], packed_sequences=ids is not None)
@@ -192,8 +196,13 @@ def _skips(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> bool:
     return inputs.mask.skips
 
 
-def _factors(given: LossInputs, inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
-    """Advantages, rollout weights and old log-probabilities (...) in the dtype of the loss; and what all tokens weigh, ()."""
+def _judged(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> tuple[torch.Tensor | None, ...]:
+    """What decides which tokens are skipped; nothing where none is, or where the host reads nothing.
+
+    Advantages, rollout weights and old log-probabilities (...) in the dtype of the loss; and what all tokens weigh, ().
+    """
+    if not _skips(given, inputs, skip_zero_weight) or not (inputs.host_reads or isinstance(inputs.mask, Kept)):
+        return ()
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.tokens.device  # the loss's own
     factors = given.advantages, given.rollout_weights, given.old_logprobs
     weight = None if given.denominator is None else inverse_denominator(given.denominator, dtype, device)
@@ -210,12 +219,19 @@ def _weights(given: LossInputs, inputs: Inputs, that_count: Counted) -> torch.Te
     return weights
 
 
-def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, entropy: bool, plan: Plan) -> Options:
+def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, asked: Asked, plan: Plan) -> Options:
     group, loss = inputs.head.group, None
-    if inputs.backend == "triton" and group is None:
+    # where more is asked for, PyTorch completes the rows, and so it computes their losses too
+    if inputs.backend == "triton" and group is None and not (is_further(asked) or asked.logsumexp):
         loss = device_loss(given.objective, given.kl, show_lost=not inputs.host_reads)
     wide_weight = inputs.head.weight_grad is not None
-    return Options(wanted, entropy, plan, inputs.host_reads, inputs.backend, loss, wide_weight, group)
+    first_column = 0 if group is None else inputs.head.vocab_start
+    return Options(wanted, asked, plan, inputs.host_reads, inputs.backend, loss, wide_weight, group, first_column)
+
+
+def _call(given: LossInputs, inputs: Inputs, rows: Rows, weights: torch.Tensor, options: Options) -> Call:
+    losses, terms = partial(token_losses, objective=given.objective, kl=given.kl), _terms(given, rows, weights, options)
+    return Call(rows, head_of(inputs.head), terms, losses, options, inputs.head.weight_grad)
 
 
 def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor, options: Options) -> TokenTerms:
@@ -227,13 +243,30 @@ def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor, options: Option
     )  # fmt: skip
 
 
-def _report(result: Result, call: _Call, objective: object, that_count: Counted) -> PolicyLossOutput:
-    numbers = that_count.numbers
+def _report(result: Result, call: Call, objective: object, that_count: Counted) -> PolicyLossOutput:
+    numbers, (logprobs, entropy, *_) = that_count.numbers, result.rows.statistics
     if result.summary is not None:
-        step = Summary(result.summary, call.options.entropy, numbers)
+        step = Summary(result.summary, call.options.asked.entropy, numbers)
     else:
-        step = step_of(result.logprobs, call.terms, objective, entropies=result.entropies, numbers=numbers, again=result.again)
-    return PolicyLossOutput(result.loss, _reported(result.logprobs, call.rows, that_count), Metrics({}, step))
+        step = step_of(logprobs, call.terms, objective, entropies=entropy, numbers=numbers, again=result.again)
+    return PolicyLossOutput(result.loss, _reported(logprobs, call.rows, that_count), Metrics({}, step))
+
+
+def _with_statistics(
+    output: PolicyLossOutput, result: Result, call: Call, that_count: Counted, outputs: Sequence[str]
+) -> PolicyLossStatistics:
+    """With the statistics of the tokens (...), NaN where a token that counts was not computed."""
+    keep, computed = that_count.keep, that_count.computed
+    found = token_statistics(result.rows, call.rows, keep.shape, call.options.first_column, outputs)
+    if computed is not keep:
+
+        def marked(x: torch.Tensor | None) -> torch.Tensor | None:
+            if x is None or not x.is_floating_point():
+                return x
+            return x.masked_fill((keep & ~computed).view(*keep.shape, *(1,) * (x.dim() - keep.dim())), torch.nan)
+
+        found = TokenStatistics(*map(marked, found))
+    return PolicyLossStatistics(*output, TokenStatistics(output.logprobs, *found[1:]))
 
 
 def _reported(logprobs: torch.Tensor, rows: Rows, that_count: Counted) -> torch.Tensor:
@@ -268,6 +301,8 @@ class LossOptions(TypedDict, total=False):
     reduction: Reduction
     kl: KLPenalty | None
     entropy: bool
+    outputs: Sequence[str]
+    top_k: int
     skip_zero_weight: bool
     workspace: int | None
     backend: str | None
@@ -297,7 +332,7 @@ def linear_cispo_loss(
         hidden, head, tokens, old_logprobs, advantages: as in `linear_policy_loss`.
         ratio_max, ratio_min: as in `CISPO`; None: no bound.
         options: mask, support, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs, rollout_weights, entropy,
-            skip_zero_weight, workspace, backend, check: as in `linear_policy_loss`, with its defaults.
+            outputs, top_k, skip_zero_weight, workspace, backend, check: as in `linear_policy_loss`, with its defaults.
     """
     objective = CISPO(ratio_max, ratio_min)
     return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, **options)
@@ -335,146 +370,3 @@ class LinearPolicyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-class Result(NamedTuple):
-    """The results of a call of K rows. Only the loss is differentiable."""
-
-    loss: torch.Tensor  # ()
-    logprobs: torch.Tensor  # (K,)
-    entropies: torch.Tensor | None  # (K,)
-    summary: torch.Tensor | None = None  # metrics, where kernels have computed the loss of all rows
-    again: torch.Tensor | None = None  # (2,): rows that were computed again, and whether dW was too; None: none
-
-
-def _by_sets(sets: RowSets | None, call: _Call, head: LMHead) -> Result:
-    """The results of a call whose rows have a softmax over a set of their own each; None: over the whole vocabulary.
-
-    Rows of large sets take the schedule of the call. Those of small sets are gathered, and the loss of their log-probabilities
-    is differentiated; where a set is the token alone the log-probability is 0.
-    """
-    if sets is None or sets.others is None:
-        return _result(call if sets is None else call._replace(rows=sets.large), head)
-    options, terms, parts = call.options, call.terms, []
-    if sets.small is not None:
-        small = row_logprobs(sets.small, head, options.entropy, options.plan.two_pass_rows, options.backend, sets.entries)
-        parts.append((*small, sets.at_small))
-    logprobs = sets.placed([(x[0], x[2]) for x in parts])
-    logprobs = torch.zeros_like(terms.advantages) if logprobs is None else logprobs
-    loss, again = _TokenLoss.apply(logprobs[sets.others], call.losses, terms.select(sets.others)), None
-    if sets.large is not None:
-        large = _result(call._replace(rows=sets.large, terms=terms.select(sets.at_large)), head)
-        parts.append((large.logprobs, large.entropies, sets.at_large))
-        loss, again = loss + large.loss, large.again
-    logprobs, entropies = (sets.placed([(x[i], x[2]) for x in parts]) for i in range(2))
-    return Result(loss, logprobs.detach(), None if entropies is None else entropies.detach(), None, again)
-
-
-def _result(call: _Call, head: LMHead) -> Result:
-    if call.options.plan.sweeps:
-        return Result(*_LinearPolicyLoss.apply(*differentiable(call), with_inputs(call)))
-    return _two_passes(call, head)
-
-
-def _two_passes(call: _Call, head: LMHead) -> Result:
-    """The loss of float16 inputs. In one pass their E would underflow, and so would gradients that are rounded before the
-    factor of a gradient scaler is known. Here they are computed in backward, with that factor inside."""
-    options, terms, rows = call.options, call.terms, call.rows
-    logprobs, entropies = row_logprobs(rows, head, options.entropy, options.plan.two_pass_rows, options.backend)
-    logprobs = terms.kept(logprobs)
-    loss = _TokenLoss.apply(logprobs, call.losses, terms)
-    entropies = None if entropies is None else terms.kept(entropies.detach())
-    return Result(loss, logprobs.detach(), entropies)
-
-
-class _TokenLoss(torch.autograd.Function):
-    """The loss () of log-probabilities (K,). Gradients reach these alone, not tensors that an objective closes over."""
-
-    @staticmethod
-    def forward(ctx, logprobs, losses, terms):
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(loss_gradient(losses, logprobs, terms))
-        return losses(logprobs.detach(), terms).sum()
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        _refuse_double_backward()
-        (g,) = ctx.saved_tensors
-        return g * grad_loss, None, None
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the one-pass loss has no second derivative: its gradients are computed in the forward. Use linear_logprobs "
-            "and policy_loss without create_graph, or full logits (fastpg.reference)"
-        )
-
-
-def _scaled(gradients: Gradients, grad_loss: torch.Tensor, backend: str) -> Gradients:
-    """gradients * grad_loss: in place where this backward is the last, as without retain_graph; copies otherwise.
-
-    The factor stays in fp32: rounded to bf16 it would give all of dX and dW one common error of up to 2^-9.
-    """
-    found = [g for g in gradients if g is not None]
-    factor = grad_loss.to(accumulation_dtype(found[0].dtype))
-    if is_opaque(factor):  # a compiled program cannot tell whether it is the last backward
-        return Gradients(*(None if g is None else (g.to(factor.dtype) * factor).to(g.dtype) for g in gradients))
-    if _graph_is_kept():
-        gradients = Gradients(*(None if g is None else _copy_times(g, factor) for g in gradients))
-    else:
-        tiles_of(backend).scale_(found, factor)
-    return gradients
-
-
-def _copy_times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    out = large_pages.empty(gradient.shape, gradient.dtype, gradient.device)
-    return torch_tiles.times(gradient, factor, out)
-
-
-def _graph_is_kept() -> bool:
-    """Whether another backward may read the saved tensors. torch asks the same for its donated buffers (`_aot_autograd`)."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
-
-
-class _Call(NamedTuple):
-    """One call: its rows, its head and its loss, and how they are computed."""
-
-    rows: Rows
-    head: Head
-    terms: TokenTerms
-    losses: TokenLosses
-    options: Options
-    weight_grad: torch.Tensor | None
-
-
-class _LinearPolicyLoss(torch.autograd.Function):
-    """The fields of `Result`, of the rows of a call.
-
-    Only the loss is differentiable. Its gradients, where they are wanted, are computed in forward and scaled in backward.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, lora_hidden, weight, lora_weight, bias, call):
-        call = with_inputs(call, hidden, lora_hidden, weight, lora_weight, bias)
-        result = one_pass(call.rows, call.head, call.terms, call.losses, call.options)
-        ctx.save_for_backward(*result.gradients)
-        ctx.weight_grad, ctx.backend = call.weight_grad, call.options.backend
-        others = result.logprobs, result.entropy, result.summary, result.again
-        ctx.mark_non_differentiable(*(x for x in others if x is not None))
-        ctx.set_materialize_grads(False)
-        return result.loss, *others
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        _refuse_double_backward()
-        found = Gradients(*ctx.saved_tensors)
-        if grad_loss is None:  # the loss went through a function whose backward returns None
-            grad_loss = next(g for g in found if g is not None).new_zeros(())
-        if found.weight is not None and ctx.weight_grad is not None:
-            ctx.weight_grad.addcmul_(found.weight, grad_loss.to(found.weight.dtype))
-            found = Gradients(*found[:2], None, *found[3:])
-            if not any(g is not None for g in found):
-                return (None,) * 6
-        return *_scaled(found, grad_loss, ctx.backend), None

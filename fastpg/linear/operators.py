@@ -80,13 +80,21 @@ def two_pass_statistics(rows: Rows, head: Head, asked: Asked, chunk_rows: int, b
 def _fake_partials(
     rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str, target: torch.Tensor | None
 ) -> Partials:
-    wide, kept = accumulation_dtype(head.weight.dtype), largest_kept(asked)
-    further = FurtherPartials(
-        _like_rows(rows, wide, kept, present=kept > 0), _like_rows(rows, torch.int64, kept, present=kept > 0),
-        *(_like_rows(rows, wide, present=present) for present in (asked.mean, asked.squares)),
-        _like_rows(rows, torch.int64, present=asked.rank),
-    )  # fmt: skip
+    wide = accumulation_dtype(head.weight.dtype)
+    further = _fake_further(rows.tokens, head, asked)
     return Partials(*(_like_rows(rows, wide, present=present) for present in (True, True, asked.entropy, True)), further)
+
+
+def _fake_further(tokens: torch.Tensor, head: Head, asked: Asked) -> FurtherPartials:
+    wide, kept = accumulation_dtype(head.weight.dtype), largest_kept(asked)
+
+    def like(present: bool, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
+        return tokens.new_empty(tokens.shape[0], *shape, dtype=dtype) if present else None
+
+    return FurtherPartials(
+        like(kept > 0, wide, kept), like(kept > 0, torch.int64, kept), like(asked.mean, wide), like(asked.squares, wide),
+        like(asked.rank, torch.int64),
+    )  # fmt: skip
 
 
 @operator(_fake_partials)
@@ -150,9 +158,9 @@ def target_logits(chunk: Chunk, head: Head, backend: str) -> Target:
 
 
 def _fake_sums(
-    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, exps: torch.Tensor | None, entropy: bool, backend: str
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, exps: torch.Tensor | None, asked: Asked, backend: str
 ) -> RowSums:
-    return _row_sums(chunk, head, exps, entropy)
+    return RowSums(*_row_sums(chunk, head, exps, asked.entropy)[:3], _fake_further(chunk.tokens, head, asked))
 
 
 def _row_sums(chunk: Chunk, head: Head, exps: torch.Tensor | None, weighted: bool) -> RowSums:
@@ -164,10 +172,10 @@ def _row_sums(chunk: Chunk, head: Head, exps: torch.Tensor | None, weighted: boo
 
 @operator(_fake_sums, mutates=("exps",))
 def anchored_exp(
-    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, exps: torch.Tensor | None, entropy: bool, backend: str
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, exps: torch.Tensor | None, asked: Asked, backend: str
 ) -> RowSums:
     """Product 1 of the one-pass schedule: `torch_tiles.anchored_exp`. Writes exps (C, V) if given."""
-    return tiles_of(backend).anchored_exp(chunk, head, log_anchor, target, exps, entropy)
+    return tiles_of(backend).anchored_exp(chunk, head, log_anchor, target, exps, asked)
 
 
 def _fake_loss(
@@ -213,9 +221,9 @@ class _Opaque:
         return target_logits(chunk, head, self.backend)
 
     def anchored_exp(
-        self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
+        self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, asked: Asked
     ) -> RowSums:
-        return anchored_exp(chunk, head, log_anchor, target, out, entropy, self.backend)
+        return anchored_exp(chunk, head, log_anchor, target, out, asked, self.backend)
 
     def anchored_loss(
         self,

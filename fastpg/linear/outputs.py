@@ -1,4 +1,4 @@
-"""What `linear_logprobs` may be asked for beside log-probabilities: names, their checks, and how results reach the tokens."""
+"""What a call may be asked for beside log-probabilities: names, their checks, and how results reach the tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..lm_head import LMHead
 from ..tiles.structures import Asked, RowResults
 from .rows import Rows
 
@@ -56,9 +57,10 @@ def asked_of(entropy: bool, outputs: Sequence[str], top_k: int) -> Asked:
     )  # fmt: skip
 
 
-def check_top_k(top_k: int, vocab_size: int) -> None:
-    if top_k > vocab_size:
-        raise ValueError(f"top_k must be at most V = {vocab_size}, the number of tokens in the vocabulary; got {top_k}")
+def check_top_k(top_k: int, head: LMHead) -> None:
+    """Of a head on one rank: the ranks of a group learn V when they compare their arguments (`agreement`)."""
+    if head.group is None and top_k > head.vocab_size:
+        raise ValueError(f"top_k must be at most V = {head.vocab_size}, the number of tokens in the vocabulary; got {top_k}")
 
 
 def token_statistics(

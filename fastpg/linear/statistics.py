@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from ..distributed import vocab_parallel
 from ..tiles.row_statistics import finish_further, finish_rows
-from ..tiles.structures import Asked, Entries, Head, RowResults, RowStatistics, largest_kept
+from ..tiles.structures import Asked, Entries, Head, RowResults, largest_kept
 from . import operators
 from .rows import Rows
-
-
-def row_statistics(
-    rows: Rows, head: Head, entropy: bool, chunk_rows: int, backend: str, group: vocab_parallel.Group
-) -> RowStatistics:
-    """The statistics of the rows, (K,) each.
-
-    group: the ranks that hold the other rows of the weight; None where this process has all of them.
-    """
-    return row_results(rows, head, Asked(entropy), chunk_rows, backend, group).statistics
 
 
 def row_results(
     rows: Rows, head: Head, asked: Asked, chunk_rows: int, backend: str, group: vocab_parallel.Group, first_column: int = 0
 ) -> RowResults:
-    """What is asked of the rows. first_column: the token id of this rank's first column; ids count all columns."""
+    """What is asked of the rows, (K, ...) each.
+
+    group: the ranks that hold the other rows of the weight; None where this process has all of them. first_column: the token id
+    of this rank's first column; ids count all columns.
+    """
     if group is None:
         return operators.two_pass_statistics(rows, head, asked, chunk_rows, backend)
     target, vocab_size, kept = None, head.weight.shape[0], largest_kept(asked)

@@ -63,7 +63,7 @@ def plan_logprobs(head: Head, *, asked: Asked, workspace: int | None, backend: s
 
 @_once
 def plan_policy_loss(
-    head: Head, count: int, *, entropy: bool, wanted: Wanted, wide_weight: bool, workspace: int | None, backend: str
+    head: Head, count: int, *, asked: Asked, wanted: Wanted, wide_weight: bool, workspace: int | None, backend: str
 ) -> Plan:
     """The plan for `count` rows. Raises ValueError where the workspace is too small for one tile, in one pass or in two.
 
@@ -73,15 +73,15 @@ def plan_policy_loss(
     sweeps, given = head.weight.dtype != torch.float16, workspace
     workspace, gradient = workspace_bytes(workspace, head.weight.device), any(wanted)
     if given is None and sweeps:  # a default must not refuse a large vocabulary: it grows
-        fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
+        fixed, per_row = one_pass_bytes(head, asked, gradient, backend)
         workspace = max(workspace, fixed + tiles_of(backend).tile_shape(head).rows * per_row)
-    two_pass = two_pass_rows(head, Asked(entropy), workspace, backend)
+    two_pass = two_pass_rows(head, asked, workspace, backend)
     if not sweeps:
         return Plan(sweeps, two_pass, two_pass)
-    rows = sweep_rows(head, count, entropy, gradient, workspace, backend)
+    rows = sweep_rows(head, count, asked, gradient, workspace, backend)
     if given is None and rows < count:
         one, several = (
-            one_pass_peak(head, count, x, entropy=entropy, wanted=wanted, wide_weight=wide_weight, backend=backend)
+            one_pass_peak(head, count, x, asked=asked, wanted=wanted, wide_weight=wide_weight, backend=backend)
             for x in (count, rows)
         )
         step = tiles_of(backend).tile_shape(head).rows
@@ -101,13 +101,13 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
 # ---- one pass
 
 
-def sweep_rows(head: Head, count: int, entropy: bool, gradient: bool, workspace: int, backend: str) -> int:
+def sweep_rows(head: Head, count: int, asked: Asked, gradient: bool, workspace: int, backend: str) -> int:
     """Rows per chunk of one pass, a multiple of the tile's: the fewest chunks that fit the workspace, of equal length.
 
     Raises ValueError where not even one tile of rows fits.
     """
     rows = tiles_of(backend).tile_shape(head).rows
-    fixed, per_row = one_pass_bytes(head, entropy, gradient, backend)
+    fixed, per_row = one_pass_bytes(head, asked, gradient, backend)
     fitting = max(0, workspace - fixed) // per_row // rows
     if fitting < 1:
         raise ValueError(
@@ -119,10 +119,10 @@ def sweep_rows(head: Head, count: int, entropy: bool, gradient: bool, workspace:
     return max(1, -(-padded // chunks)) * rows
 
 
-def one_pass_peak(head: Head, count: int, rows: int, *, entropy: bool, wanted: Wanted, wide_weight: bool, backend: str) -> int:
+def one_pass_peak(head: Head, count: int, rows: int, *, asked: Asked, wanted: Wanted, wide_weight: bool, backend: str) -> int:
     """Bytes that a call of `count` rows allocates in chunks of `rows` rows, with dX and dW. wide_weight: dW stays in fp32."""
     weight, dtype = head.weight, accumulation_dtype(head.weight.dtype)
-    fixed, per_row = one_pass_bytes(head, entropy, any(wanted), backend)
+    fixed, per_row = one_pass_bytes(head, asked, any(wanted), backend)
     is_sum = rows < count or wide_weight
     dweight = wanted.weight * weight.numel()
     sums = dweight * (dtype if is_sum else weight.dtype).itemsize
@@ -131,12 +131,13 @@ def one_pass_peak(head: Head, count: int, rows: int, *, entropy: bool, wanted: W
     return dhidden + sums + max(fixed + min(rows, count) * per_row, rounded)
 
 
-def one_pass_bytes(head: Head, entropy: bool, gradient: bool, backend: str) -> tuple[int, int]:
+def one_pass_bytes(head: Head, asked: Asked, gradient: bool, backend: str) -> tuple[int, int]:
     """(bytes of the call, bytes of each row of a chunk). gradient: whether E is stored."""
     weight = head.weight
     wide = accumulation_dtype(weight.dtype).itemsize
-    fixed, per_row = _triton_sweep(head, entropy) if backend == "triton" else _torch_sweep(head, entropy)
+    fixed, per_row = _triton_sweep(head, asked) if backend == "triton" else _torch_sweep(head, asked)
     per_row += (4 * lora_rank(head) + 20) * wide  # z, its product with E and dz; twenty numbers
+    per_row += _merging(asked)
     fixed += 3 * weight.shape[0] * lora_rank(head) * wide  # dB of a chunk, as two terms and their sum
     if gradient:
         per_row += row_stride(head) * exps_dtype(weight.dtype).itemsize
@@ -160,23 +161,22 @@ def row_stride(head: Head) -> int:
     return (vocab + 63) // 64 * 64 + 32
 
 
-def _torch_sweep(head: Head, entropy: bool) -> tuple[int, int]:
+def _torch_sweep(head: Head, asked: Asked) -> tuple[int, int]:
     """(bytes of the call, of a row) of `torch_tiles.anchored_exp` and of the products, without E."""
     rows, columns, wide, narrow = _tile(head)
-    # one tile of weights; one of logits, with the temporaries of the entropy (1) and of the softcap and its slope (4)
-    tiles = 1 + entropy + (4 if head.softcap is not None else 0)
+    # one tile of weights; one of logits, with the temporaries of the entropy (1) and of the softcap and its slope (4), and of
+    # what else is asked for: squares or a copy from which the largest are taken, or comparisons and these as integers
+    further = 1.25 if asked.rank else int(asked.squares or asked.top_k > 1)
+    tiles = 1 + asked.entropy + (4 if head.softcap is not None else 0) + further
     # a row: hidden states with the temporaries of the target's logit, or of products 2 and 3
-    return columns * head.weight.shape[1] * narrow + tiles * rows * columns * wide, 4 * head.weight.shape[1] * wide
+    return columns * head.weight.shape[1] * narrow + int(tiles * rows * columns * wide), 4 * head.weight.shape[1] * wide
 
 
-def _triton_sweep(head: Head, entropy: bool) -> tuple[int, int]:
+def _triton_sweep(head: Head, asked: Asked) -> tuple[int, int]:
     weight, narrow = head.weight, head.weight.itemsize
-    # partial sums per row and column tile: S, Q for an entropy, R where E is rounded
-    partials = (
-        4
-        * (1 + entropy + (weight.dtype != torch.float32))
-        * tiles_of("triton").most_column_tiles(weight.shape[0], weight.dtype)
-    )
+    # partial sums per row and column tile: S, Q for an entropy, R where E is rounded, and what else is asked for
+    sums = 1 + asked.entropy + (weight.dtype != torch.float32) + _further_sums(asked)
+    partials = 4 * sums * tiles_of("triton").most_column_tiles(weight.shape[0], weight.dtype)
     # gathered hidden states; then the partial sums, or once these are gone E @ W in fp32 and u x
     return _lora_operands(head), narrow * weight.shape[1] + max(partials, (4 + narrow) * weight.shape[1])
 
@@ -204,7 +204,7 @@ def two_pass_rows(head: Head, asked: Asked, workspace: int, backend: str) -> int
     fixed += columns * weight.shape[1] * wide  # a tile of dW
     # hidden states (gathered, widened or scaled), a row of dlogits, and twenty numbers per row
     per_row += 2 * (weight.shape[1] + 3 * lora_rank(head)) * wide + columns * narrow + 20 * wide
-    per_row += is_further(asked) * (12 + 8 * largest_kept(asked)) * 8  # beside them: results and partials, and their merging
+    per_row += _merging(asked)
     fixed += 4 * columns * lora_rank(head) * wide
     if dtype == torch.bfloat16 and device.type == "cpu":  # the operands of a slice of dW, and that slice, in bf16
         per_row += 2 * (columns + weight.shape[1])
@@ -232,8 +232,7 @@ def _torch_two_passes(head: Head, asked: Asked) -> tuple[int, int]:
 def _triton_two_passes(head: Head, asked: Asked) -> tuple[int, int]:
     tiles, vocab, dtype = tiles_of("triton"), head.weight.shape[0], head.weight.dtype
     slice_tiles = tiles.most_column_tiles(min(tiles.tile_shape(head).columns, vocab), dtype)
-    # of each split m, s and q; what else is asked for; and keys of 8 bytes, twice while the largest are taken
-    sums = 2 + asked.entropy + asked.mean + asked.squares + asked.rank + 4 * tiles.keys_of_a_split(largest_kept(asked))
+    sums = 2 + asked.entropy + _further_sums(asked)  # of each split m, s and q; and what else is asked for
     return _lora_operands(head), 4 * max(sums * tiles.most_splits(vocab, dtype), slice_tiles)
 
 
@@ -246,6 +245,17 @@ def _tile(head: Head) -> tuple[int, int, int, int]:
     rows, columns, *_ = tiles.tile_shape(head)
     narrow = tiles.operand_dtype(weight.dtype, weight.device).itemsize
     return rows, min(columns, weight.shape[0]), accumulation_dtype(weight.dtype).itemsize, narrow
+
+
+def _further_sums(asked: Asked) -> int:
+    """Numbers of 4 bytes of a split or tile on Triton; keys have 8, and are there twice while the largest are taken."""
+    keys = tiles_of("triton").keys_of_a_split(largest_kept(asked))
+    return asked.mean + asked.squares + asked.rank + 4 * keys
+
+
+def _merging(asked: Asked) -> int:
+    """Bytes of a row: further results and partials, and their merging."""
+    return is_further(asked) * (12 + 8 * largest_kept(asked)) * 8
 
 
 def _lora_operands(head: Head) -> int:

@@ -51,7 +51,7 @@ class TileOps(Protocol):
     # one pass
     def target_logits(self, chunk: Chunk, head: Head) -> Target: ...
     def anchored_exp(
-        self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
+        self, chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, asked: Asked
     ) -> RowSums: ...
 
     def gradient_rows(

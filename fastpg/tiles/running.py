@@ -41,7 +41,7 @@ def add_columns(further: FurtherPartials, block: slice, start: int, z: torch.Ten
 def count_above(further: FurtherPartials, block: slice, z: torch.Tensor, target: torch.Tensor) -> None:
     """Counts the columns of a tile with z_v > z_y; the target's own holds -inf."""
     if further.above is not None:
-        further.above[block] += (z > target[block, None]).sum(1)
+        further.above[block] += (z > target[block, None]).sum(1, dtype=torch.int32)  # it is widened to that first
 
 
 def closed(further: FurtherPartials, total: torch.Tensor) -> FurtherPartials:

@@ -70,7 +70,7 @@ class TileShape(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the forward of two passes returns of each row beside its log-probability."""
+    """What a forward returns of each row beside its log-probability."""
 
     entropy: bool = False
     logsumexp: bool = False
@@ -158,7 +158,7 @@ class Further(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """All that a two-pass forward finds out about each row."""
+    """All that a forward finds out about each row."""
 
     statistics: RowStatistics
     further: Further = Further()
@@ -189,6 +189,7 @@ class RowSums(NamedTuple):
     total: torch.Tensor  # S = sum_v E_v
     weighted: torch.Tensor | None  # Q = sum_v E_v log E_v; None unless an entropy is wanted
     residual: torch.Tensor | None  # R, of each stored row: its exact sum less that of its rounded entries; None: not rounded
+    further: FurtherPartials = FurtherPartials()  # with sum E_v^2 as squares
 
 
 class LossRows(NamedTuple):

@@ -9,7 +9,7 @@ the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -17,16 +17,15 @@ from ..kernels.limits import EXP_IS_ZERO, LARGEST_SUM
 from . import running
 from .gathered import gathered_dots as gathered_dots
 from .gathered import run_sums as run_sums
+from .gradient_rows import gradient_rows as gradient_rows
+from .gradient_rows import scale_ as scale_
 from .keep import keep as keep
 from .logits import to_logits_
 from .products import (
-    WIDENED_ROWS,
     accumulation_dtype,
-    add_residual,
     has_gaps,
     inner_size,
     product,
-    store_rows,
     tile_columns,
     to_inner_size,
 )
@@ -44,7 +43,6 @@ from .structures import (
     RowSums,
     Target,
     TileShape,
-    is_further,
     lora_rank,
 )
 
@@ -102,12 +100,11 @@ def online_logsumexp(chunk: Chunk, head: Head, asked: Asked, target: torch.Tenso
 
     target: z_y (C,) of the rows, where some of their tokens are on other ranks; only a rank needs it.
     """
-    own, further = _targets(chunk, head), None
-    if is_further(asked):
-        further = running.of_no_column(asked, len(own), own.dtype, own.device)
+    own = _targets(chunk, head)
+    further = running.of_no_column(asked, len(own), own.dtype, own.device)
     tiles, compared = _tiles_of_head(chunk, head), own if target is None else target
     m, s, q = _folded(tiles, chunk.tokens, own.dtype, asked.entropy, further, compared)
-    return Partials(m, s, q, own, FurtherPartials() if further is None else running.closed(further, s))
+    return Partials(m, s, q, own, running.closed(further, s))
 
 
 def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
@@ -170,23 +167,20 @@ def _tiles_of_ready(ready: ReadyLogits) -> _Tiles:
 
 def _folded(
     tiles: _Tiles, tokens: torch.Tensor, dtype: torch.dtype, entropy: bool,
-    further: FurtherPartials | None = None, target: torch.Tensor | None = None,
+    further: FurtherPartials, target: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """m, s and q of the columns v != y, (C,) each. Updates `further`, for whose ranks the rows have the logits `target`."""
     maximum = torch.full(tokens.shape, -torch.inf, dtype=dtype, device=tokens.device)
     total = torch.zeros_like(maximum)
     weighted = torch.zeros_like(maximum) if entropy else None
-    squares = None if further is None else further.squares
     for block, start, z, outside in tiles:
         column, inside = _target_column(tokens[block], start, start + z.shape[1])
         if outside is not None:
             z.masked_fill_(outside, -torch.inf)
-        if further is not None:
-            running.add_columns(further, block, start, z, outside)
+        running.add_columns(further, block, start, z, outside)
         z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
-        if further is not None:
-            running.count_above(further, block, z, target)
-        sums = (None if x is None else x[block] for x in (weighted, squares))
+        running.count_above(further, block, z, target)
+        sums = (None if x is None else x[block] for x in (weighted, further.squares))
         _fold_tile(z, maximum[block], total[block], *sums)
     return maximum, total, weighted
 
@@ -289,7 +283,7 @@ def anchored_exp(
     log_anchor: torch.Tensor,
     target: Target,
     out: torch.Tensor | None,
-    entropy: bool,
+    asked: Asked,
 ) -> RowSums:
     """Product 1 of the one-pass schedule with its epilogue.
 
@@ -297,10 +291,10 @@ def anchored_exp(
 
         E_v = exp(z_v - anchor) for v != y        S = sum_v E_v       Q = sum_v E_v log E_v
 
-    Returns S and Q (C,), Q only if `entropy`. The target's own column, where it is among the columns, gets the entry E_y = -S,
-    which stands for its gradient. With `out`, E is stored there in out's dtype. Stored entries are multiplied by the softcap's
-    slope; the sums are not. out (M, V) takes the first M rows, without the padding. A row whose S is not below 2^99 is stored
-    as zeros: nothing of it may reach the dW of the other rows.
+    Returns S and Q (C,), Q only if asked for an entropy, and what else is asked for. The target's own column, where it is among
+    the columns, gets the entry E_y = -S, which stands for its gradient. With `out`, E is stored there in out's dtype. Stored
+    entries are multiplied by the softcap's slope; the sums are not. out (M, V) takes the first M rows, without the padding. A
+    row whose S is not below 2^99 is stored as zeros: nothing of it may reach the dW of the other rows.
 
     Also returns R (M,), the rounding error of each stored row: its exact sum less the sum of its rounded entries; None where E
     is not rounded. Rows of E sum to 0 (without a softcap), so the component that all rows of W share cancels in E @ W. Entries
@@ -312,7 +306,8 @@ def anchored_exp(
     dtype = accumulation_dtype(weight.dtype)
     anchor = (target.logit - log_anchor)[:, None]
     total = torch.zeros(size, dtype=dtype, device=weight.device)
-    weighted = torch.zeros_like(total) if entropy else None
+    weighted = torch.zeros_like(total) if asked.entropy else None
+    further = running.of_no_column(asked, size, dtype, weight.device)
     is_rounded = out is not None and out.dtype != dtype
     residual = torch.zeros(len(out), dtype=dtype, device=weight.device) if is_rounded else None
     buffer = weight_buffer(head)
@@ -320,8 +315,7 @@ def anchored_exp(
     for start in range(0, vocab if size else 0, columns):
         stop = min(start + columns, vocab)
         w = weight_tile(head, start, stop, buffer)
-        # Computed beside E and not in it: in E, with its rows in large pages, a step took 1.24 times the bare products, and
-        # beside it 1.00.
+        # beside E and not in it, which with its rows in large pages took 1.24 times the bare products, and here 1.00
         e = scratch[: rows * (stop - start)].view(rows, stop - start)
         for r in range(0, size, rows):
             block = slice(r, r + rows)
@@ -329,15 +323,18 @@ def anchored_exp(
             outside = _outside(chunk.allowed, block, start, stop)
             if outside is not None:
                 e.masked_fill_(outside, -torch.inf)
-            e.sub_(anchor[block])
-            log_e = e.clamp(min=EXP_IS_ZERO) if entropy else None
-            e.exp_()
             column, inside = _target_column(chunk.tokens[block], start, stop)
-            e.scatter_(1, column, torch.where(inside, 0, e.gather(1, column)))
-            sums = e.sum(1)
+            running.add_columns(further, block, start, e, outside)
+            e.scatter_(1, column, torch.where(inside, -torch.inf, e.gather(1, column)))
+            running.count_above(further, block, e, target.logit)
+            e.sub_(anchor[block])
+            log_e = e.clamp(min=EXP_IS_ZERO) if asked.entropy else None
+            sums = e.exp_().sum(1)
             total[block] += sums
             if log_e is not None:
                 weighted[block] += log_e.mul_(e).sum(1)
+            if asked.squares:
+                further.squares[block] += e.square().sum(1)
             if out is not None:
                 if slope is not None:
                     e.mul_(slope)
@@ -355,50 +352,7 @@ def anchored_exp(
         lost = ~(total[: len(out)] < LARGEST_SUM)
         _zero_rows_(out, lost)
         residual = torch.where(lost, 0, residual) if is_rounded else None
-    return RowSums(total, weighted, residual)
-
-
-def gradient_rows(
-    of_rows: torch.Tensor | None,
-    chunk: Chunk,
-    head: Head,
-    factor: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor | None,
-    weighted: torch.Tensor | None,
-) -> None:
-    """Rows of dX from their product with W, and the operand u x of product 3. None where hidden, or the weight, is frozen.
-
-        out = u (of_rows + R w_y)      of_rows: E @ W (C, H) in the accumulation dtype, which is overwritten
-        weighted = u x                 (C, H)
-
-    factor: u (C,); None where it is 1. residual: R (C,), or None. out: in its places, see `Sums`; it may be of_rows.
-    """
-    for start in range(0, 0 if out is None else len(of_rows), WIDENED_ROWS):  # a few rows at a time, for small temporaries
-        span = slice(start, min(start + WIDENED_ROWS, len(of_rows)))
-        values = of_rows[span]
-        add_residual(values, None if residual is None else residual[span], chunk.tokens[span], head.weight)
-        into, places = (out[span], None) if chunk.places is None else (out, chunk.places[span])
-        store_rows(into, places, values, None if factor is None else factor[span])
-    if weighted is not None:
-        torch.mul(chunk.hidden[: len(weighted)], factor[:, None], out=weighted)
-
-
-def scale_(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
-    """gradients times factor () in the accumulation dtype, in place. On a CPU they are left alone where the factor is 1."""
-    if factor.device.type == "cpu" and factor == 1:  # on other devices the host would have to wait for it
-        return
-    for gradient in gradients:
-        times(gradient, factor, gradient)
-
-
-def times(gradient: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = gradient * factor (), formed in the dtype of the factor and rounded once."""
-    if gradient.device.type != "cpu":
-        # On a GPU, torch casts a 0-d factor to the gradient's dtype first; a factor with a dimension counts in type promotion.
-        # On a CPU it takes a 0-d factor as it is, and would widen the whole gradient for one with a dimension.
-        factor = factor.reshape((1,) * gradient.dim())
-    return torch.mul(gradient, factor, out=out)
+    return RowSums(total, weighted, residual, further)
 
 
 def store_target(exps: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -469,7 +423,8 @@ def selective_statistics(ready: ReadyLogits, entropy: bool) -> RowStatistics:
     if ready.temperature is not None:
         target.div_(ready.temperature)
     target = torch.where(inside, target, torch.nan)[:, 0]
-    return finish_rows(Partials(*_folded(_tiles_of_ready(ready), ready.tokens, dtype, entropy), target), entropy)
+    folded = _folded(_tiles_of_ready(ready), ready.tokens, dtype, entropy, FurtherPartials(), target)
+    return finish_rows(Partials(*folded, target), entropy)
 
 
 def selective_dlogits(ready: ReadyLogits, statistics: RowStatistics, incoming: Incoming) -> torch.Tensor:

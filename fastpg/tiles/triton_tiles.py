@@ -150,7 +150,7 @@ def online_logsumexp(chunk: Chunk, head: Head, asked: Asked, target: torch.Tenso
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
         own = target_kernel_logits(p)[0]
-        further, merged = _further(p, head, asked, own if target is None else target)
+        further, merged = _further(asked, own if target is None else target, _splits(head))
         running = combine(logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further), further, merged)
         return Partials(*running, own, _further_partials(further, merged, asked, len(head.weight)))
 
@@ -159,24 +159,25 @@ def row_statistics(chunk: Chunk, head: Head, asked: Asked) -> RowResults:
     with _device_of(chunk.hidden):
         p = _operands(chunk, head)
         target = target_kernel_logits(p)[0]
-        further, merged = _further(p, head, asked, target)
+        further, merged = _further(asked, target, _splits(head))
         running = logsumexp(p, asked.entropy, _blocks(head, "logsumexp"), further)
         statistics = RowStatistics(*finished(running, target, further, merged))
         partials = _further_partials(further, merged, asked, len(head.weight))
         return RowResults(statistics, finish_further(partials, statistics, chunk.tokens, len(head.weight), asked))
 
 
-def _further(
-    p: Operands, head: Head, asked: Asked, target: torch.Tensor
-) -> tuple[further_kernel.Further, further_kernel.Further]:
-    """Where further statistics are written: those of splits, and those of rows without keys."""
+def _splits(head: Head) -> int:
+    return split_count(len(head.weight), _blocks(head, "logsumexp").columns)
+
+
+def _further(asked: Asked, target: torch.Tensor, parts: int) -> tuple[further_kernel.Further, further_kernel.Further]:
+    """Where further statistics are written: those of each of the `parts` of a row, and those of rows without keys."""
     if not is_further(asked):
         return further_kernel.NOTHING, further_kernel.NOTHING
-    wanted = further_kernel.Further(None, asked.mean, asked.squares, asked.rank, target.contiguous())
-    rows, splits = len(p.tokens), split_count(len(head.weight), _blocks(head, "logsumexp").columns)
+    wanted, rows = further_kernel.Further(None, asked.mean, asked.squares, asked.rank, target.contiguous()), len(target)
     keys = keys_of_a_split(largest_kept(asked))
     return (
-        further_kernel.empty_further(target, (rows, splits), keys, wanted),
+        further_kernel.empty_further(target, (rows, parts), keys, wanted),
         further_kernel.empty_further(target, (rows,), 0, wanted),
     )
 
@@ -242,11 +243,16 @@ def _ready(ready: ReadyLogits) -> selective_kernel.ReadyLogits:
 
 
 def anchored_exp(
-    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, entropy: bool
+    chunk: Chunk, head: Head, log_anchor: torch.Tensor, target: Target, out: torch.Tensor | None, asked: Asked
 ) -> RowSums:
     with _device_of(chunk.hidden):
-        sums = anchored_tiles(_operands(chunk, head), target.logit - log_anchor, entropy, out, _blocks(head, "anchored_exp"))
-        return RowSums(*finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None)))
+        p, blocks = _operands(chunk, head), _blocks(head, "anchored_exp", is_further(asked))
+        tiles = cdiv(len(head.weight), blocks.columns)
+        further, merged = _further(asked, target.logit, tiles)
+        sums = anchored_tiles(p, target.logit - log_anchor, asked.entropy, out, blocks, further)
+        finished = finish_kernel.finish(sums, finish_kernel.Tokens(chunk.tokens, target.slope, None, None))
+        further_kernel.sum_further(further, merged, len(chunk.tokens), tiles)
+        return RowSums(*finished, _further_partials(further, merged, asked, len(head.weight)))
 
 
 def gradient_rows(
@@ -344,8 +350,9 @@ def run_sums(
         gathered_kernel.run_sums(factor, keys, source, index, out, add)
 
 
-def _blocks(head: Head, kernel: str) -> Blocks:
-    has_bias, has_softcap = head.bias is not None, head.softcap is not None
+def _blocks(head: Head, kernel: str, further: bool = False) -> Blocks:
+    """further: an epilogue with further statistics, which takes as many registers as a softcap does."""
+    has_bias, has_softcap = head.bias is not None, head.softcap is not None or further
     weight = head.weight
     return blocks_for(target_of(weight.device), weight.dtype, has_bias, has_softcap, kernel, weight.shape[1])
 

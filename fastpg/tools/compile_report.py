@@ -49,6 +49,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "summary": (("float32",), ("entropy",)),
     "logsumexp": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "combine": (("float32",), ("entropy", "finish")),
+    "sum_further": (("float32",), ()),
     "dlogits": (("bfloat16", "float16", "float32"), ("bias", "softcap", "entropy", "lora", "temperature")),
     "gradient_rows": (("bfloat16", "float32"), ("frozen_weight", "frozen_hidden", "places")),
     "scale": (("bfloat16", "float32"), ()),
@@ -62,12 +63,16 @@ MULTIPLIES = ("anchored_exp", "logsumexp", "dlogits")
 # combinations of flags of `finish`, beside each flag alone
 _WITH_KL = [("cispo", "kl_k1"), ("cispo", "kl_k2"), ("cispo", "kl_k3")]
 _WHOLE_LOSS = ("exps", "entropy", "ppo_clip", "kl_k3", "temperature")
-# beside each flag alone and all: sets of a support; of the two passes every further statistic, with the argmax or with the most
-# of the largest logits, and gradients of the logsumexp and of the mean logit
+# beside each flag alone and all: sets of a support; every further statistic, with the argmax or with the most of the largest
+# logits; and gradients of the logsumexp and of the mean logit
 _ALL = ("bias", "softcap", "entropy", "lora", "temperature")
+_PERSISTENT = ((), ("entropy",), ("lora",), ("temperature",))
 _FURTHER = {
-    ("anchored_exp", "bfloat16"): [("exps", "support"), ("exps", *_ALL, "support")],
-    ("anchored_exp", "float32"): [("exps", *_ALL, "support")],
+    ("anchored_exp", "bfloat16"): [
+        ("exps", "support"), ("exps", *_ALL, "support"), ("exps", "statistics"), ("exps", *_ALL, "statistics", "top_k"),
+        ("exps", *_ALL, "statistics", "top_k", "support"),
+    ],
+    ("anchored_exp", "float32"): [("exps", *_ALL, "support"), ("exps", *_ALL, "statistics", "top_k", "support")],
     ("logsumexp", "bfloat16"): [
         ("support",), ("statistics",), (*_ALL, "statistics", "top_k"), (*_ALL, "statistics", "top_k", "support")
     ],
@@ -127,7 +132,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
     finish           bf16: plain, each flag alone, the KL estimators and a whole loss; fp32: a whole loss
     gradient_rows    plain, and in bf16 each flag alone
     policy_loss      CISPO, and a whole loss
-    anchored_exp     as other kernels; with sets of a support; on sm_90 also the persistent tile of other hidden sizes
+    anchored_exp     as other kernels; with further statistics and sets of a support; on sm_90 also the persistent tile
     logsumexp        as other kernels; also with further statistics, and with sets of a support
     dlogits          as other kernels; also with sets of a support, and with gradients of the logsumexp and of the mean logit
     other kernels    plain, in bf16 each flag alone but temperature, all flags
@@ -143,7 +148,7 @@ def variants(kernels: list[str] | None = None, targets: list[str] | None = None)
                 elif kernel == "gradient_rows":
                     chosen = [(), *alone]
                 elif (kernel, target, dtype) == ("anchored_exp", "cuda:90", "bfloat16"):
-                    chosen += [("persistent", "exps", *more) for more in ((), ("entropy",), ("lora",), ("temperature",))]
+                    chosen += [("persistent", "exps", *more) for more in _PERSISTENT]
                 elif kernel == "policy_loss":
                     chosen = [("cispo",), _WHOLE_LOSS]
                 elif kernel == "finish":
@@ -172,7 +177,6 @@ def launched(variant: Variant) -> tuple[object, list[object], dict[str, int]]:
 def _launch(variant: Variant) -> None:
     """Calls the variant's launcher on tensors without memory."""
     from ..kernels.anchored_exp import anchored_exp
-    from ..kernels.blocks import blocks_for
     from ..kernels.dlogits import Incoming, Statistics, dlogits
     from ..kernels.logsumexp import Running, combine, finished, logsumexp
     from ..kernels.operands import Operands
@@ -197,18 +201,18 @@ def _launch(variant: Variant) -> None:
     size = 2 * _SIZE if "persistent" in flags else _SIZE
     sets = meta(_ROWS, vocab // 8, dtype=torch.uint8) if "support" in flags else None
     p = Operands(meta(_ROWS, size, dtype=dtype), meta(vocab, size, dtype=dtype), lora, bias, tokens, scale, inner, sets)
-    tile_of = variant.kernel if variant.kernel in MULTIPLIES else MULTIPLIES[0]  # others have none
-    blocks = blocks_for(variant.target, dtype, bias is not None, inner is not None, tile_of, p.hidden.shape[1])
+    blocks = _blocks_of(variant, size)
     statistics = Statistics(vector(), vector(entropy), vector(), vector(), vector(entropy))
     unit = vector(variant.kernel == "dlogits" and dtype == torch.float16)
     incoming = Incoming(vector(), vector(entropy), unit, vector("logsumexp" in flags), vector("mean_logits" in flags))
 
-    if variant.kernel in ("keep", "summary", "policy_loss", "gathered_dots", "run_sums"):
+    if variant.kernel in ("keep", "summary", "policy_loss", "gathered_dots", "run_sums", "sum_further"):
         _launch_without_tiles(variant, meta)
     elif variant.kernel == "target":
         target_logits(p, vector("anchor" in flags))
     elif variant.kernel == "anchored_exp":
-        anchored_exp(p, vector(), entropy, meta(_ROWS, vocab, dtype=dtype) if "exps" in flags else None, blocks)
+        exps, further = meta(_ROWS, vocab, dtype=dtype) if "exps" in flags else None, _further(flags, vector(), (_ROWS, 501))
+        anchored_exp(p, vector(), entropy, exps, blocks, further)
     elif variant.kernel == "finish":
         _launch_finish(variant, meta)
     elif variant.kernel == "logsumexp":
@@ -230,6 +234,16 @@ def _launch(variant: Variant) -> None:
             selective_logsumexp(ready, entropy)
         else:
             selective_dlogits(ready, statistics, incoming, meta(_ROWS, vocab, dtype=dtype))
+
+
+def _blocks_of(variant: Variant, size: int) -> object:
+    """As `triton_tiles` chooses them."""
+    from ..kernels.blocks import blocks_for
+
+    kernel = variant.kernel if variant.kernel in MULTIPLIES else MULTIPLIES[0]  # others have none
+    flags = variant.flags
+    is_heavy = "softcap" in flags or (kernel == "anchored_exp" and "statistics" in flags)
+    return blocks_for(variant.target, DTYPES[variant.dtype], "bias" in flags, is_heavy, kernel, size)
 
 
 def _further(flags: tuple[str, ...], target: torch.Tensor, shape: tuple[int, ...]) -> object:
@@ -312,6 +326,7 @@ def _launch_gathered(variant: Variant, meta: Callable[..., torch.Tensor]) -> Non
 def _launch_without_tiles(variant: Variant, meta: Callable[..., torch.Tensor]) -> None:
     from ..kernels.keep import Factors, Tokens, keep
     from ..kernels.policy_loss import policy_loss
+    from ..kernels.row_statistics import sum_further
     from ..kernels.summary import FIELDS, summary
 
     flags = variant.flags
@@ -323,6 +338,10 @@ def _launch_without_tiles(variant: Variant, meta: Callable[..., torch.Tensor]) -
         keep(Tokens(ids, mask, temperature, 1), factors, ids if "rows" in flags else None, _VOCAB)
     elif variant.kernel in ("gathered_dots", "run_sums"):
         _launch_gathered(variant, meta)
+    elif variant.kernel == "sum_further":
+        statistics = ("statistics",)
+        further, sums = (_further(statistics, meta(_ROWS), shape) for shape in ((_ROWS, 501), (_ROWS,)))
+        sum_further(further, sums, _ROWS, 501)
     elif variant.kernel == "summary":
         summary(meta(FIELDS, 250), "entropy" in flags)
     else:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from problems import Result, check_result, random_problem
 from ranks import run_on_ranks
 
-from fastpg import LMHead, TokenStatistics, linear_logprobs, reference
+from fastpg import CISPO, LMHead, TokenStatistics, linear_logprobs, linear_policy_loss, reference
 from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.crosscheck.cases import Inputs, Settings
 from fastpg.linear.outputs import OUTPUTS
@@ -75,6 +75,11 @@ def run_cases(rank: int) -> dict:
             again = linear_logprobs(leaves.hidden, leaves.head, x.tokens, outputs=OUTPUTS, check=False, **options)
         different = [n for n, a, b in zip(found._fields, found, again, strict=True) if not torch.equal(a, b)]
         assert not different, (name, different)
+        one = linear_policy_loss(
+            leaves.hidden, leaves.head, x.tokens, found.logprobs.detach() + 0.1, torch.ones(len(x.tokens)), objective=CISPO(),
+            outputs=OUTPUTS, **options,
+        )  # fmt: skip
+        results[f"{name} in one pass"] = list(one.statistics)
         gradients = {"dX": leaves.hidden.grad, "dW": leaves.head.weight.grad, "db": leaves.head.bias.grad}
         results[name] = [v.detach() for v in found], gradients
     results["errors"] = errors(rank)
@@ -130,6 +135,19 @@ def test_like_one_process(ranks, name):
     check_result(x, Result({"logp": got.logprobs, "dX": gradients["dX"], "dW": dw, "db": db}, Settings()), exact)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_one_pass_has_those_of_two_passes(ranks, name):
+    """Which `test_like_one_process` holds to float64."""
+    found, other = (of_rank[f"{name} in one pass"] for of_rank in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+    for field, a, b in zip(TokenStatistics._fields, found, ranks[0][name][0], strict=True):
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, msg=field)
+        else:
+            same = (a == b).float()
+            assert same.numel() == 0 or same.mean() > 0.9, field  # twins are computed apart
+
+
 def test_equal_logits_on_two_ranks():
     """Whole numbers, whose logits are exact: ids and ranks are those of one process to the last."""
     for found in run_on_ranks(equal_logits, 2):
@@ -146,7 +164,10 @@ def equal_logits(rank: int) -> list:
     rows = slice(20, 40) if rank == 0 else slice(0, 20)  # the first rank has the last ids
     head = LMHead(weight[rows], group=dist.group.WORLD, vocab_start=rows.start)
     found = linear_logprobs(hidden, head, tokens, outputs=OUTPUTS, top_k=8)
-    return [(name, getattr(found, name), getattr(whole, name)) for name in ("is_top1", "argmax", "rank", "top_ids")]
+    ones = torch.ones(50)
+    one = linear_policy_loss(hidden, head, tokens, None, ones, objective=CISPO(), outputs=OUTPUTS, top_k=8).statistics
+    names = "is_top1", "argmax", "rank", "top_ids"
+    return [(name, getattr(x, name), getattr(whole, name)) for name in names for x in (found, one)]
 
 
 def test_ranks_must_ask_for_the_same(ranks):

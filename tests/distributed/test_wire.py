@@ -71,6 +71,9 @@ def counted(rank: int) -> dict[str, dict[str, list[int]]]:
         sum(r.sum() for r in results if r is not None and r.requires_grad).backward()
         found[f"backward {outputs} {top_k}"] = log.copy()
         log.clear()
+        linear_cispo_loss(x, head(False), tokens, old, advantages, mask=mask, outputs=outputs, top_k=top_k)
+        found[f"one pass {outputs} {top_k}"] = log.copy()
+        log.clear()
     return found
 
 
@@ -106,6 +109,10 @@ def test_bytes_of_further_statistics_are_those_of_the_page(log, outputs, top_k):
     assert "reduce" not in forward
     assert backward.pop("gather", []) == [in_backward] * bool(in_backward)
     assert backward == {"reduce": [4 * K * H]}
+    one = log[f"one pass {outputs} {top_k}"]
+    padded, known = -(-K // 256) * 256, 8 if "rank" in outputs else 0
+    assert sum(one["gather"]) == AGREEMENT + (12 + of_row - known) * padded + once
+    assert one["reduce"] == [4 * K * H]
 
 
 def test_the_page_has_the_most_of_further_statistics():

@@ -18,7 +18,7 @@ from fastpg import (
 )
 from fastpg.linear.operators import anchored_exp, gradient_products, target_logits
 from fastpg.tiles.products import Sums
-from fastpg.tiles.structures import Chunk, Head
+from fastpg.tiles.structures import Asked, Chunk, Head
 from fastpg.tools.memory import transient_bytes
 
 # ---- Autograd -------------------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ def test_opcheck(dtype, entropy):
     exps, anchor = torch.zeros(256, 33, dtype=dtype), -torch.rand(256).to(wide)
     target = opcheck(target_logits, chunk, head, "torch")
     assert (target.slope is None) == (softcap is None)
-    opcheck(anchored_exp, chunk, head, anchor, target, None, entropy, "torch")
-    sums = opcheck(anchored_exp, chunk, head, anchor, target, exps, entropy, "torch")
+    opcheck(anchored_exp, chunk, head, anchor, target, None, Asked(entropy), "torch")
+    sums = opcheck(anchored_exp, chunk, head, anchor, target, exps, Asked(entropy), "torch")
     assert (sums.weighted is not None, sums.residual is not None) == (entropy, dtype == torch.bfloat16)
     factor = torch.randn(256).to(wide)
     for of_weight in (dtype, wide):

@@ -14,7 +14,7 @@ MUTATIONS = [
     Mutation(
         "tile ops: target's column left in the sum",
         "fastpg/tiles/torch_tiles.py",
-        "torch.where(inside, 0, e.gather(1, column))",
+        "torch.where(inside, -torch.inf, e.gather(1, column))",
         "e.gather(1, column)",
         "parity",
         "test_each_head_option and one_pass",
@@ -117,7 +117,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: fp16 gradients rounded before the incoming factor is known",
-        "fastpg/linear/linear_policy_loss.py",
+        "fastpg/linear/row_losses.py",
         "return g * grad_loss,",
         "return g,",
         "scaling",
@@ -125,7 +125,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: the incoming factor rounded to bf16",
-        "fastpg/linear/linear_policy_loss.py",
+        "fastpg/linear/row_losses.py",
         "factor = grad_loss.to(accumulation_dtype(found[0].dtype))",
         "factor = grad_loss.to(found[0].dtype).to(accumulation_dtype(found[0].dtype))",
         "scaling",
@@ -283,8 +283,8 @@ MUTATIONS = [
     Mutation(
         "row statistics: the token's own logit counts in its rank",
         "fastpg/tiles/running.py",
-        "further.above[block] += (z > target[block, None]).sum(1)",
-        "further.above[block] += (z > target[block, None]).sum(1) + 1",
+        "further.above[block] += (z > target[block, None]).sum(1, dtype=torch.int32)",
+        "further.above[block] += (z > target[block, None]).sum(1, dtype=torch.int32) + 1",
         "row_statistics",
         "equal_logits and torch",
     ),
@@ -394,9 +394,9 @@ MUTATIONS = [
     ),
     Mutation(
         "support: the loss leaves out rows whose set is their token alone",
-        "fastpg/linear/linear_policy_loss.py",
-        "loss, again = loss + large.loss, large.again",
-        "loss, again = 0 * loss + large.loss, large.again",
+        "fastpg/linear/row_losses.py",
+        "loss, again, large = loss + result.loss,",
+        "loss, again, large = 0 * loss + result.loss,",
         "support_masks",
         "count_certain_rows",
     ),

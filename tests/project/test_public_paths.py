@@ -9,7 +9,8 @@ import pytest
 import fastpg
 
 TOP_LEVEL = """
-    CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput Reinforce SAPO
+    CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput
+    PolicyLossStatistics Reinforce SAPO
     Support TokenLogprobs TokenStatistics advantages kept linear_cispo_loss linear_cross_entropy linear_logprobs
     linear_policy_loss masked_mean policy_loss selective_logprobs
 """

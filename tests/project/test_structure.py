@@ -10,14 +10,14 @@ import torch
 import fastpg
 import fastpg.kernels
 from fastpg import CISPO, linear_cispo_loss, policy_loss
-from fastpg.linear import linear_logprobs, linear_policy_loss, lora, selective_logprobs
+from fastpg.linear import linear_logprobs, lora, row_losses, selective_logprobs
 from fastpg.tiles import triton_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [
     linear_logprobs._LinearLogprobs,
-    linear_policy_loss._LinearPolicyLoss,
-    linear_policy_loss._TokenLoss,
+    row_losses.OnePassLoss,
+    row_losses._TokenLoss,
     selective_logprobs._SelectiveLogprobs,
 ]
 FUNCTIONS += [lora._LoraHidden]
@@ -65,7 +65,7 @@ def test_autograd_nodes_of_a_step_have_at_most_six_inputs():
         nodes, seen = [loss.grad_fn], 0
         while nodes:
             node = nodes.pop()
-            seen += node.name().startswith("_Linear")
+            seen += node.name().startswith(("_LinearLogprobs", "OnePassLoss"))
             assert len(node.next_functions) <= 6, node
             nodes += [n for n, _ in node.next_functions if n is not None]
         assert seen == 1
