@@ -9,7 +9,7 @@ if find_spec("fastpg.kernels") is None:
         name="fastpg.kernels",
     )
 
-from . import advantages
+from . import advantages, rollout
 from .linear.kept import Kept, kept
 from .linear.linear_cross_entropy import linear_cross_entropy
 from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
@@ -49,5 +49,6 @@ __all__ = [
     "linear_policy_loss",
     "masked_mean",
     "policy_loss",
+    "rollout",
     "selective_logprobs",
 ]

@@ -12,7 +12,7 @@ TOP_LEVEL = """
     CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput
     PolicyLossStatistics Reinforce SAPO
     Support TokenLogprobs TokenStatistics advantages kept linear_cispo_loss linear_cross_entropy linear_logprobs
-    linear_policy_loss masked_mean policy_loss selective_logprobs
+    linear_policy_loss masked_mean policy_loss rollout selective_logprobs
 """
 PATHS = {
     "fastpg": TOP_LEVEL + "__version__",
@@ -20,6 +20,7 @@ PATHS = {
         discount_weights gae gigpo grpo monte_carlo_values reinforce_plus_plus reward_to_go rloo spread value_baseline vineppo
     """,
     "fastpg.distributed": "global_count",
+    "fastpg.rollout": "icepop masked_weights mismatch_metrics token_veto truncated_weights within_band",
     "fastpg.reference": """
         Statistics cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences
         policy_loss ppo_clip reduce reinforce sapo softcap token_distribution token_statistics
@@ -60,7 +61,7 @@ def test_all_lists_the_top_level():
 
 def test_submodules_that_are_used_as_attributes(tmp_path):
     """Of `import fastpg` alone, as before: `fastpg.advantages.grpo`."""
-    code = "import fastpg; fastpg.advantages.grpo; fastpg.distributed.global_count"
+    code = "import fastpg; fastpg.advantages.grpo; fastpg.rollout.icepop; fastpg.distributed.global_count"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -9,7 +9,7 @@ import pytest
 from pairs import SUITES, cover, pairs, values
 
 TESTS = Path(__file__).resolve().parents[1]
-FOLDERS = {"loss", "linear", "kernels", "advantages", "distributed", "integrations", "project"}
+FOLDERS = {"loss", "linear", "kernels", "advantages", "rollout", "distributed", "integrations", "project"}
 FILES = sorted(TESTS.rglob("*.py"))
 
 

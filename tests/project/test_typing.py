@@ -35,11 +35,14 @@ top: TokenStatistics = fastpg.linear_logprobs(hidden, weight, tokens, top_k=2)
 given: TokenLogprobs = fastpg.selective_logprobs(hidden @ weight.T, tokens)
 again = fastpg.policy_loss(row.logprobs, None, advantages, objective=lambda logp, old, a: a * logp, reduction="sum")
 A: torch.Tensor = fastpg.advantages.grpo(torch.randn(4), torch.tensor([0, 0, 1, 1]), unbiased=False)
+w: torch.Tensor = fastpg.rollout.truncated_weights(old, old, tokens >= 0, high=2.0, level="sequence")
+found: dict[str, float] = fastpg.rollout.mismatch_metrics(old, old, low=0.5).to_dict()
 """
 
 WRONG = {
     "a string as a tensor": 'fastpg.linear_logprobs("hidden", weight, tokens)',
     "a reduction that does not exist": 'fastpg.policy_loss(old, None, old, objective=CISPO(), reduction="mean")',
+    "a level that does not exist": 'fastpg.rollout.truncated_weights(old, old, high=2.0, level="row")',
     "an argument that does not exist": "fastpg.linear_logprobs(hidden, weight, tokens, labels=tokens)",
     "an option that does not exist": "fastpg.linear_cispo_loss(hidden, weight, tokens, old, advantages, ratio=2.0)",
     "an option of another type": 'fastpg.linear_cispo_loss(hidden, weight, tokens, old, advantages, reduction="mean")',
