@@ -120,8 +120,8 @@ def policy_loss(
         denominator: a number or 0-d tensor that replaces the count D. Under gradient accumulation or data parallelism pass the
             global count, and sum the losses. Must be positive; for a count that may be 0 pass count.clamp(min=1).
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
-        rollout_weights: (...) constant factors of l (not of the KL term), such as truncated importance weights for a sampler
-            whose log-probabilities differ from the trainer's.
+        rollout_weights: (...) constant factors of l (not of the KL term), such as those of `fastpg.rollout` for a sampler whose
+            log-probabilities differ from the trainer's.
         backend: "torch" or "triton"; None: as in `linear_logprobs`. On Triton one kernel computes the loss and the gradient
             of a named objective of single tokens. Anything else is computed in PyTorch in any case.
         check: True checks the values of sequence_ids and of a denominator tensor, for which the host waits. False does not

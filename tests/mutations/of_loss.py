@@ -1,4 +1,4 @@
-"""Mutations of objectives, reductions, metrics and advantages."""
+"""Mutations of objectives, reductions, metrics, advantages and corrections for the sampler."""
 
 from mutation import Mutation
 
@@ -72,6 +72,46 @@ MUTATIONS = [
         "_discounted_sums(delta, sequence, gamma)",
         "advantages",
         "gae",
+    ),
+    Mutation(
+        "rollout: the ratio of the engine to the trainer",
+        "fastpg/rollout.py",
+        "return self.logprobs - self.rollout_logprobs",
+        "return self.rollout_logprobs - self.logprobs",
+        "rollout_enumeration",
+        "without_bounds",
+    ),
+    Mutation(
+        "rollout: NaN of the trainer is outside the band",
+        "fastpg/rollout.py",
+        "outside = outside | (values < low)",
+        "outside = outside | ~(values >= low)",
+        "rollout",
+        "never_hidden",
+    ),
+    Mutation(
+        "rollout: a token that was not scored counts in its sequence",
+        "fastpg/rollout.py",
+        "sequences_of(scored, sequence_ids)",
+        "sequences_of(keep, sequence_ids)",
+        "rollout",
+        "counts_nowhere",
+    ),
+    Mutation(
+        "rollout: weights of single tokens whatever the level",
+        "fastpg/rollout.py",
+        'if level == "token":\n        return values',
+        "if True:\n        return values",
+        "rollout_dialects",
+        "loss_and_gradient",
+    ),
+    Mutation(
+        "rollout: no limit of the exponent",
+        "fastpg/rollout.py",
+        "return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)",
+        "return log_ratio",
+        "rollout",
+        "at_most_20",
     ),
     Mutation(
         "reductions: a masked token adds 0 / D",
