@@ -7,13 +7,16 @@ import torch
 import torch.distributed as dist
 from raising import ACCEPTED, LINEAR, call, module_loss, of_shape, said
 
-from fastpg import kept, linear_cross_entropy, masked_mean, policy_loss, selective_logprobs
+from fastpg import kept, linear_cross_entropy, masked_mean, policy_loss, rollout, selective_logprobs
 
 FUNCTIONS = [*LINEAR, linear_cross_entropy, policy_loss, selective_logprobs, masked_mean, kept]
+FUNCTIONS += [rollout.truncated_weights, rollout.masked_weights, rollout.icepop, rollout.within_band, rollout.token_veto]
+FUNCTIONS += [rollout.mismatch_metrics]
 TOKENS, ONES = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.ones(2, 3)
 BESIDE = {  # every argument that is refused, as a plain tensor that fits
     **{"tokens": TOKENS, "labels": TOKENS, "mask": ONES.bool(), "temperature": ONES, "denominator": torch.tensor(3.0)},
     **dict.fromkeys(("old_logprobs", "advantages", "ref_logprobs", "rollout_weights", "logprobs", "values"), ONES),
+    "rollout_logprobs": ONES,
     "logits": torch.ones(2, 3, 7),
     "weight": torch.ones(7),
 }
@@ -35,7 +38,7 @@ def arguments(function):
 def error(function, changes):
     if function in ACCEPTED:
         return said(lambda: call(function, changes))
-    given = of_shape(labels=TOKENS, mask=ONES.bool()) | changes
+    given = of_shape(labels=TOKENS, mask=ONES.bool(), rollout_logprobs=ONES, low=0.5, high=2.0) | changes
     return said(lambda: function(**{name: x for name, x in given.items() if name in arguments(function)}))
 
 

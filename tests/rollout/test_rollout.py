@@ -387,12 +387,13 @@ def test_weights_and_masks_in_a_loss():
     close(gradient, -A[:, None] * (p.detach() - q).exp().clamp(max=1.2) * keep / keep.sum(), rtol=1e-12)
 
 
-def test_one_pass_takes_them_too():
-    hidden, head = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
-    tokens, rollout = torch.randint(0, 11, (2, 3)), -2 * torch.rand(2, 3)
+def test_one_pass_takes_them_too_and_computes_no_token_of_weight_0():
+    hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)
+    tokens = torch.randint(0, 11, (4, 6))
     old = fastpg.linear_logprobs(hidden, head, tokens).logprobs.detach()
-    w = fastpg.rollout.icepop(old, rollout)
-    one = fastpg.linear_cispo_loss(hidden, head, tokens, old, torch.ones(2), rollout_weights=w).loss
+    w = icepop(old, old + torch.randn(4, 6))
+    one = fastpg.linear_cispo_loss(hidden, head, tokens, old, torch.ones(4), rollout_weights=w)
+    assert one.metrics["skipped_tokens"] == (w == 0).sum() > 0
     logprobs = fastpg.linear_logprobs(hidden, head, tokens).logprobs
-    two = policy_loss(logprobs, old, torch.ones(2), objective=fastpg.CISPO(5.0), rollout_weights=w).loss
-    torch.testing.assert_close(one, two)
+    two = policy_loss(logprobs, old, torch.ones(4), objective=fastpg.CISPO(5.0), rollout_weights=w).loss
+    torch.testing.assert_close(one.loss, two)

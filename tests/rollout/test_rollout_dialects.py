@@ -13,7 +13,7 @@ from rollout_dialects import F64, OPTIONS, THEIRS, batch, lengths
 import fastpg
 from fastpg import rollout
 
-PAGE = (Path(__file__).resolve().parents[2] / "fastpg" / "ROLLOUT.md").read_text()
+PAGE = (Path(fastpg.__file__).parent / "ROLLOUT.md").read_text()
 CALLS = dict(re.findall(r"^\| ([\w-]+) \| .* \| `([^`]+)` \|$", PAGE.partition("| id | setting | CALL |")[2], re.MULTILINE))
 FUNCTIONS = ["icepop", "masked_weights", "mismatch_metrics", "token_veto", "truncated_weights", "within_band"]
 
