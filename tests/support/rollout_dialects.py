@@ -344,7 +344,7 @@ THEIRS = {
     "slime-clip": slime("clip", "geometric"),
     "slime-mask": slime("mask"),
     "slime-rs": slime("truncate", rs_level="geometric"),
-    "slime-veto": slime("truncate", veto=True),
+    "slime-veto": slime("truncate", rs_level="token", veto=True),
     "slime-normalised": slime("truncate", normalised=True),
     "prime-dppo": prime(dppo_masked),
     "prime-ipo": prime(lambda x, change: change.abs() > x.ipo_threshold),
