@@ -274,6 +274,42 @@ def test_nearly_equal_rewards_do_not_explode():
     assert grpo(torch.tensor([0.0, 1e-30]), torch.tensor([1, 1]), eps=0.0).abs().tolist() == pytest.approx([0.5**0.5] * 2)
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["fp32", "fp64"])
+def test_grpo_divided_by_the_std_of_the_batch_equals_a_loop(dtype, unbiased):
+    """The mean is that of the group. Groups of one get 0, and their rewards count in the std."""
+    std = (statistics.stdev if unbiased else statistics.pstdev)(REWARDS.tolist())
+    wanted = in_groups(lambda r, g: centred(r, g) / (std + 0.1))
+    tolerance = 1e-6 if dtype == F32 else 1e-13
+    actual = grpo(REWARDS.to(dtype), GROUP_IDS, std="batch", unbiased=unbiased, eps=0.1)
+    assert actual.dtype == dtype
+    close(actual, wanted, tolerance, tolerance)
+    order = torch.randperm(len(REWARDS))
+    assert torch.equal(grpo(REWARDS[order], GROUP_IDS[order], std="batch"), grpo(REWARDS, GROUP_IDS, std="batch")[order])
+    assert torch.equal(grpo(REWARDS, GROUP_IDS, std="group"), grpo(REWARDS, GROUP_IDS))
+
+
+def test_the_std_of_the_batch_by_hand():
+    """Prompts that are easy and hard: 0, 2 | 9, 9. The batch's mean is 5 and its squares are 25, 9, 16, 16."""
+    rewards, ids = torch.tensor([0.0, 2.0, 9.0, 9.0]), torch.tensor([0, 0, 1, 1])
+    wanted = 1 / math.sqrt(66 / 3)
+    close(grpo(rewards, ids, std="batch", eps=0.0), [-wanted, wanted, 0, 0], 1e-6)
+    assert not grpo(torch.full((6,), 0.3), ids.repeat(2)[:6], std="batch", eps=0.0).any()
+    assert grpo(torch.tensor([5.0]), torch.tensor([3]), std="batch").tolist() == [0.0]
+    assert grpo(torch.zeros(0), torch.zeros(0, dtype=torch.int64), std="batch").shape == (0,)
+
+
+def test_nan_rewards_and_the_std_of_the_batch():
+    rewards, ids = torch.tensor([0.0, NAN, 2.0, 9.0, 9.0]), torch.tensor([0, 0, 0, 1, 1])
+    assert grpo(rewards, ids, std="batch").isnan().tolist() == [True, True, True, False, False]
+    clean = grpo(rewards[[0, 2, 3, 4]], ids[[0, 2, 3, 4]], std="batch")
+    ignored = grpo(rewards, ids, std="batch", nan="ignore")
+    assert torch.equal(ignored[[0, 2, 3, 4]], clean)
+    assert ignored[1] == 0
+    with pytest.raises(ValueError, match="groups of two or more; 5 has one"):
+        grpo(rewards[2:], torch.tensor([5, 1, 1]), std="batch", singleton="raise")
+
+
 @pytest.mark.parametrize("estimate", [grpo, rloo, reinforce_plus_plus], ids=lambda f: f.__name__)
 def test_a_group_of_one_gives_zero_not_its_reward(estimate):
     rewards, ids = torch.tensor([5.0, 1.0, 2.0]), torch.tensor([1, 2, 2])

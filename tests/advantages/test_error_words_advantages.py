@@ -231,6 +231,18 @@ GROUPED = {
     ),
     "nan": (lambda: rloo(REWARDS, GROUPS, nan=None), "ValueError: nan must be one of 'propagate', 'raise', 'ignore'; got None"),
     "scale": (lambda: grpo(REWARDS, GROUPS, scale=1), "ValueError: scale must be one of True, False; got 1"),
+    "std": (
+        lambda: grpo(REWARDS, GROUPS, std="prompt"),
+        'ValueError: std must be "group" or "batch", whose std the advantages are divided by; got \'prompt\'',
+    ),
+    "std-none": (
+        lambda: grpo(REWARDS, GROUPS, std=None),
+        'ValueError: std must be "group" or "batch", whose std the advantages are divided by; got None',
+    ),
+    "std-without-scale": (
+        lambda: grpo(REWARDS, GROUPS, std="batch", scale=False),
+        'ValueError: std="batch" was given with scale=False, which divides by no std; leave one of them out',
+    ),
     "unbiased": (lambda: grpo(REWARDS, GROUPS, unbiased="no"), "ValueError: unbiased must be one of True, False; got 'no'"),
     "whiten": (lambda: reinforce_plus_plus(REWARDS, whiten=None), "ValueError: whiten must be one of True, False; got None"),
     "all-nan": (

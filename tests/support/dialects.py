@@ -394,6 +394,19 @@ def trl_group(rewards):
     return torch.nan_to_num((rewards - mean) / ((variance * count / (count - 1)).sqrt() + 1e-4), nan=0.0)
 
 
+def trl_batch(x):
+    """The same file: the mean of a group, and the std of all rewards; nanstd of trl/trainer/utils.py."""
+    centred = by_group(lambda r: r - torch.nanmean(r))(x)
+    variance, count = torch.nanmean((x.rewards - torch.nanmean(x.rewards)) ** 2), (~x.rewards.isnan()).sum()
+    return torch.nan_to_num(centred / ((variance * count / (count - 1)).sqrt() + 1e-4), nan=0.0)
+
+
+def areal_batch(x):
+    """areal/utils/data.py, Normalization with mean_level="group" and std_level="batch"."""
+    centred = by_group(lambda r: r - r.mean())(x)
+    return centred / ((centred**2).sum() / (len(centred) - 1)).sqrt().add(1e-5)
+
+
 def verl_gae(x):
     """verl/trainer/ppo/core_algos.py, compute_gae_advantage_return, without its last line, the whitening."""
     mask = x.mask.double()
@@ -418,10 +431,12 @@ def openrlhf_reinforce(x):
 THEIR_ADVANTAGES = {
     "trl-group": by_group(trl_group),
     "trl-none": by_group(lambda r: r - r.mean()),
+    "trl-batch": trl_batch,
     "verl-group": by_group(lambda r: (r - r.mean()) / (r.std() + 1e-6)),
     "verl-rloo": by_group(lambda r: r * len(r) / (len(r) - 1) - r.mean() * len(r) / (len(r) - 1)),
     "verl-gae": verl_gae,
     "openrlhf-group": by_group(lambda r: (r - r.mean()) / (r.std() + 1e-9)),
     "openrlhf-reinforce": openrlhf_reinforce,
+    "areal-batch": areal_batch,
     "oi-standard": by_group(lambda r: (r - r.mean()) / (r.std(correction=0) + 1e-8)),
 }
