@@ -18,9 +18,11 @@ from .linear.outputs import TokenStatistics
 from .linear.selective_logprobs import selective_logprobs
 from .linear.support import Support
 from .lm_head import LMHead
+from .loss.batch_objectives import VESPO, ClipCov, KLCov
 from .loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, PPOClip, Reinforce
 from .loss.policy_loss import PolicyLossOutput, policy_loss
 from .loss.reductions import masked_mean
+from .loss.token_masks import off_policy_sequence_mask, top_entropy_mask
 
 __version__ = "0.1.0"
 
@@ -28,7 +30,10 @@ __all__ = [
     "CISPO",
     "GSPO",
     "SAPO",
+    "VESPO",
+    "ClipCov",
     "ImportanceWeighted",
+    "KLCov",
     "KLPenalty",
     "Kept",
     "LMHead",
@@ -48,7 +53,9 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "masked_mean",
+    "off_policy_sequence_mask",
     "policy_loss",
     "rollout",
     "selective_logprobs",
+    "top_entropy_mask",
 ]

@@ -280,6 +280,54 @@ def gspo(eps_low: float, eps_high: float) -> Objective:
     return value
 
 
+def vespo(k_pos: float, lambda_pos: float, k_neg: float, lambda_neg: float) -> Objective:
+    """l = sg(phi(W)) A logp, phi(W) = W^k exp(lambda (1 - W)), W = prod_t exp(d_t) (VESPO, arXiv 2602.10693)."""
+
+    @of_sequences
+    def value(logprobs, old_logprobs, advantages, sequences):
+        values = torch.zeros_like(logprobs)
+        for number in sequences.unique():
+            tokens = sequences == number
+            w = torch.exp(logprobs - old_logprobs)[tokens].prod().detach()
+            positive, negative = w**k_pos * torch.exp(lambda_pos * (1 - w)), w**k_neg * torch.exp(lambda_neg * (1 - w))
+            phi = torch.where(advantages[tokens] >= 0, positive, negative)
+            values = values.masked_scatter(tokens, phi * advantages[tokens] * logprobs[tokens])
+        return values
+
+    return value
+
+
+def covariances(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """(A - mean A) (logp - mean logp) over all tokens (n,), whose mean is the covariance (arXiv 2505.22617)."""
+    return ((advantages - advantages.mean()) * (logprobs - logprobs.mean())).detach()
+
+
+def clip_cov(eps_low: float, eps_high: float, fraction: float, cov_min: float, cov_max: float) -> Objective:
+    """PPO's clipped objective, but 0 for max(int(fraction n), 1) tokens drawn from those with cov_min < cov < cov_max that the
+    clip does not hold (Clip-Cov, arXiv 2505.22617, and the authors' code). All of these, if they are no more than that."""
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        cov, ratio = covariances(logprobs, advantages), torch.exp(logprobs - old_logprobs)
+        values = _ppo(ratio, advantages, eps_low, eps_high, None)
+        (places,) = torch.where((cov > cov_min) & (cov < cov_max) & (values == ratio * advantages))
+        drawn = places[torch.randperm(len(places))[: max(int(fraction * len(cov)), 1)]]
+        return values.index_fill(0, drawn, 0)
+
+    return value
+
+
+def kl_cov(coef: float, fraction: float) -> Objective:
+    """l = r A - coef |d| for the max(int(fraction n), 1) tokens of largest cov, else r A (KL-Cov, arXiv 2505.22617)."""
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        d = logprobs - old_logprobs
+        number = min(max(int(fraction * len(d)), 1), len(d))
+        chosen = torch.zeros_like(d).index_fill(0, torch.topk(covariances(logprobs, advantages), number).indices, 1)
+        return torch.exp(d) * advantages - coef * chosen * d.abs()
+
+    return value
+
+
 def kl_penalty(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, importance_weighted: bool
 ) -> torch.Tensor:
@@ -334,10 +382,12 @@ def policy_loss(
     ref_logprobs: torch.Tensor | None = None,
     rollout_weights: torch.Tensor | None = None,
     sequence_ids: torch.Tensor | None = None,
+    entropies: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
 ) -> torch.Tensor:
-    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask.
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n + entropy_coef H_n) / D over tokens with mask.
 
-    logprobs, old_logprobs, ref_logprobs, rollout_weights: (...). advantages: (...) or (B,). kl: (coef, estimator,
+    logprobs, old_logprobs, ref_logprobs, rollout_weights, entropies: (...). advantages: (...) or (B,). kl: (coef, estimator,
     importance_weighted). `old_logprobs=None` is on-policy: old = logp, detached, so that every ratio is 1.
     """
     if mask is None:
@@ -354,7 +404,26 @@ def policy_loss(
     if kl is not None:
         coef, estimator, importance_weighted = kl
         value = value - coef * kl_penalty(logprobs[mask], old[mask], ref_logprobs[mask], estimator, importance_weighted)
+    if entropies is not None:
+        value = value + entropy_coef * entropies[mask]
     return reduce(torch.zeros_like(logprobs).masked_scatter(mask, value), mask, reduction, denominator, sequence_ids)
+
+
+def off_policy_sequence_mask(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, threshold: float, sequences: torch.Tensor
+) -> torch.Tensor:
+    """M of DeepSeek-V3.2 (arXiv 2512.02556, eq. 9) for kept tokens (n,) and the numbers of their sequences."""
+    keep = torch.ones_like(sequences, dtype=torch.bool)
+    for number in sequences.unique():
+        tokens = sequences == number
+        divergence = (old_logprobs - logprobs)[tokens].mean()
+        keep = keep.masked_scatter(tokens, (advantages[tokens] >= 0) | (divergence <= threshold))
+    return keep
+
+
+def top_entropy_mask(entropies: torch.Tensor, fraction: float) -> torch.Tensor:
+    """H >= quantile of order 1 - fraction, of the entropies of kept tokens (n,) (arXiv 2506.01939)."""
+    return entropies >= torch.quantile(entropies, 1 - fraction)
 
 
 def _sequence_numbers(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# TRL's values of loss_type and importance_sampling_level, as arguments here; "" is not offered. Other libraries mean other
-# bounds and reductions by these names, so no name is an objective. A test holds these to the dialects of OBJECTIVES.md.
+# TRL's values of loss_type and importance_sampling_level, as arguments here. Other libraries mean other bounds and reductions
+# by these names, so no name is an objective. A test holds these to the dialects of OBJECTIVES.md.
 _CLIP, _STEP, _ROWS = (
     "PPOClip(epsilon, epsilon_high)",
     "step_tokens / num_processes",
@@ -37,8 +37,8 @@ _TRL_LOSSES = {
     "gspo": f"GSPO(epsilon, epsilon_high), {_ROWS}",
     "sequence": f"GSPO(epsilon, epsilon_high), {_ROWS}",
     "token": _CLIP,
-    "luspo": "",
-    "vespo": "",
+    "luspo": 'GSPO(epsilon, epsilon_high), reduction="seq-mean-token-sum", denominator=B',
+    "vespo": f"VESPO(k_pos, lambda_pos, k_neg, lambda_neg), denominator={_STEP}",
 }
 
 
@@ -193,21 +193,16 @@ def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
-def check_policy_inputs(
+def check_token_numbers(
     like_name: str,
     like: torch.Tensor,  # (...): the others must match it
-    old_logprobs: torch.Tensor | None,
+    per_token: dict[str, torch.Tensor | None],
     advantages: torch.Tensor,
-    objective: object,
-    kl: object | None,
-    ref_logprobs: torch.Tensor | None,
-    rollout_weights: torch.Tensor | None,
     *,
     packed_sequences: bool,  # whether sequence_ids were given
 ) -> None:
-    """Shapes, dtypes and devices: old_logprobs, ref_logprobs, rollout_weights (...); advantages (...) or one per sequence."""
+    """Shapes, dtypes and devices of numbers by name (...), and of advantages (...) or one per sequence."""
     shape = tuple(like.shape)
-    per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
     for name, value in {like_name: like, **per_token, "advantages": advantages}.items():
         check_plain(name, value)
     for name, value in per_token.items():
@@ -228,6 +223,23 @@ def check_policy_inputs(
     for name, value in {**per_token, "advantages": advantages}.items():
         if value is not None and value.device != like.device:
             raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
+
+
+def check_policy_inputs(
+    like_name: str,
+    like: torch.Tensor,  # (...): the others must match it
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    objective: object,
+    kl: object | None,
+    ref_logprobs: torch.Tensor | None,
+    rollout_weights: torch.Tensor | None,
+    *,
+    packed_sequences: bool,  # whether sequence_ids were given
+) -> None:
+    """Shapes, dtypes and devices: old_logprobs, ref_logprobs, rollout_weights (...); advantages (...) or one per sequence."""
+    per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
+    check_token_numbers(like_name, like, per_token, advantages, packed_sequences=packed_sequences)
     if isinstance(objective, type) or not callable(objective):
         given = kind(objective)
         if isinstance(objective, str):
@@ -250,8 +262,7 @@ def _instead_of(name: str) -> str:
     known = _TRL_LOSSES.get(name.lower())
     if known is None:
         return f"pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2); {where}"
-    of_trl = f"in TRL it is objective=fastpg.{known}" if known else "TRL's is not offered: write it on linear_logprobs"
-    return f"what this name means differs between libraries; {of_trl}; {where}"
+    return f"what this name means differs between libraries; in TRL it is objective=fastpg.{known}; {where}"
 
 
 def kind(value: object) -> str:

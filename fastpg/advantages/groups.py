@@ -40,9 +40,9 @@ def grpo(
     scale=False: A = R - mean (Dr.GRPO, arXiv 2503.20783; its loss is "sum" with a constant denominator).
     std: "batch" divides by the std of all rewards around their common mean, which is one number for all prompts: a prompt whose
         samples are nearly alike then has small advantages (Lite PPO, arXiv 2508.08221; TRL's scale_rewards="batch"). The mean
-        stays that of the prompt. All rewards that count enter this std, those of groups of one too; a NaN spoils all prompts whose
-        samples differ. Under data parallelism gather the rewards first. AReaL's std_level="batch" takes the std around the prompts' means:
-        reinforce_plus_plus with group_ids.
+        stays that of the prompt. All rewards that count enter this std, those of groups of one too; a NaN spoils all prompts
+        whose samples differ. Under data parallelism gather the rewards first. AReaL's std_level="batch" takes the std around
+        the prompts' means: reinforce_plus_plus with group_ids.
     unbiased: the std divides by n - 1 (TRL, verl, slime), or else by n (numpy's default; open-instruct).
     eps: 1e-6 in verl and slime, 1e-4 in TRL, 1e-8 in open-instruct. Some use max(std, eps) or sqrt(var + eps): for nearly equal
         rewards the advantages then differ by orders of magnitude.

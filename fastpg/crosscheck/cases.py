@@ -16,6 +16,7 @@ from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import linear_cispo_loss, linear_policy_loss
 from ..linear.selective_logprobs import selective_logprobs
 from ..lm_head import LMHead
+from ..loss.batch_objectives import VESPO, ClipCov, KLCov
 from ..loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, ObjectiveFunction, PPOClip, Reinforce
 from ..loss.policy_loss import policy_loss
 from ..loss.reductions import Reduction
@@ -373,6 +374,13 @@ def reference_objective(objective: Objective | ObjectiveFunction) -> reference.O
             return reference.gspo(objective.eps_low, objective.eps_high)
         case SAPO():
             return reference.sapo(objective.tau_pos, objective.tau_neg)
+        case VESPO():
+            return reference.vespo(objective.k_pos, objective.lambda_pos, objective.k_neg, objective.lambda_neg)
+        case ClipCov():
+            bounds = objective.cov_min, objective.cov_max
+            return reference.clip_cov(objective.eps_low, objective.eps_high, objective.fraction, *bounds)
+        case KLCov():
+            return reference.kl_cov(objective.coef, objective.fraction)
     return objective
 
 

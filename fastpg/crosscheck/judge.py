@@ -62,8 +62,9 @@ def assert_matches_oracle(
     Log-probabilities, loss and the gradients of hidden, weight, bias and LoRA factors must match, whether or not these require
     a gradient. The tensors themselves, their `.grad` included, stay as they are.
     Arguments are as in `linear_policy_loss`; objective None is CISPO().
-    Objectives with ratios of whole sequences (GSPO) are checked in two passes alone. Keep ratios 1e-3 away from jumps of the
-    objective's derivative.
+    Objectives that need other tokens, of the sequence (GSPO) or of the batch (KLCov), are checked in two passes alone. Keep
+    ratios 1e-3 away from jumps of the objective's derivative, and covariances from the choices of ClipCov and KLCov. ClipCov
+    has to choose all of its candidates (fraction=1): what is drawn at random differs from call to call.
 
     The oracle holds the logits (N, V) and the weight and its gradient (V, H) in float64: give it a few hundred tokens.
 
@@ -73,7 +74,8 @@ def assert_matches_oracle(
     x = Inputs(hidden, as_head(head), tokens, *numbers)
     settings = Settings(CISPO() if objective is None else objective, reduction, kl)
     schedules = {"two passes (linear_logprobs, policy_loss)": cases.two_pass}
-    if not getattr(settings.objective, "needs_sequences", False):
+    objective = settings.objective
+    if not getattr(objective, "needs_sequences", False) and not getattr(objective, "needs_batch", False):
         schedules["one pass (linear_policy_loss)"] = cases.one_pass
     missed = []
     outcomes = {name: schedule(x, settings, backend) for name, schedule in schedules.items()}  # raises before the oracle works

@@ -9,6 +9,7 @@ import torch
 
 from .. import advantages
 from ..linear.support import Support
+from ..loss.batch_objectives import VESPO, ClipCov, KLCov
 from ..loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, Objective, PPOClip, Reinforce
 
 OBJECTIVES: dict[str, Objective] = {
@@ -20,6 +21,10 @@ OBJECTIVES: dict[str, Objective] = {
     "ppo": PPOClip(eps_low=0.2, eps_high=0.28),
     "gspo": GSPO(eps_low=0.2, eps_high=0.2),  # the demo's sequences are too short for the paper's 3e-4
     "sapo": SAPO(),
+    "vespo": VESPO(),
+    # shares of a batch of few tokens, whose covariances are small
+    "clip-cov": ClipCov(eps_low=0.2, eps_high=0.28, fraction=0.02, cov_min=0.5),
+    "kl-cov": KLCov(fraction=0.02),
 }
 
 

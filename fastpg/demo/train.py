@@ -114,8 +114,8 @@ def loss_of(
     mask: torch.Tensor,
     support: Support | None,
 ) -> PolicyLossOutput:
-    """The loss in one pass over the vocabulary, or in two if the ratio is that of a whole sequence."""
-    if objective.needs_sequences:
+    """The loss in one pass over the vocabulary, or in two if the objective needs other tokens of the sequence or the batch."""
+    if objective.needs_sequences or objective.needs_batch:
         logprobs = linear_logprobs(hidden, head, tokens, mask=mask, support=support).logprobs
         return policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
     given = {"objective": objective, "mask": mask, "support": support}

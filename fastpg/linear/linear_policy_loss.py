@@ -13,7 +13,15 @@ from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
 from ..loss.metrics import Metrics, Summary
 from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
-from ..loss.policy_loss import PolicyLossOutput, id_limit, per_token, step_of, token_losses, token_terms
+from ..loss.policy_loss import (
+    PolicyLossOutput,
+    id_limit,
+    per_token,
+    refuse_in_one_pass,
+    step_of,
+    token_losses,
+    token_terms,
+)
 from ..loss.reductions import Reduction, check_reduction, inverse_denominator, token_weights
 from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
 from ..tiles.products import accumulation_dtype
@@ -51,6 +59,7 @@ def linear_policy_loss(
     entropy: bool = False,
     outputs: Sequence[str] = (),
     top_k: int = 0,
+    entropy_coef: float = 0.0,
     skip_zero_weight: bool = True,
     workspace: int | None = None,
     backend: str | None = None,
@@ -75,9 +84,10 @@ def linear_policy_loss(
         objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), or a function of (logprobs,
             old_logprobs, advantages) whose value per token is maximised. It must be elementwise and deterministic: it is called
             on chunks for the gradients and on all tokens for the loss. Gradients reach hidden, weight and bias only, not
-            tensors it closes over. Ratios of whole sequences (GSPO) need two passes.
-        entropy: also report metrics["entropy"], the mean entropy in nats. For an entropy bonus use `linear_logprobs`, whose
-            entropies are differentiable.
+            tensors it closes over. Objectives that need other tokens need two passes: those of whole sequences (GSPO, VESPO)
+            and those of the batch (ClipCov, KLCov).
+        entropy: also report metrics["entropy"], the mean entropy in nats.
+        entropy_coef: 0. An entropy bonus takes two passes, `linear_logprobs` and `policy_loss`; anything else raises.
         outputs, top_k: statistics of each token's distribution, as in `linear_logprobs`, and out of the same sweep; here none
             of them is differentiable. The result is then a `PolicyLossStatistics`. A token that costs no work has none: its
             numbers are NaN, and -1 for ids and ranks. With log_sum_sq_probs also rows are recomputed whose old_logprobs are
@@ -116,7 +126,7 @@ def linear_policy_loss(
     with one_outcome(head, agreed):
         asked = asked_of(entropy, outputs, top_k)
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
-        _check_loss(given, inputs, asked)
+        _check_loss(given, inputs, asked, entropy_coef)
         head, wanted = head_of(inputs.head), wanted_of(inputs)
         given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
         that_count = counted(inputs, *_judged(given, inputs, skip_zero_weight), support=support)
@@ -131,7 +141,6 @@ def linear_policy_loss(
             inputs, that_count.computed, entropy=asked.entropy, further=asked[1:], old_logprobs=old_logprobs,
             chunk=plan.sweep_rows, sets=agreed_sets(support, that_count.computed, inputs.head),
         )  # fmt: skip
-
     with without_autocast(inputs.hidden.device):
         options = _options(given, inputs, wanted, asked, plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows))
         call = _call(given, inputs, rows_of(inputs, that_count), weights, options)
@@ -169,16 +178,12 @@ class LossInputs(NamedTuple):
     denominator: float | torch.Tensor | None
 
 
-def _check_loss(given: LossInputs, inputs: Inputs, asked: Asked) -> None:
+def _check_loss(given: LossInputs, inputs: Inputs, asked: Asked, entropy_coef: float) -> None:
     check_top_k(asked.top_k, inputs.head)
     tokens, ids = inputs.tokens, given.sequence_ids
     check_sequence_ids(ids, "tokens", tokens)
     validation.check_policy_inputs("tokens", tokens, *given[:6], packed_sequences=ids is not None)
-    if isinstance(given.objective, Objective) and given.objective.needs_sequences:
-        raise ValueError(
-            f"objective={given.objective} has one ratio for a sequence, which the one-pass loss does not know before its last "
-            "token; use linear_logprobs and policy_loss"
-        )
+    refuse_in_one_pass(given.objective, entropy_coef)
     check_reduction(given.reduction, tokens.shape, given.denominator, ids, check=inputs.host_reads)
 
 
@@ -303,6 +308,7 @@ class LossOptions(TypedDict, total=False):
     entropy: bool
     outputs: Sequence[str]
     top_k: int
+    entropy_coef: float
     skip_zero_weight: bool
     workspace: int | None
     backend: str | None
@@ -332,7 +338,8 @@ def linear_cispo_loss(
         hidden, head, tokens, old_logprobs, advantages: as in `linear_policy_loss`.
         ratio_max, ratio_min: as in `CISPO`; None: no bound.
         options: mask, support, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs, rollout_weights, entropy,
-            outputs, top_k, skip_zero_weight, workspace, backend, check: as in `linear_policy_loss`, with its defaults.
+            outputs, top_k, entropy_coef, skip_zero_weight, workspace, backend, check: as in `linear_policy_loss`, with its
+            defaults.
     """
     objective = CISPO(ratio_max, ratio_min)
     return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, **options)
@@ -343,7 +350,7 @@ class LinearPolicyLoss(torch.nn.Module):
 
     LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
 
-    See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, entropy,
+    See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, entropy, entropy_coef,
     skip_zero_weight, workspace, backend and check are held; mask, support, sequence_ids, denominator, ref_logprobs and
     rollout_weights are given to each call.
     """

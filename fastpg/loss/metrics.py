@@ -10,6 +10,7 @@ With d = logp - old and r = exp(d), over the tokens that count:
     kl_k1, kl_k3   mean(-d) and mean(r - 1 - d): estimates of KL(old, new) (Schulman, "Approximating KL divergence")
     tokens         the number of tokens
     entropy        their mean entropy in nats, if it was asked for
+    entropy_loss   what the entropy bonus of `policy_loss` adds to the loss, -entropy_coef sum_n weight_n H_n / D
 
 Counts of the one-pass loss (`linear_policy_loss`), which are 0 elsewhere:
 

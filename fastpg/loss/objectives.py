@@ -31,6 +31,8 @@ class Objective(ABC):
     zero_at_zero_advantage: A = 0 makes value and gradient 0, so that such tokens need not be computed.
     needs_sequences: its ratio is that of a whole sequence. It is then called with the batch's `Sequences` as a fourth
         argument. The one-pass loss cannot compute it, since it works token by token.
+    needs_batch: it compares a token with the others of the batch, as `batch_objectives` do. It is then called with the mask of
+        the tokens that count as a fourth argument. The one-pass loss cannot compute it either.
     device_function: the name of its device function (one that kernels call) in `fastpg.kernels.objectives`, which is given
         `device_numbers`. A subclass does not inherit it, as its formula may differ: it is computed by its `__call__`.
     """
@@ -49,6 +51,10 @@ class Objective(ABC):
 
     @property
     def needs_sequences(self) -> bool:
+        return False
+
+    @property
+    def needs_batch(self) -> bool:
         return False
 
     @property
@@ -326,9 +332,9 @@ class KLPenalty:
 
 
 def device_loss(objective: object, kl: object | None, show_lost: bool) -> DeviceLoss | None:
-    """The loss as device functions. None if one of its formulas is a user's, or needs sequences."""
+    """The loss as device functions. None if one of its formulas is a user's, or needs other tokens."""
     name = type(objective).device_function if isinstance(objective, Objective) else None
-    if name is None or objective.needs_sequences:
+    if name is None or objective.needs_sequences or objective.needs_batch:
         return None
     shared = show_lost, *(None if x is None else float(x) for x in objective.ratio_bounds)
     if kl is None:

@@ -14,7 +14,7 @@ from ..tiles.structures import TokenTerms
 from .metrics import Metrics, Step, Summary
 from .objectives import KLPenalty, Objective, ObjectiveFunction
 from .on_device import kernel_loss, loss_on_device
-from .reductions import Reduction, check_reduction, token_weights
+from .reductions import Reduction, check_reduction, mean_of_kept, token_weights
 from .sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
 
 
@@ -98,10 +98,12 @@ def policy_loss(
     kl: KLPenalty | None = None,
     ref_logprobs: torch.Tensor | None = None,  # (...)
     rollout_weights: torch.Tensor | None = None,  # (...)
+    entropies: torch.Tensor | None = None,  # (...)
+    entropy_coef: float = 0.0,
     backend: str | None = None,
     check: bool = True,
 ) -> PolicyLossOutput:
-    """loss = -sum_n weight_n (rollout_n l_n - coef k_n) / D over tokens with mask, from ready log-probabilities.
+    """loss = -sum_n weight_n (rollout_n l_n - coef k_n + entropy_coef H_n) / D over tokens with mask, from log-probabilities.
 
     Args:
         logprobs: (...) floating; the gradient flows through them. Computed in fp32 (float64 for float64).
@@ -110,8 +112,8 @@ def policy_loss(
             log-probability can be, are computed as given.
         advantages: (...) per token, or one per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids
             (S = N is read as per token). Constants.
-        objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), or a function of
-            (logprobs, old_logprobs, advantages) whose value per token is maximised.
+        objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), VESPO(...),
+            ClipCov(...), KLCov(...), or a function of (logprobs, old_logprobs, advantages) whose value per token is maximised.
         mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.
         sequence_ids: (N,) int, the sequence of each token of packed (N,) logprobs, numbered from 0. Tokens of a sequence need
             not be neighbours. With (B, T) logprobs the rows are the sequences.
@@ -122,6 +124,10 @@ def policy_loss(
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
         rollout_weights: (...) constant factors of l (not of the KL term), such as those of `fastpg.rollout` for a sampler whose
             log-probabilities differ from the trainer's.
+        entropies, entropy_coef: (...) entropies H of the policy, differentiable, such as `linear_logprobs(..., entropy=True)`
+            returns, and the factor of the entropy bonus. H has the weights of the policy term, without rollout weights. (TRL,
+            SkyRL and OpenRLHF take the mean over all tokens instead: subtract entropy_coef * masked_mean(entropies, mask).)
+            They also report metrics["entropy"], the mean of H, and metrics["entropy_loss"], what the bonus adds to the loss.
         backend: "torch" or "triton"; None: as in `linear_logprobs`. On Triton one kernel computes the loss and the gradient
             of a named objective of single tokens. Anything else is computed in PyTorch in any case.
         check: True checks the values of sequence_ids and of a denominator tensor, for which the host waits. False does not
@@ -147,26 +153,86 @@ def policy_loss(
         rollout_weights,
         packed_sequences=sequence_ids is not None,
     )
+    _check_entropies(entropies, entropy_coef, logprobs)
     check_reduction(reduction, logprobs.shape, denominator, sequence_ids, check=check)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     every = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     if sequence_ids is not None and not torch.compiler.is_compiling() and (check or sequence_ids.device.type == "cpu"):
         check_id_values(sequence_ids, every, id_limit(advantages, logprobs))
     sequences = sequences_of(every, sequence_ids)
-    function = with_sequences(objective, sequences, logprobs)
+    function = with_others(objective, sequences, every, logprobs)
     count = every.sum()
+    weights = token_weights(count, reduction, denominator, dtype, sequences)
     raw = TokenTerms(
-        None, old_logprobs, per_token(advantages, logprobs.shape, sequence_ids),
-        token_weights(count, reduction, denominator, dtype, sequences), rollout_weights, ref_logprobs,
+        None, old_logprobs, per_token(advantages, logprobs.shape, sequence_ids), weights, rollout_weights, ref_logprobs
     )  # fmt: skip
     plain = partial(_plain_loss, mask=mask, raw=raw, function=function, kl=kl, dtype=dtype)
     on_device = kernel_loss(logprobs, objective, kl, backend)
+    step: Step | Summary
     if on_device is not None:
         loss, kept, summary = loss_on_device(logprobs, mask, raw, on_device, lambda x: plain(x)[0])
-        return PolicyLossOutput(loss, kept, Metrics({}, Summary(summary, False, count.expand(2))))
-    loss, kept, terms = plain(logprobs)
-    step = step_of(kept.detach(), terms, objective, sequences)
-    return PolicyLossOutput(loss, kept.detach().clone(), Metrics({}, step))
+        step = Summary(summary, False, count.expand(2))
+    else:
+        loss, kept, terms = plain(logprobs)
+        step, kept = step_of(kept.detach(), terms, objective, sequences), kept.detach().clone()
+    loss, of_entropies = _with_entropy_bonus(loss, entropies, entropy_coef, every, weights)
+    return PolicyLossOutput(loss, kept, Metrics(of_entropies, step))
+
+
+def _check_entropies(entropies: torch.Tensor | None, coef: float, logprobs: torch.Tensor) -> None:
+    if not validation.is_nonnegative_number(coef):
+        raise ValueError(f"entropy_coef must be a number >= 0; got {coef!r}")
+    wanted = "those of linear_logprobs(..., entropy=True)"
+    if entropies is None:
+        if coef:
+            raise ValueError(f"entropy_coef={coef} was given without entropies; an entropy bonus needs {wanted}")
+        return
+    validation.check_plain("entropies", entropies)
+    if not isinstance(entropies, torch.Tensor) or not entropies.is_floating_point():
+        raise TypeError(f"entropies must be a floating-point tensor or None; got {validation.kind(entropies)}")
+    if entropies.shape != logprobs.shape:
+        raise ValueError(f"entropies must have the shape of logprobs, {tuple(logprobs.shape)}; got {tuple(entropies.shape)}")
+    if entropies.device != logprobs.device:
+        raise ValueError(f"entropies is on {entropies.device} but logprobs is on {logprobs.device}")
+    if coef and torch.is_grad_enabled() and logprobs.requires_grad and not entropies.requires_grad:
+        raise ValueError(
+            f"entropies must be differentiable where entropy_coef={coef}, or the bonus would change nothing; pass {wanted}, "
+            "undetached"
+        )
+
+
+def _with_entropy_bonus(
+    loss: torch.Tensor, entropies: torch.Tensor | None, coef: float, keep: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """loss - coef sum_n weight_n H_n / D, and the metrics of the entropies."""
+    if entropies is None:
+        return loss, {}
+    # both factors are 0 where masked: 0 * inf would be NaN, in forward and backward
+    kept = torch.where(keep, entropies, 0).to(weights.dtype)
+    entropy_loss = -coef * (kept * torch.where(keep, weights, 0)).sum()
+    mean = mean_of_kept(entropies.detach(), keep, None)
+    return loss + entropy_loss, {"entropy": mean, "entropy_loss": entropy_loss.detach()}
+
+
+def refuse_in_one_pass(objective: object, entropy_coef: float) -> None:
+    """What needs more of a row than its exponentials times one number, or other rows, before the gradient is known."""
+    two_passes = "use linear_logprobs and policy_loss"
+    if isinstance(objective, Objective) and objective.needs_sequences:
+        raise ValueError(
+            f"objective={objective} has one ratio for a sequence, which the one-pass loss does not know before its last "
+            f"token; {two_passes}"
+        )
+    if isinstance(objective, Objective) and objective.needs_batch:
+        raise ValueError(
+            f"objective={objective} compares the tokens of the batch, which the one-pass loss computes chunk by chunk; "
+            f"{two_passes}"
+        )
+    if not validation.is_nonnegative_number(entropy_coef) or entropy_coef:
+        raise ValueError(
+            f"entropy_coef must be 0 in the one-pass loss; got {entropy_coef!r}: a bonus of -entropy_coef H has the gradient "
+            "entropy_coef p_v (log p_v + H) in a row's logits, which is not the row's exponentials times one number, all that "
+            "one pass has of it; use linear_logprobs(..., entropy=True) and policy_loss(..., entropies=, entropy_coef=)"
+        )
 
 
 def _plain_loss(
@@ -215,10 +281,12 @@ def id_limit(advantages: torch.Tensor, tokens: torch.Tensor) -> int:
     return len(tokens) if advantages.shape == tokens.shape else min(len(advantages), len(tokens))
 
 
-def with_sequences(
-    objective: Objective | ObjectiveFunction, sequences: Sequences | None, logprobs: torch.Tensor
+def with_others(
+    objective: Objective | ObjectiveFunction, sequences: Sequences | None, mask: torch.Tensor, logprobs: torch.Tensor
 ) -> ObjectiveFunction:
     """The objective as a function of (logprobs, old_logprobs, advantages) alone."""
+    if isinstance(objective, Objective) and objective.needs_batch:
+        return lambda logprobs, old_logprobs, advantages: objective(logprobs, old_logprobs, advantages, mask)
     if not (isinstance(objective, Objective) and objective.needs_sequences):
         return objective
     if sequences is None:

@@ -9,21 +9,23 @@ import pytest
 import fastpg
 
 TOP_LEVEL = """
-    CISPO GSPO ImportanceWeighted KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput
-    PolicyLossStatistics Reinforce SAPO
-    Support TokenLogprobs TokenStatistics advantages kept linear_cispo_loss linear_cross_entropy linear_logprobs
-    linear_policy_loss masked_mean policy_loss rollout selective_logprobs
+    CISPO ClipCov GSPO ImportanceWeighted KLCov KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput
+    PolicyLossStatistics Reinforce SAPO Support TokenLogprobs TokenStatistics VESPO advantages kept linear_cispo_loss
+    linear_cross_entropy linear_logprobs linear_policy_loss masked_mean off_policy_sequence_mask policy_loss rollout
+    selective_logprobs top_entropy_mask
 """
 PATHS = {
     "fastpg": TOP_LEVEL + "__version__",
     "fastpg.advantages": """
-        discount_weights gae gigpo grpo monte_carlo_values reinforce_plus_plus reward_to_go rloo spread value_baseline vineppo
+        OnNaN OnSingleton discount_weights gae gigpo grpo monte_carlo_values reinforce_plus_plus reward_to_go rloo spread
+        value_baseline vineppo
     """,
     "fastpg.distributed": "global_count",
     "fastpg.rollout": "icepop masked_weights mismatch_metrics token_veto truncated_weights within_band",
     "fastpg.reference": """
-        Statistics cispo gspo importance_weighted importance_weighted_by kl_penalty linear_logprobs logits of_sequences
-        policy_loss ppo_clip reduce reinforce sapo softcap token_distribution token_statistics
+        Statistics cispo clip_cov covariances gspo importance_weighted importance_weighted_by kl_cov kl_penalty linear_logprobs
+        logits of_sequences off_policy_sequence_mask policy_loss ppo_clip reduce reinforce sapo softcap token_distribution
+        token_statistics top_entropy_mask vespo
     """,
     "fastpg.crosscheck": "assert_matches_oracle",
     "fastpg.integrations.sampling": "Recording recorded_support",
