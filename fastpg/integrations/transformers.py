@@ -35,7 +35,7 @@ from ..linear.linear_policy_loss import linear_policy_loss
 from ..linear.support import Support, predicting
 from ..lm_head import LMHead, is_partitioned
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
-from ..loss.policy_loss import PolicyLossOutput, per_token
+from ..loss.policy_loss import PolicyLossOutput, per_token, refuse_in_one_pass
 from ..loss.reductions import Reduction, mean_of_kept
 from ..loss.sequences import check_sequence_ids
 from .deepspeed import gather_for_backward
@@ -160,6 +160,7 @@ def causal_lm_policy_loss(
     ref_logprobs: torch.Tensor | None = None,  # (B, T)
     rollout_weights: torch.Tensor | None = None,  # (B, T)
     entropy: bool = False,
+    entropy_coef: float = 0.0,
     add_aux_loss: bool = False,
     skip_zero_weight: bool = True,
     fp32_head: bool = False,
@@ -181,14 +182,14 @@ def causal_lm_policy_loss(
             divided by `denominator`: under gradient accumulation each micro-batch adds its own. metrics["aux_loss"] is the
             model's own aux_loss, 0 / 0 for an attention_mask without a single 1. So where no token is to count, keep the
             attention_mask and pass a completion_mask of False.
-        The others: as in `linear_policy_loss`. Ratios of whole sequences need `token_logprobs` and `policy_loss`.
+        The others: as in `linear_policy_loss`. What it refuses takes `token_logprobs` and `policy_loss`.
 
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
     """
-    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
+    refuse_in_one_pass(objective, entropy_coef)
+    batch, packed = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head), sequence_ids is not None
     tokens = _targets(batch)[1]
     support = predicting(support, tokens, check)
-    packed = sequence_ids is not None
 
     def placed(name: str, x: Any) -> Any:  # moved to the hidden states, where packed tokens are (N,)
         x = _ahead(input_ids, name, x)
@@ -197,8 +198,7 @@ def causal_lm_policy_loss(
     temperature, sequence_ids = placed("temperature", temperature), placed("sequence_ids", sequence_ids)
     old_logprobs, ref_logprobs = placed("old_logprobs", old_logprobs), placed("ref_logprobs", ref_logprobs)
     rollout_weights, targets = placed("rollout_weights", rollout_weights), tokens.flatten() if packed else tokens
-    if isinstance(advantages, torch.Tensor) and advantages.shape == input_ids.shape:
-        advantages = placed("advantages", advantages)
+    advantages = placed("advantages", advantages) if getattr(advantages, "shape", None) == input_ids.shape else advantages
     factors = old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights
     rows = _rows(targets, factors, sequence_ids, skip_zero_weight) if check else None
     if add_aux_loss:

@@ -229,7 +229,7 @@ def refuse_in_one_pass(objective: object, entropy_coef: float) -> None:
         )
     if not validation.is_nonnegative_number(entropy_coef) or entropy_coef:
         raise ValueError(
-            f"entropy_coef must be 0 in the one-pass loss; got {entropy_coef!r}: a bonus of -entropy_coef H has the gradient "
+            f"entropy_coef must be 0 in the one-pass loss; got {entropy_coef!r}: the term -entropy_coef H has the gradient "
             "entropy_coef p_v (log p_v + H) in a row's logits, which is not the row's exponentials times one number, all that "
             "one pass has of it; use linear_logprobs(..., entropy=True) and policy_loss(..., entropies=, entropy_coef=)"
         )

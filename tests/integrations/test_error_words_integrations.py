@@ -15,7 +15,7 @@ from raising import never, said
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from fastpg import GSPO, LMHead, Support
+from fastpg import GSPO, KLCov, LMHead, Support
 from fastpg.integrations.transformers import causal_lm_policy_loss, patched, token_logprobs
 
 V, IDS = 61, torch.ones(2, 4, dtype=torch.int64)
@@ -260,6 +260,22 @@ OF_BOTH = {
     ),
 }
 OF_LOSS = {
+    "gspo": (
+        {"objective": GSPO(0.1, 0.2)},
+        "ValueError: objective=GSPO(eps_low=0.1, eps_high=0.2) has one ratio for a sequence, which the one-pass loss does not "
+        "know before its last token; use linear_logprobs and policy_loss",
+    ),
+    "kl-cov": (
+        {"objective": KLCov()},
+        "ValueError: objective=KLCov(coef=1.0, fraction=0.0002) compares the tokens of the batch, which the one-pass loss "
+        "computes chunk by chunk; use linear_logprobs and policy_loss",
+    ),
+    "entropy-coef": (
+        {"entropy_coef": 0.01},
+        "ValueError: entropy_coef must be 0 in the one-pass loss; got 0.01: the term -entropy_coef H has the gradient "
+        "entropy_coef p_v (log p_v + H) in a row's logits, which is not the row's exponentials times one number, all that one "
+        "pass has of it; use linear_logprobs(..., entropy=True) and policy_loss(..., entropies=, entropy_coef=)",
+    ),
     "old": ({"old_logprobs": ONES[:, :3]}, "ValueError: old_logprobs must have the shape of input_ids, (2, 4); got (2, 3)"),
     "ref": ({"ref_logprobs": ONES[0]}, "ValueError: ref_logprobs must have the shape of input_ids, (2, 4); got (4,)"),
     "rollout": ({"rollout_weights": ONES[0]}, "ValueError: rollout_weights must have the shape of input_ids, (2, 4); got (4,)"),
@@ -271,11 +287,6 @@ OF_LOSS = {
 }
 # said by the loss, which the model's own forward calls in the place of its lm_head: the backbone has run
 IN_THE_FORWARD = {
-    "gspo": (
-        {"objective": GSPO(0.1, 0.2)},
-        "ValueError: objective=GSPO(eps_low=0.1, eps_high=0.2) has one ratio for a sequence, which the one-pass loss does not "
-        "know before its last token; use linear_logprobs and policy_loss",
-    ),
     "advantages": (
         {"advantages": torch.ones(3)},
         "ValueError: advantages must be per token (2, 4) or per sequence (2,); got shape (3,)",

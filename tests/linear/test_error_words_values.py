@@ -7,7 +7,7 @@ import pytest
 import torch
 from raising import LINEAR, ONE_PASS, H, V, call, cases, said
 
-from fastpg import CISPO, GSPO, KLPenalty, linear_cispo_loss, masked_mean, policy_loss, selective_logprobs
+from fastpg import CISPO, GSPO, VESPO, ClipCov, KLPenalty, linear_cispo_loss, masked_mean, policy_loss, selective_logprobs
 
 INF, NAN = math.inf, math.nan
 IDS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -204,6 +204,22 @@ FIRST_OF_ONE_PASS = {
         {"objective": GSPO(), "reduction": "mean"},
         "ValueError: objective=GSPO(eps_low=0.0003, eps_high=0.0004) has one ratio for a sequence, which the one-pass loss "
         "does not know before its last token; use linear_logprobs and policy_loss",
+    ),
+    "clip-cov, reduction": (
+        {"objective": ClipCov(), "reduction": "mean"},
+        "ValueError: objective=ClipCov(eps_low=0.2, eps_high=0.2, fraction=0.0002, cov_min=1.0, cov_max=5.0) compares the "
+        "tokens of the batch, which the one-pass loss computes chunk by chunk; use linear_logprobs and policy_loss",
+    ),
+    "vespo, entropy coefficient": (
+        {"objective": VESPO(), "entropy_coef": 0.1},
+        "ValueError: objective=VESPO(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0) has one ratio for a sequence, which "
+        "the one-pass loss does not know before its last token; use linear_logprobs and policy_loss",
+    ),
+    "entropy coefficient, reduction": (
+        {"entropy_coef": 0.1, "reduction": "mean"},
+        "ValueError: entropy_coef must be 0 in the one-pass loss; got 0.1: the term -entropy_coef H has the gradient "
+        "entropy_coef p_v (log p_v + H) in a row's logits, which is not the row's exponentials times one number, all that one "
+        "pass has of it; use linear_logprobs(..., entropy=True) and policy_loss(..., entropies=, entropy_coef=)",
     ),
     "denominator, workspace": (
         {"denominator": 0, "workspace": 0},

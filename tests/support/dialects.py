@@ -1,9 +1,10 @@
-"""The losses and advantages of other frameworks, written out in PyTorch, and a batch that takes each of them apart.
+"""The losses of other frameworks, written out in PyTorch, and a batch that takes each of them apart.
 
 The formulas follow the sources named at each section, not this library. Left out of them, so that float64 can be compared to
 1e-10: casts to fp32, the 1e-8 that verl and OpenRLHF add to lengths, and KL terms' clamps at 10, which nothing here reaches.
 """
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -13,14 +14,18 @@ F64 = torch.float64
 # Unlike the defaults, so that a call that forgets an option fails.
 TRL = {"epsilon": 0.2, "epsilon_high": 0.3, "max_completion_length": 9, "sapo_pos": 1.4, "sapo_neg": 2.3, "beta": 0.07}
 TRL |= {"delta": 2.2, "num_items_in_batch": 120, "steps_per_generation": 4, "accumulation": 2, "num_processes": 3}
+TRL |= {"k_pos": 1.5, "lambda_pos": 2.5, "k_neg": 2.5, "lambda_neg": 1.5, "entropy_coef": 0.03, "top_entropy_quantile": 0.3}
+TRL |= {"off_policy_mask_threshold": 0.3}
 TRL |= {"step_tokens": 60}  # of the generation batch of 120 tokens, 2 of 4 micro-batches make a step
 LIGER = {"epsilon_low": 0.25, "epsilon_high": 0.35, "beta": 0.04}
 VERL = {"low": 0.2, "high": 0.3, "clip_ratio_c": 3.0, "batch_num_tokens": 101, "dp_size": 2, "loss_scale_factor": 13}
-VERL |= {"tau_pos": 1.2, "tau_neg": 1.7}
+VERL |= {"tau_pos": 1.2, "tau_neg": 1.7, "entropy_coeff": 0.02}
+VERL |= {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 1.5, "kl_cov_ratio": 0.3, "ppo_kl_coef": 0.6}
 OPENRLHF = {"eps_low": 0.15, "eps_high": 0.3, "dual_clip": 2.5}
 SKYRL = {"eps_clip_low": 0.2, "eps_clip_high": 0.28, "clip_ratio_c": 2.7, "max_seq_len": 11, "prompts": 4}
 SKYRL |= {"cispo_low": 0.7, "cispo_high": 1.5, "tau_pos": 1.3, "tau_neg": 1.6}
-SLIME = {"eps_clip": 0.2, "eps_clip_high": 0.28, "eps_clip_c": 2.6}
+SKYRL |= {"clip_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 1.2, "kl_cov_frac": 0.2, "ppo_kl_coef": 0.8}
+SLIME = {"eps_clip": 0.2, "eps_clip_high": 0.28, "eps_clip_c": 2.6, "opsm_delta": 0.2, "entropy_coef": 0.04}
 AREAL = {"eps_clip": 0.2, "eps_clip_higher": 0.4, "c_clip": 2.4, "tau_pos": 0.9, "tau_neg": 1.9}
 OI = {"clip_lower": 0.2, "clip_higher": 0.272, "beta": 0.05}
 OPTIONS = {"trl": TRL, "liger": LIGER, "verl": VERL, "openrlhf": OPENRLHF}
@@ -54,6 +59,7 @@ def batch(name: str) -> SimpleNamespace:
         mask=mask,
         ref=logprobs.detach() - 0.8 * torch.randn(8, 6, dtype=F64),
         w=2 * torch.rand(8, 6, dtype=F64),
+        entropies=(1 - logprobs * torch.rand(8, 6, dtype=F64)).sqrt(),
         B=8,
         sequences=7,
         prompt_tokens=prompt_tokens.double(),
@@ -70,7 +76,24 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
 # ---- TRL: trl/trainer/grpo_trainer.py, _compute_loss; Liger: src/liger_kernel/chunked_loss/grpo_loss.py, ppo_loss_fn
 
 
-def trl(loss_type, level="token", *, delta=False, kl=False, unbiased_kl=False, vllm=False):
+def trl_phi(x, advantages, log_ratio, mask):
+    """get_gamma_weights, without a sampler's ratios."""
+    seq_log_ratio = torch.sum(torch.clamp(log_ratio, -20.0, 20.0) * mask, dim=-1, keepdim=True)
+    log_w = torch.clamp(seq_log_ratio, math.log(1e-8), 20.0)
+    k, decay = (
+        torch.where(advantages >= 0, *torch.tensor(pair, dtype=F64))
+        for pair in ((x.k_pos, x.k_neg), (x.lambda_pos, x.lambda_neg))
+    )
+    return torch.exp(decay + k * log_w - decay * torch.exp(log_w)).detach()
+
+
+def trl_low_kl(x, advantages, mask):
+    """get_off_policy_mask"""
+    kl = ((x.old_logprobs - x.logprobs.detach()) * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1.0)
+    return (advantages >= 0) | (kl <= x.off_policy_mask_threshold)
+
+
+def trl(loss_type, level="token", *, delta=False, kl=False, unbiased_kl=False, vllm=False, opsm=False, top=False, bonus=False):
     def loss(x):
         advantages, mask = x.advantages[:, :1], x.mask.double()
         log_ratio = x.logprobs - x.old_logprobs
@@ -85,19 +108,28 @@ def trl(loss_type, level="token", *, delta=False, kl=False, unbiased_kl=False, v
         elif loss_type == "sapo":
             temperatures = torch.where(advantages > 0, *torch.tensor([x.sapo_pos, x.sapo_neg], dtype=F64))
             per_token = -sigmoid(temperatures * (coef_1 - 1)) * 4 / temperatures * advantages
+        elif loss_type == "vespo":
+            per_token = -trl_phi(x, advantages, log_ratio, mask) * advantages * x.logprobs
         else:
             coef_2 = torch.clamp(coef_1, 1 - x.epsilon, 1 + x.epsilon_high)
             if delta:
                 coef_1 = torch.clamp(coef_1, max=x.delta)
             per_token = -torch.min(coef_1 * advantages, coef_2 * advantages)
+        if opsm:
+            per_token = per_token * trl_low_kl(x, advantages, mask)
+        if top:  # get_high_entropy_mask
+            per_token = per_token * (x.entropies >= torch.quantile(x.entropies[x.mask], 1 - x.top_entropy_quantile))
         if vllm:
             per_token = per_token * x.w
         if kl:
             per_token = per_token + x.beta * per_token_kl
+        if loss_type == "luspo":
+            return (per_token * mask.sum(1, keepdim=True)).mean()
         if loss_type in ("grpo", "sapo"):
             return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
         if loss_type == "bnpo":
-            return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
+            entropy = (x.entropies * mask).sum() / mask.sum().clamp(min=1.0)
+            return (per_token * mask).sum() / mask.sum().clamp(min=1.0) - bonus * x.entropy_coef * entropy
         if loss_type == "dr_grpo":
             return (per_token * mask).sum() / (per_token.size(0) * x.max_completion_length)
         normalizer = x.num_items_in_batch / x.num_processes * x.accumulation / x.steps_per_generation
@@ -161,6 +193,34 @@ def verl_gspo(x):
     ratio = torch.exp(torch.clamp(log_ratio, max=10.0))
     losses = torch.maximum(-x.advantages * ratio, -x.advantages * torch.clamp(ratio, 1 - x.low, 1 + x.high))
     return verl_agg(losses, x, "seq-mean-token-mean")
+
+
+def verl_entropy(x):
+    """verl/workers/utils/losses.py: the entropies are reduced as the loss is."""
+    mode = "seq-mean-token-mean"
+    return verl_vanilla(mode)(x) - x.entropy_coeff * verl_agg(x.entropies, x, mode)
+
+
+def clip_cov(x, ratio, low, high):
+    """The same in verl and SkyRL. With a ratio of 1 all candidates are drawn."""
+    assert ratio == 1.0
+    r = torch.exp(x.logprobs - x.old_logprobs)
+    losses1, losses2 = -x.advantages * r, -x.advantages * torch.clamp(r, 1 - low, 1 + high)
+    centred = [v - v.detach()[x.mask].sum() / x.mask.sum() for v in (x.advantages, x.logprobs)]
+    cov = (centred[0] * centred[1]).detach()
+    drawn = (cov < x.clip_cov_ub) & (cov > x.clip_cov_lb) & x.mask & ~(losses2 > losses1)
+    assert 0 < drawn.sum() < x.mask.sum()
+    return torch.maximum(losses1, losses2) * ~drawn
+
+
+def kl_cov(x, ratio):
+    """The same in verl and SkyRL."""
+    d = x.logprobs - x.old_logprobs
+    a, logp = x.advantages[x.mask], x.logprobs.detach()[x.mask]
+    cov = (a - a.mean()) * (logp - logp.mean())
+    places = x.mask.flatten().nonzero()[:, 0][torch.topk(cov, max(1, int(len(cov) * ratio))).indices]
+    chosen = torch.zeros(d.numel(), dtype=F64).index_fill(0, places, 1).view(d.shape)
+    return -x.advantages * torch.exp(d) + chosen * x.ppo_kl_coef * d.abs()
 
 
 def sapo_gate(x):
@@ -260,7 +320,15 @@ def slime_reduced(values, x, per_token=False):
     return samples / x.mask.shape[0]  # step_global_batch_size
 
 
-def slime(estimator="grpo", *, dual_clip=False, per_token=False, kl=False):
+def opsm_mask(x):
+    """compute_opsm_mask: a token's own advantage, and its sequence's KL."""
+    kl = [
+        (k * m).sum() / torch.clamp_min(m.sum(), 1) for k, m in zip(x.old_logprobs - x.logprobs.detach(), x.mask, strict=True)
+    ]
+    return 1 - ((x.advantages < 0) & (torch.stack(kl)[:, None] > x.opsm_delta)).double()
+
+
+def slime(estimator="grpo", *, dual_clip=False, per_token=False, kl=False, opsm=False, bonus=False):
     def loss(x):
         ppo_kl = x.old_logprobs - x.logprobs
         if estimator == "gspo":
@@ -271,6 +339,10 @@ def slime(estimator="grpo", *, dual_clip=False, per_token=False, kl=False):
         losses = torch.maximum(-ratio * x.advantages, clipped)
         if dual_clip:
             losses = torch.where(x.advantages < 0, torch.min(-x.eps_clip_c * x.advantages, losses), losses)
+        if opsm:
+            losses = losses * opsm_mask(x)
+        if bonus:
+            return slime_reduced(losses, x) - x.entropy_coef * slime_reduced(x.entropies, x)
         if kl:  # use_tis, use_unbiased_kl with kl_loss_type="k1"
             k1 = torch.exp(x.logprobs - x.old_logprobs) * (x.logprobs - x.ref)
             return token_mean(losses * x.w, x) + 0.1 * token_mean(k1, x)
@@ -328,6 +400,11 @@ THEIRS = {
     "trl-cispo": trl("cispo"),
     "trl-gspo": trl("grpo", "sequence"),
     "trl-sapo": trl("sapo"),
+    "trl-luspo": trl("luspo", "sequence"),
+    "trl-vespo": trl("vespo"),
+    "trl-opsm": trl("bnpo", opsm=True),
+    "trl-top-entropy": trl("bnpo", top=True, vllm=True),
+    "trl-entropy": trl("bnpo", bonus=True),
     "trl-delta": trl("bnpo", delta=True),
     "trl-beta": trl("bnpo", kl=True, vllm=True),
     "trl-unbiased-kl": trl("bnpo", kl=True, unbiased_kl=True),
@@ -341,6 +418,9 @@ THEIRS = {
     "verl-gspo": verl_gspo,
     "verl-sapo": lambda x: verl_agg(-sapo_gate(x) * x.advantages, x, "seq-mean-token-mean"),
     "verl-cispo": lambda x: token_mean(cispo_losses(x, x.low, x.high), x),
+    "verl-clip-cov": lambda x: token_mean(clip_cov(x, x.clip_cov_ratio, x.low, x.high), x),
+    "verl-kl-cov": lambda x: token_mean(kl_cov(x, x.kl_cov_ratio) * x.w, x),
+    "verl-entropy": verl_entropy,
     "verl-gpg": lambda x: token_mean(-x.logprobs * x.advantages, x),
     "verl-kl": verl_vanilla("token-mean", kl=True),
     "openrlhf-ppo": openrlhf(),
@@ -355,10 +435,14 @@ THEIRS = {
     "skyrl-sapo": skyrl_sapo,
     "skyrl-cispo": lambda x: token_mean(cispo_losses(x, x.cispo_low, x.cispo_high), x),
     "skyrl-is": skyrl_is,
+    "skyrl-clip-cov": lambda x: token_mean(clip_cov(x, x.clip_ratio, x.eps_clip_low, x.eps_clip_high), x),
+    "skyrl-kl-cov": lambda x: token_mean(kl_cov(x, x.kl_cov_frac), x),
     "slime-grpo": slime(dual_clip=True),
     "slime-per-token": slime(dual_clip=True, per_token=True),
     "slime-gspo": slime("gspo"),
     "slime-cispo": lambda x: slime_reduced(cispo_losses(x, x.eps_clip, x.eps_clip_high), x),
+    "slime-opsm": slime(opsm=True),
+    "slime-entropy": slime(bonus=True),
     "slime-kl": slime(kl=True),
     "areal-ppo": areal_ppo(decoupled=True),
     "areal-gspo": areal_ppo("sequence"),
@@ -368,75 +452,4 @@ THEIRS = {
     "oi-constant": open_instruct(denominator=1000),
     "oi-cispo": open_instruct("cispo"),
     "oi-kl-3": open_instruct(kl_estimator=3),
-}
-
-
-# ---- advantages: one number per sequence, from rewards of groups in any order
-
-
-def by_group(formula):
-    """formula(rewards of one group), for every group."""
-
-    def advantages(x):
-        result = torch.zeros_like(x.rewards)
-        for group in x.group_ids.unique():
-            result[x.group_ids == group] = formula(x.rewards[x.group_ids == group])
-        return result
-
-    return advantages
-
-
-def trl_group(rewards):
-    """trl/trainer/grpo_trainer.py: an unscored sample counts nowhere and gets 0."""
-    mean = torch.nanmean(rewards)
-    variance = torch.nanmean((rewards - mean) ** 2)
-    count = (~rewards.isnan()).sum()
-    return torch.nan_to_num((rewards - mean) / ((variance * count / (count - 1)).sqrt() + 1e-4), nan=0.0)
-
-
-def trl_batch(x):
-    """The same file: the mean of a group, and the std of all rewards; nanstd of trl/trainer/utils.py."""
-    centred = by_group(lambda r: r - torch.nanmean(r))(x)
-    variance, count = torch.nanmean((x.rewards - torch.nanmean(x.rewards)) ** 2), (~x.rewards.isnan()).sum()
-    return torch.nan_to_num(centred / ((variance * count / (count - 1)).sqrt() + 1e-4), nan=0.0)
-
-
-def areal_batch(x):
-    """areal/utils/data.py, Normalization with mean_level="group" and std_level="batch"."""
-    centred = by_group(lambda r: r - r.mean())(x)
-    return centred / ((centred**2).sum() / (len(centred) - 1)).sqrt().add(1e-5)
-
-
-def verl_gae(x):
-    """verl/trainer/ppo/core_algos.py, compute_gae_advantage_return, without its last line, the whitening."""
-    mask = x.mask.double()
-    next_values, last = 0, 0
-    reversed_advantages = []
-    for t in reversed(range(mask.shape[1])):
-        delta = x.token_rewards[:, t] + x.gamma * next_values - x.values[:, t]
-        last = (delta + x.gamma * x.lam * last) * mask[:, t] + (1 - mask[:, t]) * last
-        next_values = x.values[:, t] * mask[:, t] + (1 - mask[:, t]) * next_values
-        reversed_advantages.append(last)
-    return torch.stack(reversed_advantages[::-1], dim=1) * mask
-
-
-def openrlhf_reinforce(x):
-    """openrlhf/trainer/ppo_utils/experience_maker.py: with gamma = 1 and no KL the return of every token is the reward."""
-    returns, mask = x.rewards[:, None].expand(x.mask.shape), x.mask.double()
-    mean = (returns * mask).sum() / mask.sum()
-    variance = ((returns - mean).pow(2) * mask).sum() / mask.sum()
-    return (returns - mean) * variance.clamp(min=1e-8).rsqrt() * mask
-
-
-THEIR_ADVANTAGES = {
-    "trl-group": by_group(trl_group),
-    "trl-none": by_group(lambda r: r - r.mean()),
-    "trl-batch": trl_batch,
-    "verl-group": by_group(lambda r: (r - r.mean()) / (r.std() + 1e-6)),
-    "verl-rloo": by_group(lambda r: r * len(r) / (len(r) - 1) - r.mean() * len(r) / (len(r) - 1)),
-    "verl-gae": verl_gae,
-    "openrlhf-group": by_group(lambda r: (r - r.mean()) / (r.std() + 1e-9)),
-    "openrlhf-reinforce": openrlhf_reinforce,
-    "areal-batch": areal_batch,
-    "oi-standard": by_group(lambda r: (r - r.mean()) / (r.std(correction=0) + 1e-8)),
 }
