@@ -296,6 +296,21 @@ def test_a_micro_batch_is_a_batch_of_its_own():
     assert penalised(slice(0, 5)) + penalised(slice(5, 10)) == 2
 
 
+@pytest.mark.parametrize("objective", [KLCov(1.0, 0.3), ClipCov(0.2, 0.2, 0.1, 0.0, 100.0)], ids=["kl-cov", "clip-cov"])
+def test_masked_tokens_are_never_chosen(objective):
+    """All A are near -5 and all logp near -3. The zeros that stand at masked tokens would have a covariance of 15."""
+    logprobs, a = -3 + 0.1 * torch.randn(20, dtype=F64), -5 + 0.1 * torch.randn(20, dtype=F64)
+    mask = torch.arange(20) % 2 == 0
+    old = logprobs + 0.01
+    found, gradient = loss_and_gradient(logprobs, old, a, objective=objective, mask=mask, reduction="sum")
+    reference_loss = loss_and_gradient(logprobs[mask], old[mask], a[mask], objective=ImportanceWeighted(), reduction="sum")[0]
+    assert gradient[~mask].abs().max() == 0
+    if isinstance(objective, KLCov):  # int(0.3 * 10) tokens pay 0.01 each
+        assert (found.loss - reference_loss.loss).item() == pytest.approx(0.03)
+    else:
+        assert (gradient[mask] == 0).sum() == 1
+
+
 @pytest.mark.parametrize("name", OF_BATCH)
 def test_objectives_of_the_batch_need_no_sequences(name):
     flat = lay_out(inputs_of(name), "pack")
