@@ -213,11 +213,11 @@ POLICY = {
         "'cispo': what this name means differs between libraries; in TRL it is objective=fastpg.CISPO(ratio_max=epsilon_high), "
         'denominator=step_tokens / num_processes; "Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
     ),
-    "objective-not-offered": (
+    "objective-and-reduction-of-a-name": (
         {"objective": "LUSPO"},
         "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
-        "'LUSPO': what this name means differs between libraries; TRL's is not offered: write it on linear_logprobs; "
-        '"Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
+        "'LUSPO': what this name means differs between libraries; in TRL it is objective=fastpg.GSPO(epsilon, epsilon_high), "
+        'reduction="seq-mean-token-sum", denominator=B; "Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
     ),
     "objective-unknown-name": (
         {"objective": "vanilla"},

@@ -33,7 +33,6 @@ from fastpg import (
     KLCov,
     KLPenalty,
     LinearPolicyLoss,
-    PPOClip,
     Reinforce,
     linear_policy_loss,
     policy_loss,
@@ -449,11 +448,6 @@ def test_one_pass_refuses_by_name_before_any_work(name, backend):
 def test_vespo_needs_sequences():
     with pytest.raises(ValueError, match=r"objective=VESPO\(.*needs sequences: .*packed \(N,\) with sequence_ids="):
         policy_loss(torch.zeros(4), None, torch.ones(4), objective=VESPO())
-
-
-def test_objectives_that_serve_one_pass_do_so_still():
-    for objective in (PPOClip(), ImportanceWeighted()):
-        assert not objective.needs_batch
 
 
 BAD = {
