@@ -27,8 +27,8 @@ class VESPO(Objective):
 
         phi(W) = W^k exp(lambda (1 - W)),   dl/dlogp = phi(W) A
 
-    phi is 1 at W = 1. It has its maximum at W = k / lambda, and falls to 0 on both sides: a soft trust region of sequences. It
-    is only a weight (sg is stop-gradient), so that no token loses its gradient to a clip.
+    phi is 1 at W = 1. It has its maximum at W = k / lambda and, with k > 0, falls to 0 on both sides: a soft trust region of
+    sequences. It is only a weight (sg is stop-gradient), so that no token loses its gradient to a clip.
 
     k_pos, lambda_pos: where A >= 0; k_neg, lambda_neg: where A < 0. The defaults are TRL's. `rollout_weights` multiply l. To
         correct for a separate sampler inside W, pass the sampler's log-probabilities as old_logprobs.
@@ -115,7 +115,7 @@ class ClipCov(Objective):
     def __call__(
         self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        chosen = self._chosen(logprobs.detach(), old_logprobs, advantages, mask)
+        chosen = self._chosen(logprobs.detach(), old_logprobs, advantages, _every(logprobs) if mask is None else mask)
         # as without an advantage: value and slope are 0, however large the ratio is
         advantages = torch.where(chosen, 0, advantages)
         return PPOClip(self.eps_low, self.eps_high)(logprobs, old_logprobs, advantages)
@@ -159,6 +159,7 @@ class KLCov(Objective):
     def __call__(
         self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
+        mask = _every(logprobs) if mask is None else mask
         d = self.log_ratio(logprobs, old_logprobs)
         order = covariances(logprobs, advantages, mask).flatten().argsort(descending=True, stable=True)
         chosen = _first(order, mask, _number(self.fraction, mask))
@@ -173,6 +174,10 @@ def covariances(logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Te
         return kept - kept.sum() / mask.sum().clamp(min=1)
 
     return centred(advantages) * centred(logprobs)
+
+
+def _every(logprobs: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(logprobs, dtype=torch.bool)
 
 
 def _number(fraction: float, mask: torch.Tensor) -> torch.Tensor:

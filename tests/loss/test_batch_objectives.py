@@ -314,10 +314,12 @@ def test_masked_tokens_are_never_chosen(objective):
 def test_objectives_of_the_batch_need_no_sequences(name):
     flat = lay_out(inputs_of(name), "pack")
     flat.pop("sequence_ids")
+    values = OBJECTIVES[name][0](flat["logprobs"], flat["old_logprobs"], flat["advantages"])  # called as a function
     wanted, wanted_gradient = loss_and_gradient(**flat, objective=OBJECTIVES[name][0])
     for shape in ((3, 5), (5, 3, 1), (15,)):
         shaped = {k: x.reshape(shape) for k, x in flat.items()}
         output, gradient = loss_and_gradient(**shaped, objective=OBJECTIVES[name][0])
+        torch.testing.assert_close(output.loss, -values.mean(), rtol=1e-13, atol=0)
         torch.testing.assert_close(output.loss, wanted.loss, rtol=1e-13, atol=0)
         torch.testing.assert_close(gradient.flatten(), wanted_gradient, rtol=1e-13, atol=0)
 
