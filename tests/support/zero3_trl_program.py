@@ -8,14 +8,27 @@ difference of their parameters, how far those have moved, and what was whole whi
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import deepspeed
 import peft
 import torch
+import trl.trainer.utils as trl_utils
 from tiny_trl import make_tokenizer, reward, tiny_model
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from zero_program import CONFIG
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from zero_program import CONFIG, meet
 
 from fastpg.integrations.trl import use_fastpg
 
@@ -29,13 +42,16 @@ OPTIONS = {
 PROMPTS = ["w3 w4 w5", "w6 w7", "w8", "w9 w10 w11 w12"] * 2
 ANSWERS = [f"{prompt} w5 w6 w7" for prompt in PROMPTS]
 PREFERENCES = {"prompt": PROMPTS, "chosen": [" w5 w6"] * 8, "rejected": [" w7 w8 w9"] * 8}
+LABELLED = {"prompt": PROMPTS, "completion": [" w5 w6", " w7 w8 w9", " w6", " w9 w4"] * 2, "label": [True, False] * 4}
 ADAPTER = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
 ROLLOUTS = {"num_generations": 4, "max_completion_length": 6, "steps_per_generation": 2, "num_iterations": 2}
 CASES = {
     "sft": (SFTTrainer, SFTConfig, {}, {"text": ANSWERS}, {}),
     "sft with lora": (SFTTrainer, SFTConfig, {}, {"text": ANSWERS}, {"peft_config": peft.LoraConfig(**ADAPTER)}),
     "dpo": (DPOTrainer, DPOConfig, {}, PREFERENCES, {}),  # with a reference model, which has an engine from the start
+    "kto": (KTOTrainer, KTOConfig, {}, LABELLED, {}),
     "grpo": (GRPOTrainer, GRPOConfig, ROLLOUTS, {"prompt": PROMPTS}, {"reward_funcs": reward}),
+    "rloo": (RLOOTrainer, RLOOConfig, ROLLOUTS, {"prompt": PROMPTS}, {"reward_funcs": reward}),  # and a reference model
 }
 
 
@@ -72,9 +88,10 @@ def run(name: str) -> dict:
     theirs, ours = build(name), build(name)
     before = parameters(ours.model)
     whole, runs = placed(ours), []
-    for trainer in (theirs, ours):
+    for trainer, head in ((theirs, trl_utils._ChunkedLogProbFunction), (ours, None)):
         torch.manual_seed(0)  # of rollouts
-        trainer.train()
+        with mock.patch.object(trl_utils, "_ChunkedLogProbFunction", head):  # None: no call may reach TRL's own head
+            trainer.train()
         runs.append(([log["loss"] for log in trainer.state.log_history if "loss" in log], parameters(trainer.model)))
     (their_losses, their_end), (our_losses, our_end) = runs
     difference, moved = (
@@ -84,7 +101,7 @@ def run(name: str) -> dict:
 
 
 def main() -> None:
-    deepspeed.init_distributed("gloo")
+    meet()
     if torch.distributed.get_rank() == 0:
         tiny_model().save_pretrained(FOLDER / "model")
     torch.distributed.barrier()

@@ -9,6 +9,7 @@ at the end.
 import json
 import os
 import sys
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -27,6 +28,11 @@ CONFIG = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }  # fmt: skip
+
+
+def meet() -> None:
+    """At a file: the port that was free may be another program's by the time deepspeed is imported."""
+    deepspeed.init_distributed("gloo", init_method=f"file://{Path('meeting').absolute()}", rank=RANK, world_size=RANKS)
 
 
 def build() -> torch.nn.Module:
@@ -54,7 +60,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def main() -> None:
-    deepspeed.init_distributed("gloo")
+    meet()
     model, copy = build(), build()
     CONFIG["zero_optimization"]["stage"] = int(sys.argv[1])
     engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=CONFIG)[0]
