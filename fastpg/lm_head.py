@@ -72,6 +72,7 @@ class LMHead:
         if isinstance(self.weight, torch.nn.Linear):
             self._take(self.weight)
         weight, bias = self.weight, self.bias
+        _check_whole(weight, self.lora)
         if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATING_DTYPES:
             raise TypeError(f"head.weight must be a floating-point tensor (V, H); got {kind(weight)}")
         if weight.dim() != 2 or 0 in weight.shape:
@@ -134,7 +135,8 @@ class LMHead:
 
         Raises ValueError where the model has no output embeddings, or where they are another layer: quantised, with another
         forward of their own, or adapted in another way (several adapters, DoRA, a LoRA bias, LoRA dropout in training); and
-        where their weight is not there, offloaded by accelerate or partitioned by DeepSpeed's ZeRO-3.
+        where their weight is not there: offloaded by accelerate, partitioned by DeepSpeed's ZeRO-3 or sharded by FSDP1, of
+        which they may also be a unit of their own.
         """
         while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
             model = model.module
@@ -161,6 +163,16 @@ def as_head(head: torch.Tensor | torch.nn.Linear | LMHead) -> LMHead:
 def _mixed_dtypes(weight: torch.Tensor, fp32_head: bool) -> set[torch.dtype]:
     """The dtypes that a bias or a LoRA factor may have beside this weight."""
     return set(FLOATING_DTYPES) - {torch.float64} if fp32_head and weight.dtype != torch.float64 else {weight.dtype}
+
+
+def _check_whole(weight: object, lora: object) -> None:
+    factors = lora[:2] if isinstance(lora, tuple) else ()
+    for name, x in (("weight", weight), *zip(("lora's A", "lora's B"), factors, strict=False)):
+        if _is_sharded(x):
+            raise ValueError(
+                f"head.{name} is sharded by FSDP1 (FullyShardedDataParallel) outside the forward of the module that it wraps; "
+                "pass the wrapped model to token_logprobs or causal_lm_policy_loss, or compute the loss in that forward"
+            )
 
 
 def _check_lora(lora: object, weight: torch.Tensor, allowed: set[torch.dtype]) -> None:
@@ -233,6 +245,12 @@ def _layer_and_tensors(layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.T
 
 
 def _linear(layer: torch.nn.Module) -> torch.nn.Module:
+    if _is_fsdp1_unit(layer):
+        raise ValueError(
+            "the output embeddings are a unit of FSDP1 (FullyShardedDataParallel) of their own, which gathers their weight for "
+            "the backward of their own output alone; leave them out of auto_wrap_policy, so that they belong to the unit "
+            "around them, or use FSDP2 (fully_shard)"
+        )
     plain = isinstance(layer, torch.nn.Linear) and _has_forward_of(layer, torch.nn.Linear)
     if not plain and not casts_to_fp32(layer):
         raise ValueError(
@@ -272,7 +290,12 @@ def _active_lora(layer: torch.nn.Module) -> LoRA | None:
         raise ValueError(f"the output embeddings have {len(active)} active LoRA adapters, {active}; one is wanted")
     name = active[0]
     dropout = layer.lora_dropout[name]
-    if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
+    if any(map(_is_fsdp1_unit, (layer.lora_A[name], layer.lora_B[name]))):
+        problem = (
+            "has units of FSDP1 (FullyShardedDataParallel) of its own; leave its layers out of auto_wrap_policy, or use FSDP2 "
+            "(fully_shard)"
+        )
+    elif name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
         problem = "is a variant such as DoRA, which is no low-rank update of the weight"
     elif layer.lora_A[name].bias is not None or layer.lora_B[name].bias is not None:
         problem = "has a bias (lora_bias=True)"
@@ -283,9 +306,26 @@ def _active_lora(layer: torch.nn.Module) -> LoRA | None:
     raise ValueError(f"the output embeddings' LoRA adapter {name!r} {problem}")
 
 
+def is_elsewhere(layer: torch.nn.Module) -> bool:
+    """Whether the weight of output embeddings is whole in a forward alone, of their own or of a module around them."""
+    weight = getattr(layer, "weight", None)
+    return is_partitioned(weight) or (_is_sharded(weight) and not _is_fsdp1_unit(layer))
+
+
 def is_partitioned(weight: torch.Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 holds a share of the weight on every rank, so that there is none here."""
     return hasattr(weight, "ds_id") and weight.shape != getattr(weight, "ds_shape", weight.shape)
+
+
+def _is_sharded(x: object) -> bool:
+    """Whether FSDP1 has left a share of the parameter here, flat, or (use_orig_params=False) a view of memory that it freed."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta or torch.compiler.is_compiling():
+        return False
+    return (x.dim() == 1 and hasattr(x, "_fsdp_flattened")) or (x.numel() > 0 and x.untyped_storage().size() == 0)
+
+
+def _is_fsdp1_unit(layer: object) -> bool:
+    return hasattr(layer, "_fsdp_wrapped_module")
 
 
 def _has_forward_of(layer: torch.nn.Module, cls: type) -> bool:

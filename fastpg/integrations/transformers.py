@@ -33,7 +33,7 @@ from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import linear_policy_loss
 from ..linear.support import Support, predicting
-from ..lm_head import LMHead, is_partitioned
+from ..lm_head import LMHead, is_elsewhere
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput, per_token, refuse_in_one_pass
 from ..loss.reductions import Reduction, mean_of_kept
@@ -290,7 +290,7 @@ def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_he
     replaced = [vars(holder).get("forward") for holder in holders]
     if hasattr(original, _OURS):
         raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
-    if not is_partitioned(getattr(lm.get_output_embeddings(), "weight", None)):
+    if not is_elsewhere(lm.get_output_embeddings()):
         LMHead.from_model(lm, fp32_head=fp32_head)  # for its errors; it is built anew where the weights are whole
 
     @functools.wraps(original)

@@ -26,7 +26,7 @@ from torch import nn
 from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from ..linear.outputs import TokenStatistics
-from ..lm_head import LMHead
+from ..lm_head import LMHead, is_elsewhere
 from ..loss.reductions import mean_of_kept
 from ..validation import IGNORED_TOKEN
 from .deepspeed import gather_for_backward, gathered, gathered_by_layer
@@ -344,7 +344,8 @@ def _check_head(model: nn.Module) -> None:
     try:
         layer.train()
         with gathered(layer.parameters()):
-            LMHead.from_model(model)
+            if not is_elsewhere(layer):  # a reference that FSDP1 has sharded
+                LMHead.from_model(model)
     finally:
         layer.train(training)
 

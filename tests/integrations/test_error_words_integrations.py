@@ -71,6 +71,13 @@ def merged_and_disabled():
     return model
 
 
+def adapter_in_units():
+    """As FSDP1 wraps every trained layer of an adapter, by PEFT's fsdp_auto_wrap_policy."""
+    model = adapted()
+    model.get_output_embeddings().lora_A["default"]._fsdp_wrapped_module = None
+    return model
+
+
 HEADS = {
     "none": (
         lambda: llama().model,
@@ -113,6 +120,11 @@ HEADS = {
     "lora-bias": (
         lambda: adapted(lora_bias=True),
         "ValueError: the output embeddings' LoRA adapter 'default' has a bias (lora_bias=True)",
+    ),
+    "units": (
+        adapter_in_units,
+        "ValueError: the output embeddings' LoRA adapter 'default' has units of FSDP1 (FullyShardedDataParallel) of its own; "
+        "leave its layers out of auto_wrap_policy, or use FSDP2 (fully_shard)",
     ),
     "dropout": (
         lambda: adapted(lora_dropout=0.5).train(),

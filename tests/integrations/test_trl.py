@@ -361,6 +361,45 @@ def test_ddp_and_fsdp2():
     assert max(max(errors) for errors in run_on_ranks(gradients_on_ranks, 2)) < 1e-5
 
 
+def step_under_fsdp1(rank):
+    """Differences from TRL's own head in one process: of the reference's loss, and of parameters after a step."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    generators = [torch.Generator().manual_seed(r) for r in range(dist.get_world_size())]
+    batches = [torch.randint(2, VOCAB, (2, 7), generator=generator) for generator in generators]
+
+    def loss(model, *ids):
+        return sum(model(x, labels=x, fused_lm_head=True).loss for x in ids) / len(ids)
+
+    def step(model, *ids):
+        loss(model, *ids).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    alone, before, found = fused(tiny_model()), tiny_model(), []
+    own = loss(alone, batches[rank]).item()
+    step(alone, *batches)
+    for use_orig_params in (True, False):
+        options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+        model, reference = fused(tiny_model()), FullyShardedDataParallel(fused(tiny_model()), **options)
+        use_fastpg(stub(model, reference))  # TRL wraps the reference when the trainer is built, the policy when it trains
+        with torch.no_grad():
+            found.append(abs(loss(reference, batches[rank]).item() - own))
+        wrapped = FullyShardedDataParallel(model, **options)
+        step(wrapped, batches[rank])
+        with torch.no_grad(), FullyShardedDataParallel.summon_full_params(wrapped):
+            ends = [[*m.parameters()] for m in (wrapped, alone, before)]
+            found += [max(float((p - q).abs().max()) for p, q in zip(*ends[:2], strict=True))]
+            assert min(float((p - q).abs().max()) for p, q in zip(*ends[::2], strict=True)) > 1e-4
+    return found
+
+
+def test_fsdp1():
+    for found in run_on_ranks(step_under_fsdp1, 2):
+        assert len(found) == 4
+        assert max(found) < 1e-5
+
+
 def test_a_head_that_zero3_has_partitioned(calls, monkeypatch):
     """test_deepspeed.py trains with DeepSpeed itself, of which newer versions gather by themselves what a forward reads."""
     registered, ids = replace_deepspeed(monkeypatch), torch.randint(2, VOCAB, (2, 7))

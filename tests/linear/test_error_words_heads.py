@@ -17,6 +17,13 @@ def meta(*shape):
 
 W, A, B = torch.ones(V, H), torch.ones(2, H), torch.ones(V, 2)
 TRAINED = torch.ones(V, H, requires_grad=True)
+FLAT, FREED = torch.nn.Parameter(torch.ones(5)), torch.ones(V, H)  # as FSDP1 leaves them
+FLAT._fsdp_flattened = True
+FREED.untyped_storage().resize_(0)
+SHARDED = (
+    "is sharded by FSDP1 (FullyShardedDataParallel) outside the forward of the module that it wraps; pass the wrapped model to "
+    "token_logprobs or causal_lm_policy_loss, or compute the loss in that forward"
+)
 BUILT = {
     "weight-list": (lambda: LMHead([[1.0]]), "TypeError: head.weight must be a floating-point tensor (V, H); got list"),
     "weight-int": (lambda: LMHead(W.int()), "TypeError: head.weight must be a floating-point tensor (V, H); got torch.int32"),
@@ -32,6 +39,10 @@ BUILT = {
         lambda: LMHead(W[:, :0]),
         "ValueError: head.weight must be (V, H) with V >= 1 and H >= 1; got shape (7, 0)",
     ),
+    "weight-flat": (lambda: LMHead(FLAT), f"ValueError: head.weight {SHARDED}"),
+    "weight-freed": (lambda: LMHead(FREED), f"ValueError: head.weight {SHARDED}"),
+    "lora-a-flat": (lambda: LMHead(W, lora=(FLAT, B, 1.0)), f"ValueError: head.lora's A {SHARDED}"),
+    "lora-b-freed": (lambda: LMHead(W, lora=(A, FREED, 1.0)), f"ValueError: head.lora's B {SHARDED}"),
     "fp32-head-int": (lambda: LMHead(W, fp32_head=1), "TypeError: head.fp32_head must be True or False; got int"),
     "fp32-head-none": (lambda: LMHead(W, fp32_head=None), "TypeError: head.fp32_head must be True or False; got NoneType"),
     "bias-list": (

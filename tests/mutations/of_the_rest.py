@@ -59,6 +59,14 @@ MUTATIONS = [
         "patched_without_items",
     ),
     Mutation(
+        "FSDP1: the head is read before the forward that gathers it",
+        "fastpg/integrations/transformers.py",
+        "if not is_elsewhere(lm.get_output_embeddings()):",
+        "if True:",
+        "fsdp",
+        "fsdp1_trains",
+    ),
+    Mutation(
         "recorded_support: before top-k and top-p",
         "fastpg/integrations/sampling.py",
         "[*found, calls[-1].recorder]",
