@@ -155,6 +155,29 @@ class LMHead:
         return cls(weight, bias, softcap, _config_scale(config), lora, fp32_head=fp32_head)
 
 
+def other_logits(model: PreTrainedModel, head: LMHead, bare: bool) -> str:
+    """What is said of a model whose own logits are not those of its head. bare: they are the products of its lm_head alone."""
+    read = f"softcap={head.softcap}, logit_scale={head.logit_scale}, as read from its configuration"
+    said = f"{type(model).__name__} does something else to its logits than {read}; compute its logits in full"
+    return (bare and left_out(model)) or said
+
+
+def left_out(model: PreTrainedModel) -> str:
+    """What is said of a model that leaves out the scale or the cap of the text model within it; "" if it has no such model."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    values = {key: getattr(config, key, None) for key in (*_SOFTCAP_NAMES, *_MULTIPLIER_NAMES, "logits_scaling")}
+    given = {key: x for key, x in values.items() if isinstance(x, (int, float)) and x not in (0, 1)}
+    if config is model.config or not given:
+        return ""
+    neutral = " and ".join(f"model.config.get_text_config().{key} = {None if key in _SOFTCAP_NAMES else 1.0}" for key in given)
+    return (
+        f"{name} returns logits without the {', '.join(f'{key}={x}' for key, x in given.items())} of its text model's "
+        f"configuration ({type(config).__name__}), by which a server that runs that text model, such as vLLM, samples. For the "
+        f"logits of {name} set {neutral}; for those of the text model give its last_hidden_state to linear_logprobs or "
+        "linear_policy_loss, with LMHead.from_model(model)"
+    )
+
+
 def as_head(head: torch.Tensor | torch.nn.Linear | LMHead) -> LMHead:
     """A bare (V, H) weight is a head without bias, cap or scale, and a Linear layer one with its bias."""
     return head if isinstance(head, LMHead) else LMHead(head)

@@ -26,7 +26,7 @@ from torch import nn
 from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import TokenLogprobs, linear_logprobs
 from ..linear.outputs import TokenStatistics
-from ..lm_head import LMHead, is_elsewhere
+from ..lm_head import LMHead, is_elsewhere, left_out
 from ..loss.reductions import mean_of_kept
 from ..validation import IGNORED_TOKEN
 from .deepspeed import gather_for_backward, gathered, gathered_by_layer
@@ -371,7 +371,12 @@ def _check_against_own_logits(model: nn.Module, scorer: _Scorer) -> None:
     own = (logits / scorer.settings.temperature).log_softmax(-1).gather(-1, unlikely[..., None])[..., 0]
     ours = scorer(model, states[0], unlikely).logprobs.to(own.device)
     largest = float(logits[logits.isfinite()].abs().max()) / scorer.settings.temperature
-    if not torch.allclose(ours, own, rtol=0, atol=rounding * largest + 1e-5):
+    tolerance = rounding * largest + 1e-5
+    if not torch.allclose(ours, own, rtol=0, atol=tolerance):
+        bare = dataclasses.replace(LMHead.from_model(model), softcap=None, logit_scale=1.0)
+        products = linear_logprobs(states[0], bare, unlikely, temperature=scorer.settings.temperature).logprobs.to(own.device)
+        if torch.allclose(products, own, rtol=0, atol=tolerance) and left_out(model):
+            raise ValueError(f"{left_out(model)}, or keep TRL's own head, which reads that configuration")
         raise ValueError(
             f"{type(model).__name__}'s own logits are not those of LMHead.from_model on its hidden states: log-probabilities "
             f"differ by {float((ours - own).abs().max()):.3g}; the model does something between them that fastpg does not know"
