@@ -18,6 +18,7 @@ import functools
 import types
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ _NEEDED = "fastpg.integrations.trl needs trl >= 1.16, the first whose trainers c
 _TESTED = "1.16.0"  # the versions of TRL that the tests have run on, the oldest and the newest of them being one
 # what TRL's head may be asked for beside log_probs: names of `linear_logprobs` too
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_TREE_ATTENTION = "tree_fa3"  # AsyncGRPOTrainer's: it wants further arguments, which describe packed rows
 _ANSWERED = ("loss", "log_probs", *_STATISTICS, "label_mask", "aux_loss")
 
 
@@ -115,7 +117,7 @@ def use_fastpg(trainer: Any, *, workspace: int | None = None, backend: str | Non
     for (model, _), scorer in zip(found, scorers, strict=True):
         _check_head(model)
         if model is found[0][0]:
-            with trainer.accelerator.autocast(), gathered_by_layer(model):
+            with trainer.accelerator.autocast(), gathered_by_layer(model), _attention_to_a_row(model):
                 _check_against_own_logits(model, scorer)
     for (model, _), scorer in zip(found, scorers, strict=True):
         heads._placed.append(_place(model, scorer, output))
@@ -348,6 +350,21 @@ def _check_head(model: nn.Module) -> None:
                 LMHead.from_model(model)
     finally:
         layer.train(training)
+
+
+@contextmanager
+def _attention_to_a_row(model: nn.Module) -> Iterator[None]:
+    """Within the context the model can be called with a row of tokens alone. Its lm_head does not depend on its attention."""
+    config = model.config.get_text_config()
+    own = getattr(config, "_attn_implementation", None)
+    if own != _TREE_ATTENTION:
+        yield
+        return
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 @torch.no_grad()

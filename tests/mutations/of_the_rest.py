@@ -59,6 +59,14 @@ MUTATIONS = [
         "patched_without_items",
     ),
     Mutation(
+        "TRL: AsyncGRPOTrainer's attention is called without its rows",
+        "fastpg/integrations/trl.py",
+        "if own != _TREE_ATTENTION:",
+        "if True:",
+        "trl_async",
+        "async_grpo_is_trls",
+    ),
+    Mutation(
         "FSDP1: the head is read before the forward that gathers it",
         "fastpg/integrations/transformers.py",
         "if not is_elsewhere(lm.get_output_embeddings()):",

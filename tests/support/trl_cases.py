@@ -17,6 +17,7 @@ def table() -> str:
         "KTOTrainer": (KTO_LOSSES, "entropy, mean_logits"),
         "GRPOTrainer": (GRPO_LOSSES, "entropy"),
         "RLOOTrainer": ([], "entropy"),
+        "AsyncGRPOTrainer": ([], "entropy"),
     }
     lines = ["| trainer | `loss_type` | reads beside log-probabilities |", "|---|---|---|"]
     lines += [f"| {name} | {', '.join(losses) or 'has none'} | {reads} |" for name, (losses, reads) in rows.items()]
