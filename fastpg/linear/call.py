@@ -57,6 +57,16 @@ def prepare(
     return Inputs(hidden, head, tokens, mask, temperature, choose_backend(backend, hidden), check)
 
 
+def skips_silenced(skip_silenced: bool | None, inputs: Inputs) -> bool:
+    """Whether rows without a gradient leave the products of the gradients. None: where the host knows their number anyway."""
+    if skip_silenced is not None and not isinstance(skip_silenced, bool):
+        raise TypeError(f"skip_silenced must be True, False or None; got {skip_silenced!r}")
+    if skip_silenced and not inputs.host_reads:
+        raise ValueError("skip_silenced=True needs check=True: the host reads how many rows are left")
+    is_free = inputs.host_reads and inputs.hidden.device.type == "cpu" and inputs.backend == "torch"
+    return is_free if skip_silenced is None else skip_silenced
+
+
 class Counted(NamedTuple):
     """Which tokens count, and which of them are computed: all, unless some add exactly 0 to a loss."""
 

@@ -11,15 +11,16 @@ import torch
 from ..distributed import vocab_parallel
 from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
+from ..tiles.host_read import HostRead
 from ..tiles.structures import Asked, Entries, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted, is_further
 from . import operators
 from .call import (
-    Inputs,
     counted,
     differentiable,
     head_of,
     needs_gradient,
     prepare,
+    skips_silenced,
     with_inputs,
     without_autocast,
 )
@@ -52,6 +53,7 @@ class LogprobOptions(TypedDict, total=False):
     support: Support | None
     temperature: float | torch.Tensor
     entropy: bool
+    skip_silenced: bool | None
     workspace: int | None
     backend: str | None
     check: bool
@@ -87,6 +89,7 @@ def linear_logprobs(
     entropy: bool = False,
     outputs: Sequence[str] = (),
     top_k: int = 0,
+    skip_silenced: bool | None = None,
     workspace: int | None = None,
     backend: str | None = None,
     check: bool = True,
@@ -133,6 +136,8 @@ def linear_logprobs(
         entropy: also return the entropy of each row, in nats.
         outputs: any of the names above, as a tuple or a list.
         top_k: from 0 to 8, and at most V.
+        skip_silenced: backward leaves out tokens all of whose incoming gradients are 0 (a clip, a mask). True: the host waits
+            for their number. None: True with backend="torch" on a CPU, False elsewhere. Vocab-parallel heads compute all.
         workspace: bytes of transient memory; default 256 MiB on a CPU, 1 GiB on accelerators. On top come the results, and
             one fp32 copy of dX. Log-probabilities do not depend on it.
         backend: "torch" or "triton"; None: triton for CUDA and ROCm tensors, torch elsewhere. The environment variable
@@ -154,8 +159,10 @@ def linear_logprobs(
         if isinstance(mask, Kept) and mask.skips:
             raise ValueError("mask=kept(mask, advantages) leaves out tokens whose advantage is 0: pass kept(mask)")
         check_top_k(asked.top_k, inputs.head)
+        skips = skips_silenced(skip_silenced, inputs)
         tokens_that_count = counted(inputs, support=support)
         chunk_rows = plan_logprobs(head_of(inputs.head), asked=asked, workspace=workspace, backend=inputs.backend)
+        how = How(chunk_rows, inputs.backend, skips)
         agreed.describe(
             inputs,
             tokens_that_count.keep,
@@ -167,9 +174,9 @@ def linear_logprobs(
         rows = rows_of(inputs, tokens_that_count)
         sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=not (is_further(asked) or asked.logsumexp))
         if sets is None:
-            found = rows_results(rows, inputs.head, asked, chunk_rows, inputs.backend)
+            found = rows_results(rows, inputs.head, asked, how)
         else:
-            found = _over_sets(sets, asked, chunk_rows, inputs)
+            found = _over_sets(sets, asked, how, inputs.head)
     tokens_that_count.check()
     if len(outputs) or asked.top_k:
         return token_statistics(found, rows, tokens.shape, inputs.head.vocab_start or 0, outputs)
@@ -177,25 +184,30 @@ def linear_logprobs(
     return TokenLogprobs(*(None if v is None else rows.scatter(v).reshape(tokens.shape) for v in values))
 
 
-def _over_sets(sets: RowSets, asked: Asked, chunk_rows: int, inputs: Inputs) -> RowResults:
+class How(NamedTuple):
+    """How a call computes its rows."""
+
+    chunk_rows: int
+    backend: str
+    skip_silenced: bool  # backward leaves out rows without an incoming gradient
+
+
+def _over_sets(sets: RowSets, asked: Asked, how: How, head: LMHead) -> RowResults:
     """The results of rows whose softmax is over a set of their own each."""
-    head, backend = inputs.head, inputs.backend
     large = small = None
     if sets.large is not None:
-        large = rows_results(sets.large, head, asked, chunk_rows, backend)
+        large = rows_results(sets.large, head, asked, how)
         large = sets.over_their_sets(large, vocab_size_of(head, head.group) if asked.mean else 0)
     if sets.small is not None:
-        small = rows_results(sets.small, head, asked, chunk_rows, backend, sets.entries)
+        small = rows_results(sets.small, head, asked, how, sets.entries)
     return sets.together(large, small)
 
 
-def rows_results(
-    rows: Rows, head: LMHead, asked: Asked, chunk_rows: int, backend: str, entries: Entries | None = None
-) -> RowResults:
+def rows_results(rows: Rows, head: LMHead, asked: Asked, how: How, entries: Entries | None = None) -> RowResults:
     """What is asked of the rows, each over its own entries where these are given. Where an input needs a gradient,
     log-probabilities, entropies and logsumexps have one, and the other numbers of `RowStatistics` are None."""
     first_column = 0 if head.group is None else head.vocab_start
-    call = _Call(rows, head_of(head), asked, chunk_rows, backend, head.group, first_column, entries, head.weight_grad)
+    call = _Call(rows, head_of(head), asked, how, head.group, first_column, entries, head.weight_grad)
     if not needs_gradient(rows.hidden, head):
         with torch.no_grad():
             return _found(call)[0]
@@ -209,8 +221,7 @@ class _Call(NamedTuple):
     rows: Rows
     head: Head
     asked: Asked
-    chunk_rows: int
-    backend: str
+    how: How
     group: vocab_parallel.Group
     first_column: int
     entries: Entries | None  # of rows whose softmax is over small sets; None: over all columns, or those of `rows.allowed`
@@ -219,10 +230,10 @@ class _Call(NamedTuple):
 
 def _found(call: _Call) -> tuple[RowResults, Entries | None]:
     """The results of the rows, and the entries with their logits."""
-    rows, head, asked, chunk_rows, backend, group, first_column, entries, _ = call
+    rows, head, asked, how, group, first_column, entries, _ = call
     if entries is None:
-        return row_results(rows, head, asked, chunk_rows, backend, group, first_column), None
-    return set_results(rows, head, entries, asked, backend, group, first_column)
+        return row_results(rows, head, asked, how.chunk_rows, how.backend, group, first_column), None
+    return set_results(rows, head, entries, asked, how.backend, group, first_column)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -267,10 +278,24 @@ def vocab_size_of(head: Head | LMHead, group: vocab_parallel.Group) -> int | tor
     return vocab if group is None else vocab_parallel.sum_over_ranks(torch.tensor([vocab], device=head.weight.device), group)
 
 
+def _with_gradient(rows: Rows, statistics: RowStatistics, incoming: Incoming) -> tuple[Rows, RowStatistics, Incoming]:
+    """Those rows that have an incoming gradient. A row whose log-probability is NaN stays, so that its gradient is NaN too."""
+    has_one = statistics.logprobs.isnan()
+    for gradient in incoming:
+        has_one = has_one if gradient is None else has_one | (gradient != 0)
+    count = HostRead(has_one.sum()).read()
+    if count == len(has_one):
+        return rows, statistics, incoming
+    places = torch.nonzero_static(has_one, size=count)[:, 0]
+    return rows.select(places), statistics.select(places), incoming.select(places)
+
+
 def gradients_of(call: _Call, statistics: RowStatistics, incoming: Incoming, wanted: Wanted) -> Gradients:
     """The two-pass backward. dX is summed over the ranks of the group, so it is complete on each."""
     rows, group = call.rows, call.group
-    plan = Plan(call.chunk_rows, call.backend, group is not None)
+    plan = Plan(call.how.chunk_rows, call.how.backend, group is not None)
+    if call.how.skip_silenced and group is None and call.entries is None:
+        rows, statistics, incoming = _with_gradient(rows, statistics, incoming)
     with without_autocast(rows.hidden.device):  # backward() may be called under autocast
         if call.entries is None:
             gradients = operators.two_pass_backward(rows, call.head, statistics, incoming, wanted, plan, call.weight_grad)

@@ -12,9 +12,10 @@ from ..tiles.backend import tiles_of
 from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
 from ..tiles.structures import Further, Gradients, Head, RowResults, RowStatistics, TokenTerms, is_further
-from .anchored import Options, TokenLosses, kept_results, loss_gradient, one_pass
+from .anchored import kept_results, one_pass
 from .call import Inputs, differentiable, with_inputs
-from .linear_logprobs import rows_results, vocab_size_of
+from .first_product import Options, TokenLosses, loss_gradient
+from .linear_logprobs import How, rows_results, vocab_size_of
 from .rows import Rows
 from .support import RowSets, Support, sets_of
 
@@ -36,7 +37,7 @@ class Result(NamedTuple):
     loss: torch.Tensor  # ()
     rows: RowResults  # (K, ...)
     summary: torch.Tensor | None = None  # metrics, where kernels have computed the loss of all rows
-    again: torch.Tensor | None = None  # (2,): rows that were computed again, and whether dW was too; None: none
+    again: torch.Tensor | None = None  # (3,): as in `OnePass`
 
 
 def over_sets(support: Support | None, vocab_size: int | None, call: Call, inputs: Inputs) -> Result:
@@ -56,7 +57,7 @@ def over_sets(support: Support | None, vocab_size: int | None, call: Call, input
     large = small = again = None
     logprobs = torch.zeros_like(terms.advantages)
     if sets.small is not None:
-        small = rows_results(sets.small, head, asked, options.plan.two_pass_rows, options.backend, sets.entries)
+        small = rows_results(sets.small, head, asked, _how(options), sets.entries)
         logprobs = sets.placed([(small.statistics.logprobs, sets.at_small)])
     loss = _TokenLoss.apply(logprobs[sets.others], call.losses, terms.select(sets.others))
     if sets.large is not None:
@@ -91,11 +92,15 @@ def detached(found: RowResults) -> RowResults:
     return RowResults(RowStatistics(*statistics), Further(*further))
 
 
+def _how(options: Options) -> How:
+    return How(options.plan.two_pass_rows, options.backend, options.skip_silenced)
+
+
 def _two_passes(call: Call, head: LMHead) -> Result:
     """The loss of float16 inputs. In one pass their E would underflow, and so would gradients that are rounded before the
     factor of a gradient scaler is known. Here they are computed in backward, with that factor inside."""
     options, terms, rows = call.options, call.terms, call.rows
-    found = kept_results(rows_results(rows, head, options.asked, options.plan.two_pass_rows, options.backend), terms)
+    found = kept_results(rows_results(rows, head, options.asked, _how(options)), terms)
     loss = _TokenLoss.apply(found.statistics.logprobs, call.losses, terms)
     return Result(loss, detached(found))
 

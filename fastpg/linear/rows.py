@@ -19,6 +19,22 @@ def part(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return x if start == 0 and stop == x.shape[0] else x[start:stop]
 
 
+# rows that are moved at a time: few, so that the copy is small
+_MOVED = 16
+
+
+def move_rows(x: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """Makes the `count` chosen rows of x (C, ...) its first ones, in place. Returns which row is where, (count,).
+
+    As few as possible move: chosen rows behind the first `count` take the places of those before that are not chosen.
+    """
+    empty, later = (~chosen[:count]).nonzero()[:, 0], chosen[count:].nonzero()[:, 0] + count
+    for start in range(0, len(empty), _MOVED):
+        span = slice(start, start + _MOVED)
+        x[empty[span]] = x[later[span]]
+    return torch.arange(count, device=x.device).index_copy_(0, empty, later)
+
+
 class Rows(NamedTuple):
     """The K rows of hidden (N, H) that a call computes.
 

@@ -17,6 +17,8 @@ Counts of the one-pass loss (`linear_policy_loss`), which are 0 elsewhere:
     skipped_tokens     tokens that count and were not computed, because they add exactly 0
     recomputed_tokens  tokens whose sums had left their range
     repeated_products  1 where dW was computed a second time, to be rounded once with those tokens
+    silenced_tokens    computed tokens whose gradient was seen to be 0, and which products 2 and 3 left out
+    work_saved         the share of the three products of all tokens that skipped and silenced tokens have saved
 
 They come from the step's vectors (`Step`). Where kernels have computed the loss, they have left sums of most of them
 (`Summary`), so that nothing remains to be computed.
@@ -44,9 +46,11 @@ _NAMES = (
     "skipped_tokens",
     "recomputed_tokens",
     "repeated_products",
+    "silenced_tokens",
+    "work_saved",
 )
 
-_OF_FLAGGED_ROWS = ("recomputed_tokens", "repeated_products")
+_OF_SWEEP = ("recomputed_tokens", "repeated_products", "silenced_tokens")
 
 
 class Step(NamedTuple):
@@ -59,7 +63,7 @@ class Step(NamedTuple):
     sequences: Sequences | None
     entropies: torch.Tensor | None = None  # (...)
     numbers: torch.Tensor | None = None  # int64: how many tokens count, and how many of them were computed
-    again: torch.Tensor | None = None  # (2,) int64: recomputed tokens, repeated products; None: none
+    again: torch.Tensor | None = None  # (3,) int64, by `_OF_SWEEP`; None: none
 
 
 class Summary(NamedTuple):
@@ -67,7 +71,8 @@ class Summary(NamedTuple):
 
     metrics: torch.Tensor  # by `SUMMARY`
     has_entropy: bool
-    numbers: torch.Tensor  # as in Step
+    numbers: torch.Tensor  # these two as in Step
+    again: torch.Tensor | None = None
 
 
 class Metrics(Mapping):
@@ -130,8 +135,10 @@ def _summarised(step: Summary, name: str) -> torch.Tensor:
         return step.numbers[1].clone()
     if name == "skipped_tokens":
         return step.numbers[0] - step.numbers[1]
-    if name in _OF_FLAGGED_ROWS:  # a step that has any is shown by its vectors
-        return torch.zeros_like(step.numbers[0])
+    if name in _OF_SWEEP:
+        return _of_sweep(step, name)
+    if name == "work_saved":
+        return _work_saved(step)
     return step.metrics[SUMMARY.index(name)].clone()
 
 
@@ -140,8 +147,10 @@ def _metric(step: Step, name: str) -> torch.Tensor:
         return _count(step)
     if name == "skipped_tokens":
         return torch.zeros_like(_count(step)) if step.numbers is None else step.numbers[0] - step.numbers[1]
-    if name in _OF_FLAGGED_ROWS:
-        return torch.zeros_like(_count(step)) if step.again is None else step.again[_OF_FLAGGED_ROWS.index(name)].clone()
+    if name in _OF_SWEEP:
+        return _of_sweep(step, name)
+    if name == "work_saved":
+        return _work_saved(step)
     if name == "entropy":
         return _mean(step, step.entropies)
     d = _kept(step, step.logprobs - step.old_logprobs)
@@ -154,6 +163,19 @@ def _metric(step: Step, name: str) -> torch.Tensor:
     if name == "ess":
         return _effective_sample_size(step, d)
     return _mean(step, -d if name == "kl_k1" else d.expm1() - d)
+
+
+def _of_sweep(step: Step | Summary, name: str) -> torch.Tensor:
+    if step.again is not None:
+        return step.again[_OF_SWEEP.index(name)].clone()
+    return torch.zeros_like(_count(step) if step.numbers is None else step.numbers[0])
+
+
+def _work_saved(step: Step | Summary) -> torch.Tensor:
+    if step.numbers is None:
+        return torch.zeros_like(_count(step), dtype=torch.float32)
+    tokens, computed = step.numbers[0], step.numbers[1]
+    return (tokens - computed + _of_sweep(step, "silenced_tokens") * 2 / 3) / tokens.clamp(min=1)
 
 
 def _kept(step: Step, values: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: factors out of range are not flagged",
-        "fastpg/linear/anchored.py",
+        "fastpg/linear/first_product.py",
         "flagged = flagged | ~_factor_in_range(factor, g)",
         "flagged = flagged | (factor != factor)",
         "one_pass",
@@ -69,7 +69,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one pass: flagged rows add to their chunk as well",
-        "fastpg/linear/anchored.py",
+        "fastpg/linear/first_product.py",
         "factor = factor.masked_fill(flagged, 0)",
         "factor = factor",
         "one_pass",
@@ -189,7 +189,7 @@ MUTATIONS = [
     ),
     Mutation(
         "vocab-parallel: the owner's entry from its own sum",
-        "fastpg/linear/anchored.py",
+        "fastpg/linear/first_product.py",
         "torch.where(in_range, -after * slope, 0)",
         "torch.where(in_range, -before * slope, 0)",
         "vocab_parallel",
@@ -391,6 +391,30 @@ MUTATIONS = [
         "mixed = (mixed ^ (mixed >> 15)) * 3",
         "vocab_parallel_support",
         "agree",
+    ),
+    Mutation(
+        "silenced: rows that are left out move nothing into their places",
+        "fastpg/linear/rows.py",
+        "x[empty[span]] = x[later[span]]",
+        "pass",
+        "silenced",
+        "gradients_are_those and one_pass",
+    ),
+    Mutation(
+        "silenced: their rows of dX are not cleared",
+        "fastpg/linear/anchored.py",
+        "part(self.dhidden, span.start, span.stop).zero_()",
+        "part(self.dhidden, span.start, span.stop).fill_(1)",
+        "silenced",
+        "where_all and one_pass",
+    ),
+    Mutation(
+        "silenced: a row with an incoming gradient of its entropy alone is left out",
+        "fastpg/linear/linear_logprobs.py",
+        "for gradient in incoming:",
+        "for gradient in incoming[:1]:",
+        "silenced",
+        "entropy_bonus",
     ),
     Mutation(
         "support: the loss leaves out rows whose set is their token alone",
