@@ -240,15 +240,30 @@ def check_support(support: Support, tokens: torch.Tensor) -> None:
             raise ValueError(f"support.{name} is on {x.device} but tokens is on {tokens.device}")
 
 
+class _Predicting(Support):
+    """Sets at the states that predict their tokens, which `check_sets` has seen, but without knowing the vocabulary."""
+
+    largest: int  # of the ids of tokens that count; -1 for none
+
+    def to(self, device: torch.device | str) -> Support:
+        return _predicting(super().to(device), self.largest)
+
+
+def _predicting(support: Support, largest: int) -> Support:
+    found = _Predicting(*support)
+    found.largest = largest
+    return found
+
+
 def predicting(support: Support | None, tokens: torch.Tensor, check: bool) -> Support | None:
     """The sets at the states that predict their tokens, one place earlier, as `tokens` (B, T) stand there, -100 for none."""
     if support is None:
         return None
     check_support(support, tokens)
     ahead = support.shifted()
-    if check:  # here errors can name the tokens' own positions; a later check knows the size of the vocabulary
-        check_sets(ahead, tokens != validation.IGNORED_TOKEN, tokens, None, first=1)
-    return ahead
+    if not check:
+        return ahead
+    return _predicting(ahead, check_sets(ahead, tokens != validation.IGNORED_TOKEN, tokens, None, first=1))
 
 
 def _rows_of_ids(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,16 +273,21 @@ def _rows_of_ids(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
     return row.clamp(max=max(len(offsets) - 2, 0)), (place >= offsets[0]) & (place < offsets[-1])
 
 
-def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab: int | None, first: int = 0) -> None:
+def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab: int | None, first: int = 0) -> int:
     """Raises ValueError for sets of tokens that count, keep (...), which are no sets of the vocabulary with their token.
 
-    vocab: None where ranks hold parts of it; they compare the largest id themselves. first: the position that errors call the
-    first one. The host waits once.
+    vocab: None where it is not known, or ranks hold parts of it; they compare the largest id themselves. first: the position
+    that errors call the first one. Returns the largest of the ids, -1 for none. The host waits once; of sets that were checked
+    without a vocabulary it need not.
     """
+    if isinstance(support, _Predicting):
+        if vocab is None or support.largest < vocab:
+            return support.largest
+        first = 1  # errors name the tokens' own positions
     keep, flat, ids = keep.reshape(-1), tokens.reshape(-1), support.ids
     sizes, (row, inside) = support.sizes(), _rows_of_ids(support)
     if not len(flat):
-        return
+        return -1
     counts = keep if support.whole is None else keep & ~support.whole
     used = inside & counts[row]
     own = torch.zeros_like(flat, dtype=torch.int32).index_add_(0, row, (used & (ids == flat[row])).int())
@@ -279,8 +299,10 @@ def check_sets(support: Support, keep: torch.Tensor, tokens: torch.Tensor, vocab
     again[keys.indices[1:]] = keys.values[1:] == keys.values[:-1]
     wrong_offsets = (sizes < 0).any() | (support.offsets[0] < 0) | (support.offsets[-1] > len(ids))
     problems = (wrong_offsets[None], counts & (sizes == 0), foreign, again, counts & (own == 0))
-    if not any(torch.stack([x.any() for x in problems]).tolist()):
-        return
+    largest = torch.cat([torch.where(used, ids, -1), ids.new_full((1,), -1)]).amax()
+    *found, highest = torch.stack([*(x.any() for x in problems), largest]).tolist()
+    if not any(found):
+        return highest
     if bool(wrong_offsets):
         raise ValueError(f"support.offsets must ascend, from 0 or more to at most the number of ids, {len(ids)}")
     kinds = ("empty", "foreign", "again", "missing")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from sampled_sets import MIXED, random_sets
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpg import CISPO, PPOClip, Reinforce, Support
 from fastpg.integrations.transformers import causal_lm_policy_loss, token_logprobs
@@ -128,6 +129,26 @@ def test_policy_loss(name, layout, check):
     assert (out.logprobs - torch.where(keep, logprobs, 0)).abs().max() < 1e-9
     assert out.metrics["recomputed_tokens"] == 0
     same_gradients(model, out.loss, want)
+
+
+@pytest.mark.parametrize("function", [token_logprobs, causal_lm_policy_loss], ids=lambda f: f.__name__)
+def test_sets_are_checked_once(function):
+    """That is a sort of all ids. It is done before the model runs, whose head then compares the largest id alone."""
+    model, batch, sorts = build(), Batch.of("padded"), []
+    ids = batch.support.ids.numel()
+
+    class Sorts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "sort" and args[0].numel() == ids:
+                sorts.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    given = batch.inputs()
+    if function is causal_lm_policy_loss:
+        given |= {"old_logprobs": None, "advantages": torch.ones(B), "objective": CISPO()}
+    with Sorts(), torch.no_grad():
+        function(model, **given)
+    assert sorts == [ids]
 
 
 @LAYOUTS
