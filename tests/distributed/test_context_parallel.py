@@ -5,12 +5,10 @@ Also hidden states that are sharded along the tokens before a vocab-parallel hea
 
 from __future__ import annotations
 
-import traceback
-
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import results_of, run_jobs, run_on_ranks
 from torch import nn
 
 from fastpg import CISPO, GSPO, ImportanceWeighted, KLPenalty, LMHead, linear_cispo_loss, linear_logprobs, policy_loss
@@ -190,27 +188,17 @@ def parts_of_the_head() -> list[torch.Tensor]:
 CASES = [(layout, name) for layout in LAYOUTS for name in (*OF_TOKENS, *OF_SEQUENCES)]
 
 
-def run_jobs(rank: int) -> dict:
-    jobs = {case: (of_rank, *case) for case in CASES} | {"summed": (of_rank, "rows", "GSPO", True)}
-    results = {}
-    for name, (job, *arguments) in (jobs | {"sharded tokens": (sharded_tokens,)}).items():
-        try:
-            results[name] = job(rank, *arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    return results
+JOBS = {case: (of_rank, *case) for case in CASES}
+JOBS |= {"summed": (of_rank, "rows", "GSPO", True), "sharded tokens": (sharded_tokens,)}
+
+
+def every_job(rank: int) -> dict:
+    return run_jobs(JOBS, rank)
 
 
 @pytest.fixture(scope="module")
 def done() -> list[dict]:
-    return run_on_ranks(run_jobs, RANKS, timeout=120)
-
-
-def results_of(done: list[dict], name: object) -> list:
-    results = [of_rank[name] for of_rank in done]
-    failed = [r for r in results if isinstance(r, str)]
-    assert not failed, failed[0]
-    return results
+    return run_on_ranks(every_job, RANKS, timeout=120)
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

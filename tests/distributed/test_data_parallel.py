@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import traceback
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import results_of, run_jobs, run_on_ranks
 from torch import nn
 
 from fastpg import LMHead, linear_cispo_loss, linear_logprobs, masked_mean
@@ -280,18 +279,12 @@ ONE_CALL = {
 ONCE = {"counts": (2, counts, ()), "wrong DTensors": (2, wrong_dtensors, ())}
 
 
-def run_jobs(rank: int, ranks: int) -> dict:
+def every_job(rank: int, ranks: int) -> dict:
     jobs = {
         (n, one): (r, job, (*given, one)) for n, (r, job, given, *_) in (TRAINED | ONE_CALL).items() for one in (True, False)
     }
-    results = {}
-    for name, (on, job, arguments) in (jobs | ONCE).items():
-        if on == ranks:
-            try:
-                results[name] = job(rank, ranks, *arguments)
-            except Exception:
-                results[name] = traceback.format_exc()
-    return results
+    mine = {name: (job, *arguments) for name, (on, job, arguments) in (jobs | ONCE).items() if on == ranks}
+    return run_jobs(mine, rank, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -299,17 +292,14 @@ def done() -> dict:
     return {}
 
 
-def results_of(done: dict, ranks: int, name: object) -> list:
+def of_each_rank(done: dict, ranks: int, name: object) -> list:
     """By rank, of one job; the first one asked for runs all of that number of ranks."""
     if ranks not in done:
         done[ranks] = None
-        done[ranks] = run_on_ranks(run_jobs, ranks, ranks, timeout=150)
+        done[ranks] = run_on_ranks(every_job, ranks, ranks, timeout=150)
     if done[ranks] is None:
         pytest.fail(f"the processes of the {ranks} ranks failed, as another test shows")
-    results = [of_rank[name] for of_rank in done[ranks]]
-    failed = [r for r in results if isinstance(r, str)]
-    assert not failed, failed[0]
-    return results
+    return results_of(done[ranks], name)
 
 
 ONE_PASS = pytest.mark.parametrize("one_pass", [True, False], ids=["one-pass", "two-pass"])
@@ -320,7 +310,7 @@ ONE_PASS = pytest.mark.parametrize("one_pass", [True, False], ids=["one-pass", "
 def test_trains_like_one_process(done, name, one_pass):
     """Three steps have the losses of one process on the whole batch, and end at its weights."""
     ranks, _, _, make = TRAINED[name]
-    results, want = results_of(done, ranks, (name, one_pass)), in_one_process(make, one_pass)
+    results, want = of_each_rank(done, ranks, (name, one_pass)), in_one_process(make, one_pass)
     losses = torch.stack([r["losses"] for r in results])
     if name == "tensor-parallel":
         assert all(torch.equal(losses[0], other) for other in losses)
@@ -336,7 +326,7 @@ def test_trains_like_one_process(done, name, one_pass):
 def test_ddp(done, without, one_pass):
     """Averaged gradients and losses are those of one process, though ranks have unequal numbers of tokens, or none."""
     name = f"DDP, {without} without tokens" if without else "DDP"
-    results, model, batch = results_of(done, 2, (name, one_pass)), Model(), Batch(without)
+    results, model, batch = of_each_rank(done, 2, (name, one_pass)), Model(), Batch(without)
     loss = WithLoss(model)(batch, batch.mask.sum().clamp(min=1), one_pass)
     loss.backward()
     assert torch.isclose(torch.stack([r["loss"] for r in results]).mean(), loss.detach(), rtol=1e-5)
@@ -355,7 +345,7 @@ def test_bias_lora_and_hidden_that_are_dtensors(done, name, one_pass):
     hidden, weight, bias, a, b = (x.requires_grad_() for x in head_parts())
     loss = loss_of(hidden, LMHead(weight, bias, lora=(a, b, 0.5)), Batch(), Batch().mask.sum(), one_pass)
     loss.backward()
-    results = results_of(done, 2, (name, one_pass))
+    results = of_each_rank(done, 2, (name, one_pass))
     assert torch.isclose(torch.stack([r["loss"] for r in results]).mean(), loss.detach(), rtol=1e-5)
     for result in results:
         leaves = (weight, bias, a, b, hidden) if name == "DTensors sharded on the group" else (weight, bias, a, b)
@@ -373,14 +363,14 @@ def test_what_does_not_fit_of_dtensors(done):
         "has 1 rows on 2 ranks of which the last has none",
         "head.weight_grad needs a weight that is a plain tensor",
     )
-    for messages in results_of(done, 2, "wrong DTensors"):
+    for messages in of_each_rank(done, 2, "wrong DTensors"):
         for message, expected in zip(messages, said, strict=True):
             assert expected in message
 
 
 def test_global_count(done):
     """Masks of unequal shapes; none has a token; one rank's mask is empty; a group of some ranks; no masks."""
-    for values in results_of(done, 2, "counts"):
+    for values in of_each_rank(done, 2, "counts"):
         *found, not_bool, no_tensor = values
         assert all(x.shape == () and x.dtype == torch.float32 for x in found)
         assert [x.item() for x in found] == [15, 0, 1, 15]

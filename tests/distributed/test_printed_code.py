@@ -7,13 +7,12 @@ sequences of its own. `tests/project/test_guides.py` runs the programs that star
 from __future__ import annotations
 
 import re
-import traceback
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from ranks import results_of, run_jobs, run_on_ranks
 from torch import nn
 
 import fastpg
@@ -192,26 +191,13 @@ JOBS = {
 }
 
 
-def run_jobs(rank: int) -> dict:
-    results = {}
-    for name, (job, *arguments) in JOBS.items():
-        try:
-            results[name] = job(rank, *arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    return results
+def every_job(rank: int) -> dict:
+    return run_jobs(JOBS, rank)
 
 
 @pytest.fixture(scope="module")
 def done() -> list[dict]:
-    return run_on_ranks(run_jobs, RANKS, timeout=120)
-
-
-def results_of(done: list[dict], name: str) -> list[dict]:
-    results = [of_rank[name] for of_rank in done]
-    failed = [r for r in results if isinstance(r, str)]
-    assert not failed, failed[0]
-    return results
+    return run_on_ranks(every_job, RANKS, timeout=120)
 
 
 def assert_close(found: dict, want: dict) -> None:

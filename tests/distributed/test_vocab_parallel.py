@@ -6,7 +6,6 @@ All cases of a number of ranks run in one set of processes (`ranks`); the tests 
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from problems import Result, check_result, logprobs_of, oracle, random_problem, relative_error
-from ranks import run_on_ranks
+from ranks import results_of, run_jobs, run_on_ranks
 
 from fastpg import CISPO, LMHead, PPOClip, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, reference
 from fastpg.crosscheck.cases import Inputs, Settings
@@ -83,16 +82,14 @@ def entropy_loss(problem: Inputs, logprobs: torch.Tensor, entropies: torch.Tenso
     return -(problem.advantages.to(logprobs) * (logprobs + 0.3 * entropies)).sum()
 
 
+def of_case(rank: int, case: Case) -> tuple[Result, torch.Tensor | None]:
+    options = case.options | ({} if case.workspaces is None else {"workspace": case.workspaces[rank]})
+    with torch.autocast("cpu", bf16, enabled=case.autocast):
+        return outcome(case, case.on_rank(rank, dist.group.WORLD), **options)
+
+
 def run_cases(rank: int, ranks: int) -> dict:
-    results = {}
-    for name, case in CASES[ranks].items():
-        options = case.options | ({} if case.workspaces is None else {"workspace": case.workspaces[rank]})
-        try:
-            with torch.autocast("cpu", bf16, enabled=case.autocast):
-                results[name] = outcome(case, case.on_rank(rank, dist.group.WORLD), **options)
-        except Exception:
-            results[name] = traceback.format_exc()
-    return results
+    return run_jobs({name: (of_case, case) for name, case in CASES[ranks].items()}, rank)
 
 
 def plain_problem(dtype: torch.dtype) -> Inputs:
@@ -192,17 +189,14 @@ def parity() -> dict:
     return {}
 
 
-def results_of(parity: dict, ranks: int, name: str) -> list[tuple[Result, torch.Tensor | None]]:
+def of_each_rank(parity: dict, ranks: int, name: str) -> list[tuple[Result, torch.Tensor | None]]:
     """By rank, of one case; the first one asked for runs all of that number of ranks."""
     if ranks not in parity:
         parity[ranks] = None
         parity[ranks] = run_on_ranks(run_cases, ranks, ranks, timeout=150)
     if parity[ranks] is None:
         pytest.fail(f"the processes of the {ranks} ranks failed, as another test shows")
-    results = [of_rank[name] for of_rank in parity[ranks]]
-    failed = [r for r in results if isinstance(r, str)]
-    assert not failed, failed[0]
-    return results
+    return results_of(parity[ranks], name)
 
 
 def put_together(results: list[Result]) -> Result:
@@ -227,7 +221,7 @@ def test_like_one_process(parity, ranks, name):
     """Log-probabilities have equal bits on all ranks; dX and dA are complete and equal on each; dW, db and dB are the rank's
     rows; all of them as accurate as one process promises to be."""
     case = CASES[ranks][name]
-    results = [result for result, _ in results_of(parity, ranks, name)]
+    results = [result for result, _ in of_each_rank(parity, ranks, name)]
     for other in results[1:]:
         assert other.keys() == results[0].keys()
         for same in {"logp", "loss", "dX", "dA"} & other.keys():
@@ -246,7 +240,7 @@ def test_like_one_process(parity, ranks, name):
 @pytest.mark.parametrize("name", ["one-pass wild", "one-pass wild triton"])
 def test_rows_are_recomputed_on_all_ranks(parity, name):
     ranks = 4 if name in CASES[4] else 2
-    counts = {int(result.metrics["recomputed_tokens"]) for result, _ in results_of(parity, ranks, name)}
+    counts = {int(result.metrics["recomputed_tokens"]) for result, _ in of_each_rank(parity, ranks, name)}
     assert len(counts) == 1
     assert counts.pop() >= 1
 
@@ -255,7 +249,7 @@ def test_rows_are_recomputed_on_all_ranks(parity, name):
 def test_entropies(parity, name):
     """As accurate as log-probabilities, and of equal bits on all ranks."""
     case = CASES[4][name]
-    entropies = [entropy for _, entropy in results_of(parity, 4, name)]
+    entropies = [entropy for _, entropy in of_each_rank(parity, 4, name)]
     wide = case.problem.leaves(torch.float64)
     want = reference.linear_logprobs(wide.hidden, wide.head, wide.tokens, mask=wide.mask, temperature=wide.temperature)[1]
     assert all(torch.equal(entropies[0], other) for other in entropies)
@@ -266,7 +260,7 @@ def test_reported_entropy(parity):
     case = CASES[2]["one-pass entropy reported"]
     wide = case.problem.leaves(torch.float64)
     want = reference.linear_logprobs(wide.hidden, wide.head, wide.tokens)[1].mean()
-    for result, _ in results_of(parity, 2, "one-pass entropy reported"):
+    for result, _ in of_each_rank(parity, 2, "one-pass entropy reported"):
         assert relative_error(result.metrics["entropy"], want) < 1e-5
 
 

@@ -48,6 +48,28 @@ def run_on_ranks(function: Callable, ranks: int, *arguments: object, timeout: fl
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
+def run_jobs(jobs: dict[object, tuple], *leading: object) -> dict:
+    """What each job, (function, *arguments), returns on this rank, by name; of one that raises, its traceback.
+
+    A suite starts its ranks once and looks at one job in each test (`results_of`). leading: arguments before a job's own.
+    """
+    results = {}
+    for name, (job, *arguments) in jobs.items():
+        try:
+            results[name] = job(*leading, *arguments)
+        except Exception:
+            results[name] = traceback.format_exc()
+    return results
+
+
+def results_of(done: list[dict], name: object) -> list:
+    """What one job returned on every rank, of the results of `run_jobs` on each of them."""
+    results = [of_rank[name] for of_rank in done]
+    failed = [r for r in results if isinstance(r, str)]
+    assert not failed, failed[0]
+    return results
+
+
 @cache
 def _server() -> subprocess.Popen:
     """Of this process; it ends when its input does."""
