@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,11 +53,8 @@ class Support(NamedTuple):
         cls, sets: Sequence[Sequence[int] | torch.Tensor | None], *, device: torch.device | str | None = None
     ) -> Support:
         """From one list or tensor of ids per position, positions (B, T) flattened. None: the whole vocabulary."""
-        rows = [torch.empty(0, dtype=torch.int64) if x is None else _ids(x, f"sets[{n}]") for n, x in enumerate(sets)]
-        sizes = torch.tensor([len(x) for x in rows], dtype=torch.int64)
-        whole = torch.tensor([x is None for x in sets], dtype=torch.bool)
-        ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-        return cls(ids.int(), _offsets(sizes), whole).to(device or "cpu")
+        ids, sizes = _joined(sets, "sets")
+        return cls(ids, _offsets(sizes), torch.tensor([x is None for x in sets], dtype=torch.bool)).to(device or "cpu")
 
     @classmethod
     def from_sampler(cls, outputs: Sequence[Any], mask: torch.Tensor) -> Support:
@@ -83,8 +82,8 @@ class Support(NamedTuple):
                 _place(rows[b], places[b], [of_row], f"row {b} of mask")
         else:
             _place(rows, places, found, "mask")
-        ids = torch.cat([x.ids for x in found if x is not None] or [torch.empty(0, dtype=torch.int64)])
-        return cls(ids.int(), _offsets(sizes), sizes == 0).to(mask.device)
+        ids = torch.cat([x.ids for x in found if x is not None] or [torch.empty(0, dtype=torch.int32)])
+        return cls(ids, _offsets(sizes), sizes == 0).to(mask.device)
 
     @classmethod
     def cat(cls, supports: Sequence[Support]) -> Support:
@@ -156,23 +155,43 @@ def _offsets(sizes: torch.Tensor) -> torch.Tensor:
     return torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
 
 
+def _joined(sets: Sequence[Sequence[int] | torch.Tensor | None], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of all sets, one after the other, int32; and the size of each, int64, 0 for None."""
+    given = [() if x is None else x for x in sets]
+    ids = _of_numbers(list(chain.from_iterable(given))) if all(isinstance(x, (list, tuple)) for x in given) else None
+    if ids is None:  # some are tensors, or none of ours, whose place an error names
+        ids = torch.cat([_ids(x, f"{name}[{place}]") for place, x in enumerate(given)])
+    return ids, torch.tensor([len(x) for x in given], dtype=torch.int64)
+
+
+def _of_numbers(ids: list[int]) -> torch.Tensor | None:
+    """int32, several times as fast as torch.tensor; None where they are not all integers of 32 bits."""
+    if not set(map(type, ids)) <= {int}:
+        return None
+    try:
+        return torch.frombuffer(array("i", ids), dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
+    except OverflowError:
+        return None
+
+
 def _ids(ids: Sequence[int] | torch.Tensor, name: str) -> torch.Tensor:
+    """One set, int32."""
     try:
         found = torch.as_tensor(ids, device="cpu") if len(ids) else torch.empty(0, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a list of token ids, or None; got {validation.kind(ids)}") from error
     if found.dim() != 1 or found.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be a list of token ids, or None; got {validation.kind(found)} {tuple(found.shape)}")
-    wide = found.long()
-    if not torch.equal(wide, wide.int()):  # else it would come back as another id
-        raise ValueError(f"{name} must have ids of 32 bits; got {int(wide[wide != wide.int()][0])}")
-    return wide
+    narrow = found.int()
+    if not torch.equal(found.long(), narrow):  # else it would come back as another id
+        raise ValueError(f"{name} must have ids of 32 bits; got {int(found[found != narrow][0])}")
+    return narrow
 
 
 class _Completion(NamedTuple):
     """The sets of one completion, one after the other."""
 
-    ids: torch.Tensor  # int64
+    ids: torch.Tensor  # int32
     sizes: torch.Tensor  # int64, of each sampled token; 0 where there is no set
 
 
@@ -190,14 +209,13 @@ def _of_output(output: Any, number: int) -> _Completion | None:
                 f"outputs[{number}].offsets must ascend from 0 to the number of its token_ids, {len(ids)}; got "
                 f"{edges[:8].tolist()}"
             )
-        return _Completion(_ids(ids, f"outputs[{number}].token_ids"), sizes)
+        found = _of_numbers(ids) if isinstance(ids, list) else None
+        return _Completion(_ids(ids, f"outputs[{number}].token_ids") if found is None else found, sizes)
     given = type(output).__name__
     if isinstance(output, (list, tuple)):
         others = [ids for ids in output if ids is not None and not hasattr(ids, "__len__")]
         if not others:
-            sets = [_ids(x, f"outputs[{number}][{place}]") for place, x in enumerate(output) if x is not None]
-            sizes = torch.tensor([0 if x is None else len(x) for x in output], dtype=torch.int64)
-            return _Completion(torch.cat(sets) if sets else torch.empty(0, dtype=torch.int64), sizes)
+            return _Completion(*_joined(output, f"outputs[{number}]"))
         given = f"{given} of {type(others[0]).__name__}"
     raise TypeError(
         f"outputs[{number}] must have token_ids and offsets, as vLLM's SamplingMask, or be a list of lists of ids; got {given}"
@@ -243,16 +261,12 @@ def check_support(support: Support, tokens: torch.Tensor) -> None:
 class _Predicting(Support):
     """Sets at the states that predict their tokens, which `check_sets` has seen, but without knowing the vocabulary."""
 
-    largest: int  # of the ids of tokens that count; -1 for none
+    largest = -1  # of the ids of tokens that count
 
     def to(self, device: torch.device | str) -> Support:
-        return _predicting(super().to(device), self.largest)
-
-
-def _predicting(support: Support, largest: int) -> Support:
-    found = _Predicting(*support)
-    found.largest = largest
-    return found
+        moved = _Predicting(*super().to(device))
+        moved.largest = self.largest
+        return moved
 
 
 def predicting(support: Support | None, tokens: torch.Tensor, check: bool) -> Support | None:
@@ -263,7 +277,9 @@ def predicting(support: Support | None, tokens: torch.Tensor, check: bool) -> Su
     ahead = support.shifted()
     if not check:
         return ahead
-    return _predicting(ahead, check_sets(ahead, tokens != validation.IGNORED_TOKEN, tokens, None, first=1))
+    checked = _Predicting(*ahead)
+    checked.largest = check_sets(ahead, tokens != validation.IGNORED_TOKEN, tokens, None, first=1)
+    return checked
 
 
 def _rows_of_ids(support: Support) -> tuple[torch.Tensor, torch.Tensor]:

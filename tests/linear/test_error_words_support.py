@@ -188,6 +188,22 @@ MAKING = {
         lambda: Support.from_lists([[1, 2**32 + 1]]),
         "ValueError: sets[0] must have ids of 32 bits; got 4294967297",
     ),
+    "lists, one too large": (
+        lambda: Support.from_lists([[1], None, [2, -(2**31) - 1]]),
+        "ValueError: sets[2] must have ids of 32 bits; got -2147483649",
+    ),
+    "lists, one of bools": (
+        lambda: Support.from_lists([[1], (True,)]),
+        "TypeError: sets[1] must be a list of token ids, or None; got torch.bool (1,)",
+    ),
+    "sampler, one of floats": (
+        lambda: Support.from_sampler([[[1], [1]], [[2.0]]], MASK),
+        "TypeError: outputs[1][0] must be a list of token ids, or None; got torch.float32 (1,)",
+    ),
+    "sampler, token_ids too large": (
+        lambda: Support.from_sampler([{"token_ids": [1, 2**31], "offsets": [0, 1, 2]}, [[1]]], MASK),
+        "ValueError: outputs[0].token_ids must have ids of 32 bits; got 2147483648",
+    ),
     "sampler, mask": (
         lambda: Support.from_sampler([], MASK.int()),
         "TypeError: mask must be a bool tensor (B, T) or (N,), True at sampled tokens; got torch.int32",

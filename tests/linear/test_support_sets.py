@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from operations import counted
 
 import fastpg
 from fastpg import Support, linear_logprobs
@@ -50,6 +51,20 @@ def test_lists_of_other_kinds_and_of_none():
     assert Support.from_mask(torch.zeros(0, V, dtype=torch.bool)).offsets.tolist() == [0]
     assert torch.equal(Support.from_lists([None, None]).mask(V), whole(2))
     assert torch.equal(Support(*Support.from_lists([[0], [1]])[:2]).mask(2), torch.eye(2).bool())  # without `whole`
+
+
+@pytest.mark.parametrize(
+    "make", [Support.from_lists, lambda sets: Support.from_sampler([sets], torch.ones(1, len(sets)).bool())]
+)
+def test_lists_are_joined_in_one_step(make):
+    """As many operations for many sets as for few."""
+    with counted() as few:
+        make(SETS)
+    with counted() as many:
+        support = make(SETS * 50)
+    assert many.total == few.total
+    assert support.ids.dtype == torch.int32
+    assert torch.equal(support.ids, make(SETS).ids.repeat(50))
 
 
 def test_on_another_device():
