@@ -1,4 +1,4 @@
-"""Random problems: shapes, strides, dtypes, masks, extreme logits and ratios, each optional argument present or absent.
+"""Random problems: shapes, strides, dtypes, masks, sets, extreme logits and ratios, each optional argument present or absent.
 
 Accuracy is that of `fastpg.crosscheck`, against the float64 oracle; the rest is about bits. FASTPG_EXAMPLES=2000 tries more
 problems than the few that `make test` has time for.
@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampled_sets import logprobs_over, oracle_over
+from schedules import TORCH
 
 from fastpg import (
     CISPO,
@@ -20,14 +22,15 @@ from fastpg import (
     LMHead,
     PPOClip,
     Reinforce,
+    Support,
     linear_logprobs,
     linear_policy_loss,
     reference,
 )
-from fastpg.crosscheck.cases import Inputs, Settings, one_pass, oracle, reference_loss, two_pass
+from fastpg.crosscheck.cases import Inputs, Settings, reference_loss
 from fastpg.crosscheck.judge import deviations
 
-EXAMPLES = int(os.environ.get("FASTPG_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("FASTPG_EXAMPLES", "200"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), CISPO(2.0, 0.5), CISPO(None), PPOClip(0.2, 0.28, 3.0), SAPO()]
 JUMPS = torch.tensor([0.5, 0.8, 1.28, 2.0, 3.0, 5.0], dtype=torch.float64)
@@ -57,9 +60,36 @@ def strided(x: torch.Tensor, layout: str) -> torch.Tensor:
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "sliced", "every second", "expanded"])
 
 
+SETS = {"one": (1, 1), "small": (2, 8), "large": (9, 2**31), "whole": (2**31, 2**31)}  # sizes, of which at most V are there
+
+
+def sets(kind: str, tokens: torch.Tensor, vocab: int, generator: torch.Generator) -> torch.Tensor | None:
+    """(N, V) bool: of each row, its token and others; None for no sets. Of "mixed" sets each row has one of any kind."""
+    if kind == "none":
+        return None
+    kinds = torch.randint(0, len(SETS), tokens.shape, generator=generator)
+    kinds = kinds if kind == "mixed" else torch.full_like(kinds, [*SETS].index(kind))
+    low, high = (torch.tensor(ends).clamp(max=vocab)[kinds] for ends in zip(*SETS.values(), strict=True))
+    sizes = low + ((high - low + 1) * torch.rand(tokens.shape, generator=generator)).long()
+    order = torch.rand(len(tokens), vocab, generator=generator).scatter_(1, tokens[:, None], -1.0)
+    return order.argsort(1).argsort(1) < sizes[:, None]
+
+
+def support_of(x: Inputs, members: torch.Tensor | None, spoilt: bool = False) -> Support | None:
+    """The sets. Every second one descends, or has each id where it is the whole vocabulary. spoilt: anything where masked."""
+    if members is None:
+        return None
+    found = [None if row.all() and n % 2 else row.nonzero()[:, 0] for n, row in enumerate(members)]
+    found = [ids if ids is None or n % 2 else ids.flip(0) for n, ids in enumerate(found)]
+    if spoilt:
+        garbage = [[], [0, 0], [-7, members.shape[1]], None]
+        found = [ids if k else garbage[n % 4] for n, (ids, k) in enumerate(zip(found, x.keep().tolist(), strict=True))]
+    return Support.from_lists(found)
+
+
 @st.composite
 def problems(draw, dtypes=DTYPES, largest=(40, 200, 40)):
-    """(Inputs, Settings). Log ratios away from jumps by 1e-2; in fp16 of order 1, and rows that it can hold."""
+    """(Inputs, Settings, sets). Log ratios away from jumps by 1e-2; in fp16 of order 1, and rows that it can hold."""
     dtype = draw(st.sampled_from(dtypes))
     rows, vocab, hidden_size = (draw(st.integers(low, high)) for low, high in zip((0, 1, 1), largest, strict=True))
     if dtype.itemsize == 2:  # dW of a few numbers: its three roundings do not average out
@@ -104,6 +134,7 @@ def problems(draw, dtypes=DTYPES, largest=(40, 200, 40)):
     temperature = uniform(rows) + 0.5 if temperature is None else temperature
     mask = uniform(rows) > draw(st.sampled_from([0.1, 0.5, 1.0])) if draw(some) else None
 
+    members = sets(draw(st.sampled_from(["none", "mixed", *SETS])), tokens, vocab, generator)
     objective = draw(st.sampled_from(OBJECTIVES))
     penalty = KLPenalty(0.1, draw(st.sampled_from(["k1", "k2"]))) if draw(some) else None
     rollout = uniform(rows) + 0.5 if draw(some) else None
@@ -113,7 +144,7 @@ def problems(draw, dtypes=DTYPES, largest=(40, 200, 40)):
         advantages[::4] = 0
 
     x = Inputs(hidden, head, tokens, None, advantages, mask, temperature, None, rollout)
-    logprobs = oracle(replace(x, mask=None), Settings())["logp"]
+    logprobs, _ = logprobs_over(replace(x, mask=None), members)
     extreme = isinstance(objective, (Reinforce, ImportanceWeighted, CISPO)) and penalty is None and dtype != torch.float16
     widest = draw(st.sampled_from([0.0, 1.0, 40.0])) if extreme else 1.0
     log_ratio = widest * normal(rows).clamp(-1.9, 1.9).double()
@@ -126,10 +157,10 @@ def problems(draw, dtypes=DTYPES, largest=(40, 200, 40)):
         x = replace(x, ref_logprobs=logprobs + normal(rows))
     on_policy = draw(st.booleans())
     if dtype == torch.float16:
-        fine = logprobs < -0.01
+        fine = logprobs < -0.01 if members is None else (logprobs < -0.01) | (members.sum(1) == 1)
         mask = fine if mask is None else mask & fine
     x = replace(x, old_logprobs=None if on_policy else old, mask=mask)
-    return x, Settings(objective, reduction, penalty)
+    return x, Settings(objective, reduction, penalty), members
 
 
 def with_garbage(x: Inputs) -> Inputs:
@@ -153,7 +184,7 @@ def same(a: dict, b: dict) -> None:
         assert torch.equal(a[name].nan_to_num(7.0), b[name].nan_to_num(7.0)), name
 
 
-def size_of_rows(x: Inputs, how: Settings) -> torch.Tensor:
+def size_of_rows(x: Inputs, how: Settings, members: torch.Tensor | None) -> torch.Tensor:
     """Half of sum_v |dscore_nv| |w_v|, (N,): a row of dX if nothing cancels, as it does where rows of W are alike."""
     wide, keep = x.leaves(torch.float64), x.keep()
     head, T = wide.head, wide.temperature
@@ -161,55 +192,64 @@ def size_of_rows(x: Inputs, how: Settings) -> torch.Tensor:
     scores = wide.hidden @ weight.T + (0 if head.bias is None else head.bias)
     scores = scores.detach().requires_grad_()
     z = reference.softcap(head.logit_scale * scores, head.softcap) / (T[:, None] if isinstance(T, torch.Tensor) else T)
+    z = z if members is None else torch.where(members, z, -torch.inf)
     logprobs = torch.where(keep, reference.token_distribution(z, x.tokens)[0], 0)
     (gradient,) = torch.autograd.grad(reference_loss(logprobs, wide, how), scores)
     return gradient.abs() @ weight.detach().norm(dim=1) / 2
 
 
-def check_accuracy(x: Inputs, how: Settings, backend: str) -> None:
-    want = oracle(x, how) | {"scale": size_of_rows(x, how)}
-    for schedule in (one_pass, two_pass):
-        found = deviations(x, how, schedule(x, how, backend), want)
-        missed = [str(d) for d in found if d.multiple > 1 and d.multiple > cancellation(d.quantity, x, how, want)]
+def outcome(schedule, x: Inputs, how: Settings, members: torch.Tensor | None, backend: str, spoilt: bool = False) -> dict:
+    support = support_of(x, members, spoilt)
+    return schedule(with_garbage(x) if spoilt else x, how.objective, how.reduction, how.kl, backend=backend, support=support)
+
+
+def check_accuracy(x: Inputs, how: Settings, members: torch.Tensor | None, backend: str) -> None:
+    want = oracle_over(x, members, how.objective, how.reduction, how.kl) | {"scale": size_of_rows(x, how, members)}
+    for schedule in TORCH:
+        found = deviations(x, how, outcome(schedule, x, how, members, backend), want)
+        missed = [str(d) for d in found if d.multiple > 1 and d.multiple > cancellation(d.quantity, x, how, members, want)]
         assert not missed, (schedule.__name__, missed)
 
 
-def cancellation(quantity: str, x: Inputs, how: Settings, want: dict) -> float:
+def cancellation(quantity: str, x: Inputs, how: Settings, members: torch.Tensor | None, want: dict) -> float:
     """The sum of the tokens' absolute shares of a gradient of the head, over that gradient: shares are what is rounded."""
     if quantity not in ("dW", "db", "dA", "dB"):
         return 1.0
     places, sizes = x.keep().nonzero()[:, 0], torch.zeros_like(want[quantity])
     for n in places:
         only = replace(x, mask=torch.arange(len(x.tokens)) == n)
-        sizes += oracle(only, replace(how, reduction="sum"))[quantity].abs()
+        sizes += oracle_over(only, members, how.objective, "sum", how.kl)[quantity].abs()
     count = max(len(places), 1) if how.reduction == "token-mean" else 1
     shares = (sizes.norm() / count / want[quantity].norm().clamp(min=2.0**-100)).item()
     # three roundings of at most 2^-9 average out, to 5e-3, over many numbers, but not over the few of these heads
     return shares * (3 * 2.0**-9 / 5e-3 if x.hidden.dtype == torch.bfloat16 else 1.0)
 
 
-def check_bits(x: Inputs, how: Settings, backend: str) -> None:
-    for schedule in (one_pass, two_pass):
-        once = schedule(x, how, backend)
-        same(once, schedule(x, how, backend))
+def check_bits(x: Inputs, how: Settings, members: torch.Tensor | None, backend: str) -> None:
+    for schedule in TORCH:
+        once = outcome(schedule, x, how, members, backend)
+        same(once, outcome(schedule, x, how, members, backend))
         if x.mask is not None:
-            same(once, schedule(with_garbage(x), how, backend))
+            same(once, outcome(schedule, x, how, members, backend, spoilt=True))
             assert (once["dX"][~x.mask] == 0).all()
             assert (once["logp"][~x.mask] == 0).all()
 
 
-def check_permutation(x: Inputs, how: Settings, backend: str, seed: int) -> None:
+def check_permutation(x: Inputs, how: Settings, members: torch.Tensor | None, backend: str, seed: int) -> None:
     """Log-probabilities and entropies of permuted rows are the permuted ones, and of any subset the subset."""
-    order = torch.randperm(len(x.tokens), generator=torch.Generator().manual_seed(seed))
+    order, support = torch.randperm(len(x.tokens), generator=torch.Generator().manual_seed(seed)), support_of(x, members)
+    every = slice(None)
+
+    def given(rows, *names):
+        found = {name: getattr(x, name) for name in ("mask", "temperature", *names)}
+        found = {name: v[rows] if isinstance(v, torch.Tensor) else v for name, v in found.items()}
+        places = torch.arange(len(order))[rows]
+        return found | {"support": None if support is None else support.select(places), "backend": backend}
 
     def values(rows):
-        def of(v):
-            return v[rows] if isinstance(v, torch.Tensor) else v
+        return linear_logprobs(x.hidden[rows], x.head, x.tokens[rows], entropy=True, **given(rows))
 
-        options = {"mask": of(x.mask), "temperature": of(x.temperature), "entropy": True, "backend": backend}
-        return linear_logprobs(x.hidden[rows], x.head, x.tokens[rows], **options)
-
-    whole = values(slice(None))
+    whole = values(every)
     for rows in (order, order[: len(order) // 3]):
         part = values(rows)
         assert torch.equal(part.logprobs, whole.logprobs[rows])
@@ -217,20 +257,15 @@ def check_permutation(x: Inputs, how: Settings, backend: str, seed: int) -> None
     if x.old_logprobs is None:
         return
 
-    def of(v, rows):
-        return v[rows] if isinstance(v, torch.Tensor) else v
-
     def loss(rows):
-        names = ("mask", "temperature", "ref_logprobs", "rollout_weights")
-        options = {name: of(getattr(x, name), rows) for name in names}
         hidden = x.hidden[rows].detach().clone().requires_grad_()
         out = linear_policy_loss(
             hidden, x.head, x.tokens[rows], x.old_logprobs[rows], x.advantages[rows], objective=how.objective, kl=how.kl,
-            reduction="sum", backend=backend, **options,
+            reduction="sum", **given(rows, "ref_logprobs", "rollout_weights"),
         )  # fmt: skip
         return out.logprobs.nan_to_num(7.0)
 
-    assert torch.equal(loss(order), loss(slice(None))[order])
+    assert torch.equal(loss(order), loss(every)[order])
 
 
 @given(problems())
