@@ -308,7 +308,9 @@ class _Sweep:
             if not wanted:
                 return None
             dtype = dtype or x.dtype
-            return torch.zeros_like(x, dtype=dtype) if sums is None else sums.to(dtype)  # None: there were no rows
+            if sums is None:  # there were no rows
+                return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            return sums.to(dtype)
 
         wanted = self.wanted
         return Gradients(

@@ -46,7 +46,8 @@ def run_sums(
 
 def _bags(factor: torch.Tensor, first: torch.Tensor, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """sum_m factor_m source[index_m] of each run, which begins at entry `first`; (runs, H) in the dtype of factor."""
-    if source.dtype != factor.dtype:  # a bag would round the factors to the dtype of the source
+    # a bag would round the factors to the dtype of the source; and of columns in memory it would add in another order
+    if source.dtype != factor.dtype or source.stride(1) != 1:
         rows, index = index.unique(return_inverse=True)
         source = source[rows].to(factor.dtype)
     return F.embedding_bag(index, source, first, mode="sum", per_sample_weights=factor)

@@ -142,6 +142,16 @@ def test_infinite_hidden_states_are_not_a_certainty(backend, check):
 
 
 @BACKENDS
+@pytest.mark.parametrize("check", [True, False])
+def test_a_transposed_weight_where_nothing_is_kept(backend, check):
+    weight = torch.randn(8, 12).T.requires_grad_()
+    tokens, mask = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+    out = linear_cispo_loss(torch.randn(3, 8), weight, tokens, None, torch.ones(3), mask=mask, backend=backend, check=check)
+    (gradient,) = torch.autograd.grad(out.loss, weight)
+    assert torch.equal(gradient, torch.zeros(12, 8))
+
+
+@BACKENDS
 def test_a_hidden_size_of_one(backend):
     """Rows of one number have no stride of their own."""
     hidden, weight, tokens = torch.randn(1, 5).T, torch.randn(3, 1), torch.tensor([0, 1, 2, 0, 1])

@@ -351,6 +351,17 @@ def test_the_order_of_ids_and_their_dtype_change_no_bit(backend):
 
 
 @SCHEDULES
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_the_layout_of_hidden_states_and_of_the_weight_changes_no_bit_of_small_sets(schedule, dtype):
+    x = random_problem(24, 300, dtype)
+    support = Support.from_mask(random_sets(x.tokens, 300, 8))
+    other = replace(x, hidden=x.hidden.T.contiguous().T, head=LMHead(x.head.weight.T.contiguous().T))
+    got, want = (schedule(y, CISPO(), support=support) for y in (other, x))
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@SCHEDULES
 def test_repeated_calls_have_the_same_bits(schedule):
     x = random_problem(24, 300, bf16, masked=True)
     support = Support.from_mask(random_sets(x.tokens, 300, MIXED))
