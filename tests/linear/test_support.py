@@ -31,7 +31,7 @@ from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.crosscheck.cases import Inputs, Settings
 from fastpg.linear.outputs import OUTPUTS
 from fastpg.linear.support import most_gathered
-from fastpg.tiles import triton_tiles
+from fastpg.tiles import torch_tiles, triton_tiles
 from fastpg.tiles.structures import TileShape
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -338,6 +338,25 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(backend, dtype):
     for rows in ([7], [6], slice(10, 40), torch.randperm(60), torch.arange(1, 60, 6)):
         for a, b in zip(values(rows), whole, strict=True):
             assert torch.equal(a, b[rows])
+
+
+@pytest.mark.parametrize("size", [7, 64, 65, 20000])
+def test_bits_of_a_dot_product_do_not_depend_on_where_its_operands_are(size):
+    """Nor on how many there are, where there are several threads. Equal rows of the weight have equal logits."""
+    x, table = torch.randn(12, size), torch.randn(20, size)
+    table[1::2] = table[::2]
+    place, index = torch.arange(12).repeat_interleave(20), torch.arange(20).repeat(12)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        whole = torch_tiles.gathered_dots(x, place, table, index)
+        for n in range(12):
+            alone = torch_tiles.gathered_dots(x[n, None].clone(), torch.zeros(1, dtype=torch.int64), table, index[n, None])
+            assert torch.equal(alone, whole[n * 21, None])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole[::2], whole[1::2])
+    torch.testing.assert_close(whole.double(), (x.double() @ table.double().T).flatten(), rtol=0, atol=1e-6 * size**0.5 * 5)
 
 
 @BACKENDS
