@@ -110,11 +110,10 @@ def _largest(entries: Entries, edges: torch.Tensor, count: int) -> tuple[torch.T
     order = order[z[order].argsort(descending=True, stable=True)]
     order = order[row[order].argsort(stable=True)]
     place = torch.arange(len(z), device=z.device) - edges[row[order]]
-    first = place < count
-    at = row[order][first] * count + place[first]
-    values = z.new_full((rows * count,), -torch.inf).index_copy_(0, at, z[order][first])
-    ids = column.new_zeros(rows * count).index_copy_(0, at, column[order][first])
-    return values.view(rows, count), ids.view(rows, count)
+    at = torch.where(place < count, row[order] * count + place, rows * count)  # the last place takes all others, as in `own`
+    values, ids = z.new_full((rows * count + 1,), -torch.inf), column.new_zeros(rows * count + 1)
+    values[at], ids[at] = z[order], column[order]
+    return values[:-1].clone().view(rows, count), ids[:-1].clone().view(rows, count)
 
 
 def gathered_backward(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ from fastpg import (
     policy_loss,
     selective_logprobs,
 )
+from fastpg.linear.gathered import gathered_partials
+from fastpg.linear.rows import Rows
 from fastpg.tiles.host_read import HostRead
+from fastpg.tiles.structures import Asked, Entries, Head
 
 ROWS, VOCAB, SIZE = 64, 300, 16
 OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), PPOClip(), SAPO(), lambda logp, old, a: (logp - old).exp() * a]
@@ -94,6 +98,18 @@ def test_policy_loss_reads_nothing():
         logprobs = torch.randn(8, 8, requires_grad=True)
         for objective in (*OBJECTIVES, GSPO()):
             policy_loss(logprobs, -torch.rand(8, 8), torch.randn(8), objective=objective).loss.backward()
+
+
+def test_statistics_of_small_sets_read_nothing():
+    """Rows and tokens of sets are counted before. No size depends on values then, whatever is asked; dots are the kernels'."""
+    with FakeTensorMode():
+        rows = Rows(torch.randn(5, SIZE), None, None, None, torch.zeros(5, dtype=torch.int64), None)
+        row, column = torch.zeros(2, 12, dtype=torch.int64).unbind()
+        entries, asked = Entries(row, column, torch.zeros(5, dtype=torch.int64)), Asked(*[True] * 6, top_k=3)
+        kernels = SimpleNamespace(gathered_dots=lambda *_: torch.randn(12))
+        head = Head(torch.randn(VOCAB, SIZE), None, torch.randn(VOCAB), 3.0, 1.0)
+        found = gathered_partials(kernels, rows, head, entries, asked, None).partials
+    assert found.further.values.shape == found.further.ids.shape == (5, 3)
 
 
 def test_fake_tensors_see_a_read():
