@@ -245,6 +245,12 @@ def test_rows_are_recomputed_on_all_ranks(parity, name):
     assert counts.pop() >= 1
 
 
+def test_silenced_rows_leave_the_products_on_all_ranks(parity):
+    counts = {int(result.metrics["silenced_tokens"]) for result, _ in of_each_rank(parity, 2, "one-pass PPO")}
+    assert len(counts) == 1
+    assert counts.pop() >= 5
+
+
 @pytest.mark.parametrize("name", [n for n in CASES[4] if n.startswith("entropy")])
 def test_entropies(parity, name):
     """As accurate as log-probabilities, and of equal bits on all ranks."""
