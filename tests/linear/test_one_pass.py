@@ -291,7 +291,8 @@ def test_counts_of_products(dtype):
         assert count(True, True) == 1
     half = torch.where(torch.arange(rows) % 2 == 0, 0, advantages)
     assert count(True, True, half) == 1.5
-    assert count(True, True, half, skip_zero_weight=False) == 3
+    assert count(True, True, half, skip_zero_weight=False) == 2  # after product 1 their gradients are 0
+    assert count(True, True, half, skip_zero_weight=False, skip_silenced=False) == 3
     assert count(True, True, torch.zeros(rows)) == 0
 
 
