@@ -329,13 +329,24 @@ def kl_cov(coef: float, fraction: float) -> Objective:
 
 
 def kl_penalty(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, importance_weighted: bool
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    estimator: str,
+    importance_weighted: bool,
+    max_log_ratio: float | None = None,
 ) -> torch.Tensor:
     """k per token, from x = ref / pi at the sampled token (Schulman, "Approximating KL divergence", 2020):
 
     k1 = -log x,   k2 = (log x)^2 / 2,   k3 = (x - 1) - log x;   times r = pi / old if importance_weighted (DeepSeek-V3.2).
+
+    max_log_ratio: log x is clamped to [-max_log_ratio, max_log_ratio]; where it leaves them pi is a constant, so also in r.
     """
     log_x = ref_logprobs - logprobs
+    if max_log_ratio is not None:
+        too_large, too_small = log_x > max_log_ratio, log_x < -max_log_ratio
+        logprobs = torch.where(too_large | too_small, logprobs.detach(), logprobs)
+        log_x = torch.where(too_large, max_log_ratio, torch.where(too_small, -max_log_ratio, log_x))
     k = {"k1": -log_x, "k2": log_x**2 / 2, "k3": torch.expm1(log_x) - log_x}[estimator]
     return torch.exp(logprobs - old_logprobs) * k if importance_weighted else k
 
@@ -378,7 +389,7 @@ def policy_loss(
     mask: torch.Tensor | None = None,
     reduction: str = "token-mean",
     denominator: float | None = None,
-    kl: tuple[float, str, bool] | None = None,
+    kl: tuple[float, str, bool] | tuple[float, str, bool, float | None] | None = None,
     ref_logprobs: torch.Tensor | None = None,
     rollout_weights: torch.Tensor | None = None,
     sequence_ids: torch.Tensor | None = None,
@@ -388,7 +399,8 @@ def policy_loss(
     """loss = -sum_n weight_n (rollout_n l_n - coef k_n + entropy_coef H_n) / D over tokens with mask.
 
     logprobs, old_logprobs, ref_logprobs, rollout_weights, entropies: (...). advantages: (...) or (B,). kl: (coef, estimator,
-    importance_weighted). `old_logprobs=None` is on-policy: old = logp, detached, so that every ratio is 1.
+    importance_weighted), or these and max_log_ratio. `old_logprobs=None` is on-policy: old = logp, detached, so that every
+    ratio is 1.
     """
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
@@ -402,8 +414,8 @@ def policy_loss(
     if rollout_weights is not None:
         value = rollout_weights[mask] * value
     if kl is not None:
-        coef, estimator, importance_weighted = kl
-        value = value - coef * kl_penalty(logprobs[mask], old[mask], ref_logprobs[mask], estimator, importance_weighted)
+        coef, *settings = kl
+        value = value - coef * kl_penalty(logprobs[mask], old[mask], ref_logprobs[mask], *settings)
     if entropies is not None:
         value = value + entropy_coef * entropies[mask]
     return reduce(torch.zeros_like(logprobs).masked_scatter(mask, value), mask, reduction, denominator, sequence_ids)

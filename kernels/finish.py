@@ -169,7 +169,7 @@ def _add_loss(total, weighted, r, inside, tokens, terms, results, into, OBJECTIV
     logp = log_sigmoid(-t)
     loss, g = token_loss(
         logp, old, load_fp32(terms.ADVANTAGES, r, keep), _row_weights(terms, r, keep, TILE.SAME_WEIGHT), rollout, ref,
-        OBJECTIVE, numbers.bounds, KL, numbers.kl_coef, TILE.KL_IS_WEIGHTED,
+        OBJECTIVE, numbers.bounds, KL, numbers.kl_coef, numbers.kl_max_log_ratio, TILE.KL_IS_WEIGHTED,
     )  # fmt: skip
     in_range = (total >= SMALLEST_SUM) & (total < LARGEST_SUM)
     factor_in_range = inside

@@ -1,7 +1,7 @@
 """The loss of one token and its gradient, in registers: the objectives of `fastpg.loss.objectives` as device functions.
 
     objective(logp, old, advantage, bounds) -> l, dl/dlogp             l is maximised; old and A are constants
-    estimator(logp, ref)                    -> k, dk/dlogp, k + dk/dlogp
+    estimator(e)                            -> k, dk/dlogp, k + dk/dlogp         e = ref - logp
     token_loss(...)                         -> -w (rollout l - coef k) and its slope g, for any two of them
 
 All of them are elementwise on fp32 registers. A kernel takes the objective and the estimator as compile-time constants, so it
@@ -59,6 +59,7 @@ class Loss(NamedTuple):
     kl: Callable | None
     kl_coef: float | None
     kl_is_weighted: bool
+    kl_max_log_ratio: float | None  # a bound of |ref - logp|, or None
     # Of kernel 3. True: a row whose sum is not below 2^99, or whose factor is not finite, gets NaN. False: rows out of range
     # are flagged, for the schedule to compute again.
     show_lost: bool
@@ -70,11 +71,12 @@ class Numbers(NamedTuple):
 
     bounds: Any
     kl_coef: Any
+    kl_max_log_ratio: Any
     ratio_range: Any
 
 
 def numbers_of(loss: Loss) -> Numbers:
-    return Numbers(loss.bounds, loss.kl_coef, loss.ratio_range)
+    return Numbers(loss.bounds, loss.kl_coef, loss.kl_max_log_ratio, loss.ratio_range)
 
 
 @triton.jit
@@ -147,32 +149,29 @@ def sapo(logp, old, advantage, bounds):
     return 4.0 / tau * s * advantage, tl.where(log_ratio > 60.0, 0.0, slope)
 
 
-# The estimators of KL(pi, ref): Schulman, "Approximating KL divergence", 2020.
+# The estimators of KL(pi, ref), from e = ref - logp: Schulman, "Approximating KL divergence", 2020.
 
 
 @triton.jit
-def kl_k1(logp, ref):
-    """k = -e with e = ref - logp, slope 1."""
-    k = logp - ref
-    return k, 1.0, k + 1.0
+def kl_k1(e):
+    """k = -e, slope 1."""
+    return -e, 1.0, 1.0 - e
 
 
 @triton.jit
-def kl_k2(logp, ref):
-    """k = e^2 / 2 with e = ref - logp, slope -e."""
-    e = ref - logp
+def kl_k2(e):
+    """k = e^2 / 2, slope -e."""
     k = e * e * 0.5
     return k, -e, k - e
 
 
 @triton.jit
-def kl_k3(logp, ref):
-    """k = exp(e) - 1 - e with e = ref - logp, slope -(exp(e) - 1), and their sum -e, in which exp(e) would cancel.
+def kl_k3(e):
+    """k = exp(e) - 1 - e, slope -(exp(e) - 1), and their sum -e, in which exp(e) would cancel.
 
     k itself would cancel at |e| < 1. There it is its Taylor polynomial e^2 / 2! + ... + e^11 / 11!, whose first neglected term
     is below 6e-9 of k, and exp(e) - 1 = e + k.
     """
-    e = ref - logp
     series = 1.0
     for n in tl.static_range(11, 2, -1):
         series = 1.0 + series * e * (1.0 / n)
@@ -191,6 +190,22 @@ def weighted_kl(k, k_and_slope, logp, old):
 
 
 @triton.jit
+def kl_penalty(logp, old, ref, KL: tl.constexpr, max_log_ratio, IS_WEIGHTED: tl.constexpr):
+    """k, or r k, and its slope. max_log_ratio: e = ref - logp ends there, on both sides, and the slope is 0 beyond; or None."""
+    e = ref - logp
+    if max_log_ratio is None:
+        k, slope, k_and_slope = KL(e)
+    else:
+        beyond = tl.abs(e) > max_log_ratio  # False for NaN, which stays in the result
+        k, slope, k_and_slope = KL(tl.where(beyond, tl.where(e < 0, -max_log_ratio, max_log_ratio), e))
+    if IS_WEIGHTED:
+        k, slope = weighted_kl(k, k_and_slope, logp, old)
+    if max_log_ratio is not None:
+        slope = tl.where(beyond, 0.0, slope)
+    return k, slope
+
+
+@triton.jit
 def token_loss(
     logp,
     old,  # None: on-policy, the ratio is exactly 1
@@ -202,6 +217,7 @@ def token_loss(
     bounds,
     KL: tl.constexpr,  # None: no KL term
     kl_coef,
+    kl_max_log_ratio,
     KL_IS_WEIGHTED: tl.constexpr,
 ):
     """loss = -weight (rollout l - coef k) and g = dloss/dlogp; the caller drops masked tokens.
@@ -217,9 +233,7 @@ def token_loss(
     if rollout is not None:
         value, slope = value * rollout, slope * rollout
     if KL is not None:
-        k, k_slope, k_and_slope = KL(logp, ref)
-        if KL_IS_WEIGHTED:
-            k, k_slope = weighted_kl(k, k_and_slope, logp, old)
+        k, k_slope = kl_penalty(logp, old, ref, KL, kl_max_log_ratio, KL_IS_WEIGHTED)
         value, slope = value - kl_coef * k, slope - kl_coef * k_slope
     return -value * weight, -slope * weight
 

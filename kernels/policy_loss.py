@@ -61,7 +61,7 @@ def policy_loss_kernel(
         ref = load_fp32(terms.REF, n, keep)
     loss, g = token_loss(
         logp, old, load_fp32(terms.ADVANTAGES, n, keep), weight, rollout, ref, OBJECTIVE, numbers.bounds, KL,
-        numbers.kl_coef, TILE.KL_IS_WEIGHTED,
+        numbers.kl_coef, numbers.kl_max_log_ratio, TILE.KL_IS_WEIGHTED,
     )  # fmt: skip
     tl.store(KEPT + n, logp, mask=inside)
     tl.store(GRADIENT + n, tl.where(keep, g, 0.0), mask=inside)

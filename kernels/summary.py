@@ -64,7 +64,7 @@ def store_sums(sums, keep, loss, logp, old, entropy, flagged, bounds):
     largest = tl.max(tl.where(keep, d, float("-inf")), 0)
     largest = tl.where(log_ratios == log_ratios, largest, log_ratios)  # tl.max drops a NaN
     ratio = tl.where(keep, tl.exp(d - _finite_or_zero(largest)), 0.0)
-    k3, _, _ = kl_k3(tl.zeros_like(d), d)
+    k3, _, _ = kl_k3(d)
     outside = keep & _is_outside(tl.exp(d), bounds)
     tl.store(place + _LOSS * sums.stride, tl.sum(tl.where(keep, loss, 0.0), 0))
     tl.store(place + _COUNT * sums.stride, tl.sum(keep.to(tl.float32), 0))

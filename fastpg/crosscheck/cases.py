@@ -7,7 +7,7 @@ the tolerances in `accuracy`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 
@@ -421,6 +421,6 @@ def _loss(logprobs: torch.Tensor, x: Inputs, settings: Settings, function: Calla
             logprobs, x.old_logprobs, x.advantages, objective=settings.objective, mask=x.keep(), kl=settings.kl, **options
         )
         return out.loss
-    kl = None if settings.kl is None else (settings.kl.coef, settings.kl.estimator, settings.kl.importance_weighted)
+    kl = None if settings.kl is None else astuple(settings.kl)
     objective = reference_objective(settings.objective)
     return function(logprobs, x.old_logprobs, x.advantages, objective=objective, mask=x.keep(), kl=kl, **options)

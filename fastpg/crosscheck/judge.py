@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -194,7 +194,8 @@ def absolute_loss(logprobs: torch.Tensor, x: Inputs, settings: Settings) -> torc
             value = value * wide.rollout_weights[keep].abs()
         if kl is not None:
             ref = wide.ref_logprobs[keep]
-            value = value + abs(kl.coef) * reference.kl_penalty(logprobs, old, ref, kl.estimator, kl.importance_weighted).abs()
+            coef, *settings_of_kl = astuple(kl)
+            value = value + coef * reference.kl_penalty(logprobs, old, ref, *settings_of_kl).abs()
         return value
 
     if getattr(objective, "takes_sequences", False):

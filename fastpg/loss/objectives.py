@@ -306,6 +306,8 @@ class KLPenalty:
     All estimate the same value (Schulman, "Approximating KL divergence", 2020).
     importance_weighted: r k with r = exp(logp - old), not detached (DeepSeek-V3.2). k1 and k3 then have the gradient of
         KL(pi, ref), for off-policy samples too.
+    max_log_ratio: m > 0: e is clamped to [-m, m], so that one unlikely token cannot make k3 infinite; None does not clamp it.
+        |k| is then at most m, m^2 / 2 or exp(m) - 1 - m. Beyond m the whole term is a constant, its r too: the gradient is 0.
 
     `rollout_weights` do not multiply it.
     """
@@ -313,15 +315,25 @@ class KLPenalty:
     coef: float
     estimator: Literal["k1", "k2", "k3"] = "k3"
     importance_weighted: bool = False
+    max_log_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if not is_nonnegative_number(self.coef):
             raise ValueError(f"coef must be a number >= 0; got {self.coef!r}")
         if self.estimator not in ("k1", "k2", "k3"):
             raise ValueError(f'estimator must be "k1", "k2" or "k3"; got {self.estimator!r}')
+        if self.max_log_ratio is not None and not is_positive_number(self.max_log_ratio):
+            raise ValueError(
+                "max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got "
+                f"{self.max_log_ratio!r}"
+            )
 
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
         e = ref_logprobs - logprobs
+        if self.max_log_ratio is not None:
+            beyond = e.detach().abs() > self.max_log_ratio  # False for NaN, which stays NaN
+            logprobs = torch.where(beyond, logprobs.detach(), logprobs)
+            e = torch.where(beyond, e.detach().clamp(-self.max_log_ratio, self.max_log_ratio), e)
         if self.estimator == "k1":
             k = -e
         elif self.estimator == "k2":
@@ -338,7 +350,9 @@ def device_loss(objective: object, kl: object | None, show_lost: bool) -> Device
         return None
     shared = show_lost, *(None if x is None else float(x) for x in objective.ratio_bounds)
     if kl is None:
-        return DeviceLoss(name, objective.device_numbers, None, 0.0, False, *shared)
+        return DeviceLoss(name, objective.device_numbers, None, 0.0, False, None, *shared)
     if type(kl) is not KLPenalty:
         return None
-    return DeviceLoss(name, objective.device_numbers, f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, *shared)
+    largest = None if kl.max_log_ratio is None else float(kl.max_log_ratio)
+    of_kl = f"kl_{kl.estimator}", float(kl.coef), kl.importance_weighted, largest
+    return DeviceLoss(name, objective.device_numbers, *of_kl, *shared)

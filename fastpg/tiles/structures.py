@@ -244,6 +244,7 @@ class DeviceLoss(NamedTuple):
     kl: str | None
     kl_coef: float
     kl_is_weighted: bool
+    kl_max_log_ratio: float | None
     show_lost: bool  # a row whose sums have left their range becomes NaN
     ratio_min: float | None  # `ratio_bounds` of the objective, for the clip_fraction metric
     ratio_max: float | None

@@ -335,7 +335,8 @@ def _loss(loss: DeviceLoss) -> objectives.Loss:
     bounds = objectives.bounds_of(objective, loss.numbers)
     kl = None if loss.kl is None else getattr(objectives, loss.kl)
     ratio_range = objectives.RatioRange(loss.ratio_min, loss.ratio_max)
-    return objectives.Loss(objective, bounds, kl, loss.kl_coef, loss.kl_is_weighted, loss.show_lost, ratio_range)
+    kl_numbers = loss.kl_coef, loss.kl_is_weighted, loss.kl_max_log_ratio
+    return objectives.Loss(objective, bounds, kl, *kl_numbers, loss.show_lost, ratio_range)
 
 
 def gathered_dots(x: torch.Tensor, place: torch.Tensor, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -297,7 +297,8 @@ def _loss(flags: tuple[str, ...]) -> object:
     (objective,), whole = (getattr(objectives, name) for name in flags if name in OBJECTIVES), flags == _WHOLE_LOSS
     kl = next((getattr(objectives, name) for name in flags if name.startswith("kl")), None)
     bounds, ratio_range = objectives.bounds_of(objective, (0.8, 1.2, 3.0)), objectives.RatioRange(0.8, 1.2)
-    return objectives.Loss(objective, bounds, kl, None if kl is None else 0.1, whole, whole, ratio_range)
+    of_kl = None if kl is None else 0.1, whole, 20.0 if whole else None
+    return objectives.Loss(objective, bounds, kl, *of_kl, whole, ratio_range)
 
 
 def _loss_terms(flags: tuple[str, ...], meta: Callable[..., torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

@@ -4,6 +4,7 @@ In Triton's interpreter, or on a GPU where there is one.
 """
 
 import math
+from dataclasses import replace
 from functools import partialmethod
 from math import inf, nan
 
@@ -53,9 +54,11 @@ for eps_low, eps_high, dual in ((0.2, 0.28, None), (0.2, 0.2, 3.0), (0, 0.2, Non
     bounds = device.ClipBounds(*objective.ratio_bounds, dual)
     CASES[f"ppo-{eps_low}-{eps_high}-{dual}"] = "ppo_clip", objective, bounds
 ESTIMATORS = {"k1": device.kl_k1, "k2": device.kl_k2, "k3": device.kl_k3}
+BOUNDS = [None, 1, 2.5, 20.0]  # of the log ratio; 20.0 is one of those that occur
 
 of_each_case = pytest.mark.parametrize("case", CASES)
 of_each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+of_each_bound = pytest.mark.parametrize("bound", BOUNDS, ids=lambda x: f"within-{x}")
 
 
 @pytest.fixture(autouse=True)
@@ -74,19 +77,17 @@ def objective_kernel(LOGP, OLD, ADVANTAGE, VALUE, SLOPE, bounds, OBJECTIVE: tl.c
 
 
 @triton.jit
-def kl_kernel(LOGP, REF, OLD, VALUE, SLOPE, KL: tl.constexpr, BLOCK: tl.constexpr):
+def kl_kernel(LOGP, REF, OLD, VALUE, SLOPE, max_log_ratio, KL: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    logp = tl.load(LOGP + i)
-    k, slope, k_and_slope = KL(logp, tl.load(REF + i))
-    if OLD is not None:
-        k, slope = device.weighted_kl(k, k_and_slope, logp, tl.load(OLD + i))
+    logp, old, ref = tl.load(LOGP + i), tl.load(OLD + i), tl.load(REF + i)
+    k, slope = device.kl_penalty(logp, old, ref, KL, max_log_ratio, WEIGHTED)
     tl.store(VALUE + i, k)
     tl.store(SLOPE + i, slope)
 
 
 @triton.jit
 def token_loss_kernel(
-    LOGP, OLD, ADVANTAGE, WEIGHT, ROLLOUT, REF, LOSS, G, bounds, kl_coef,
+    LOGP, OLD, ADVANTAGE, WEIGHT, ROLLOUT, REF, LOSS, G, bounds, kl_coef, kl_max_log_ratio,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IS_WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
@@ -95,7 +96,7 @@ def token_loss_kernel(
     ref = None if REF is None else tl.load(REF + i)
     loss, g = device.token_loss(
         tl.load(LOGP + i), old, tl.load(ADVANTAGE + i), tl.load(WEIGHT + i), rollout, ref,
-        OBJECTIVE, bounds, KL, kl_coef, KL_IS_WEIGHTED,
+        OBJECTIVE, bounds, KL, kl_coef, kl_max_log_ratio, KL_IS_WEIGHTED,
     )  # fmt: skip
     tl.store(LOSS + i, loss)
     tl.store(G + i, g)
@@ -217,17 +218,20 @@ def test_where_a_clip_holds_the_slope_is_exactly_zero():
     assert torch.equal(slope, torch.zeros(8))
 
 
-def kl_sizes(estimator, weighted, logp, old, ref):
+def kl_sizes(penalty, logp, old, ref):
     """The size of (k, dk/dlogp) before anything cancels: k and its slope in a weighted k1 or k2, and nothing else.
 
     For a weighted k3 as much of exp(e) as cancels in float64, in terms of fp32.
     """
     logp, old, ref = (x.double() for x in (logp, old, ref))
-    k, slope = differentiated(lambda x: KLPenalty(1.0, estimator)(x, old, ref), logp)
-    if not weighted:
+    plain = replace(penalty, importance_weighted=False)
+    k, slope = differentiated(lambda x: plain(x, old, ref), logp)
+    if not penalty.importance_weighted:
         return k.abs(), slope.abs()
     ratio, size = (logp - old).exp(), k.abs() + slope.abs()
-    return ratio * k.abs(), ratio * (size if estimator != "k3" else (ref - logp).abs() + 2.0**-27 * size)
+    size_of_slope = ratio * (size if penalty.estimator != "k3" else (ref - logp).abs() + 2.0**-27 * size)
+    beyond = (ref - logp).abs() > (penalty.max_log_ratio or inf)
+    return ratio * k.abs(), torch.where(beyond, 0, size_of_slope)
 
 
 def accept_infinities(slope, exact, logp, old, ref):
@@ -237,46 +241,59 @@ def accept_infinities(slope, exact, logp, old, ref):
     exact[both] = slope[both].double()
 
 
+@of_each_bound
 @of_each_estimator
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_an_estimator_against_autograd_in_float64(estimator, weighted):
+def test_an_estimator_against_autograd_in_float64(estimator, weighted, bound):
+    """Where the log ratio is exactly at its bound, the slope is the whole one."""
     logp, ref = log_probabilities()
     sweep = torch.cat([torch.linspace(-3, 3, 1001), torch.logspace(-6, 2, 200), -torch.logspace(-6, 2, 200)])
     logp, ref = torch.cat([logp, torch.zeros(len(sweep))]), torch.cat([ref, sweep])
     logp, ref, old = with_specials(logp, ref, logp[torch.randperm(len(logp))])
-    got = launched(kl_kernel, (logp, ref, old if weighted else None), KL=ESTIMATORS[estimator])
-    want, single = both_precisions(KLPenalty(1.0, estimator, weighted), logp, old, ref)
+    got = launched(kl_kernel, (logp, ref, old), bound, KL=ESTIMATORS[estimator], WEIGHTED=weighted)
+    penalty = KLPenalty(1.0, estimator, weighted, bound)
+    want, single = both_precisions(penalty, logp, old, ref)
     if weighted:
         accept_infinities(got[1], want[1], logp, old, ref)
     log_ratio = (ref - logp).abs() + (logp - old).abs()
-    for mine, exact, fp32, size in zip(got, want, single, kl_sizes(estimator, weighted, logp, old, ref), strict=True):
+    for mine, exact, fp32, size in zip(got, want, single, kl_sizes(penalty, logp, old, ref), strict=True):
         assert_agrees(mine, exact, fp32, size, log_ratio)
+    if bound is not None:
+        beyond = (ref - logp).abs() > bound
+        assert beyond.any()
+        assert (got[1][beyond] == 0).all()
 
 
 def test_k3_of_a_small_difference_is_exact_to_two_ulp():
     """There it is a polynomial, without the error of an exp."""
     sizes = torch.logspace(-12, 0, 1024).clamp(max=1 - ULP)
     e = torch.cat([sizes, -sizes])
-    k, slope = launched(kl_kernel, (torch.zeros(2048), e, None), KL=device.kl_k3)
+    k, slope = launched(kl_kernel, (torch.zeros(2048), e, torch.zeros(2048)), None, KL=device.kl_k3, WEIGHTED=False)
     e = e.double()
     terms = torch.stack([e**n / math.factorial(n) for n in range(2, 20)])  # float64's exp(e) - 1 - e cancels at 1e-12
     torch.testing.assert_close(k.double(), terms.sum(0), rtol=2 * ULP, atol=0)
     torch.testing.assert_close(slope.double(), -e.expm1(), rtol=2 * ULP, atol=0)
 
 
-@pytest.mark.parametrize("kl", [None, *(f"{k}{w}" for k in ESTIMATORS for w in ("", "-weighted"))])
+PENALTIES = [None, *(KLPenalty(0.3, k, w, m) for k in ESTIMATORS for w in (False, True) for m in (None, 2.5))]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @of_each_case
-def test_token_loss_is_that_of_the_losses(case, kl):
+def test_token_loss_is_that_of_the_losses(case, penalty):
     """With rollout weights and without, off-policy and on-policy."""
     name, objective, bounds = CASES[case]
-    estimator, weighted = (kl[:2], len(kl) > 2) if kl else (None, False)
-    penalty = KLPenalty(0.3, estimator, weighted) if kl else None
+    kl = penalty is not None
+    estimator, weighted, bound = (
+        (penalty.estimator, penalty.importance_weighted, penalty.max_log_ratio) if kl else (None, False, None)
+    )
     logp, old, advantage, ref = with_specials(*off_policy_tokens())
     weight, rollout = torch.rand(len(logp)) * 2 - 0.5, torch.rand(len(logp)) * 2
     for old_given, rollout_given in ((old, rollout), (old, None), (None, rollout)):
         inputs = logp, old_given, advantage, weight, rollout_given, ref if kl else None
         coef = 0.3 if kl else None
-        got = launched(token_loss_kernel, inputs, bounds, coef, getattr(device, name), ESTIMATORS.get(estimator), weighted)
+        functions = getattr(device, name), ESTIMATORS.get(estimator), weighted
+        got = launched(token_loss_kernel, inputs, bounds, coef, bound, *functions)
         terms = TokenTerms(None, old_given, advantage, weight, rollout_given, ref)
         want, single = (differentiated(*at) for at in losses_of(terms, logp, objective, penalty))
         on = logp if old_given is None else old
@@ -284,7 +301,7 @@ def test_token_loss_is_that_of_the_losses(case, kl):
         factor = condition(objective, logp - on, advantage) * (1 if rollout_given is None else rollout)
         sizes = [factor * x.abs() for x in sizes]
         if kl:
-            sizes = [a + 0.3 * b for a, b in zip(sizes, kl_sizes(estimator, weighted, logp, on, ref), strict=True)]
+            sizes = [a + 0.3 * b for a, b in zip(sizes, kl_sizes(penalty, logp, on, ref), strict=True)]
         if old_given is not None:  # its NaN meets every slope, also one of 0
             want[1][~old.isfinite()] = nan
         if isinstance(objective, SAPO):
@@ -319,6 +336,6 @@ def test_a_nan_that_multiplies_is_not_hidden_by_a_slope_of_zero(case, spoilt):
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0, 2.0, -2.0])
     inputs = [torch.zeros(8), torch.tensor([-2.0, -2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 0.0]), advantage, torch.ones(8), torch.ones(8)]
     inputs[spoilt] = torch.full((8,), nan)
-    loss, g = launched(token_loss_kernel, (*inputs, None), bounds, None, getattr(device, name), None, False)
+    loss, g = launched(token_loss_kernel, (*inputs, None), bounds, None, None, getattr(device, name), None, False)
     assert loss.isnan().all()
     assert g.isnan().all()

@@ -56,7 +56,7 @@ def run_cispo(sums, old, advantage, weight, row_scale, mask=True, bounds=(None, 
         return torch.as_tensor(x, dtype=dtype).expand(len(sums.S)).clone().to(DEVICE)
 
     terms = Terms(~vector(mask, torch.bool), *map(vector, (old, advantage)), -vector(weight), None, None)
-    loss = objectives.Loss(objectives.cispo, objectives.RatioBounds(*bounds), None, None, False, show_lost)
+    loss = objectives.Loss(objectives.cispo, objectives.RatioBounds(*bounds), None, None, False, None, show_lost)
     (total, weighted, residual), results = finish_with_loss(
         sums, Tokens(vector(tokens, torch.int64), None, vector(row_scale), None), terms, loss
     )
@@ -148,7 +148,7 @@ def test_every_term_reaches_the_loss(on_policy):
     g = torch.autograd.grad(want.sum(), logp)[0]
 
     bounds = objectives.ClipBounds(0.8, 1.28, 3.0)
-    loss = objectives.Loss(objectives.ppo_clip, bounds, objectives.kl_k3, 0.3, True, False)
+    loss = objectives.Loss(objectives.ppo_clip, bounds, objectives.kl_k3, 0.3, True, None, False)
     terms = Terms(*(x if x is None else x.to(DEVICE) for x in terms))
     sums = TileSums(S[:, None].to(DEVICE), E=torch.empty(200, 1, device=DEVICE), stride_e=1)
     tokens = Tokens(torch.zeros(200, dtype=torch.int64, device=DEVICE), None, scale.to(DEVICE), None)

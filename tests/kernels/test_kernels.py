@@ -265,7 +265,7 @@ def test_anchors_that_are_far_off(name, off):
     a = (e.logp + off).float()
     sums = anchored_exp(p, target_logits(p)[0] - a.to(DEVICE), True, E, blocks_of(p))
     assert E.isinf().any() == (off == 100)
-    loss = objectives.Loss(objectives.cispo, objectives.RatioBounds(None, 5.0), None, None, False, False)
+    loss = objectives.Loss(objectives.cispo, objectives.RatioBounds(None, 5.0), None, None, False, None, False)
     one = torch.ones(33, device=DEVICE)
     terms, tokens = Terms(None, a.to(DEVICE), one, -one, None, None), Tokens(p.tokens, None, one, None)
     found, results = finish_with_loss(sums, tokens, terms, loss)

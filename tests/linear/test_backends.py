@@ -214,6 +214,7 @@ OBJECTIVES = [
     SAPO(2.0, 0.5),
 ]
 KLS = [None, *(KLPenalty(0.3, estimator) for estimator in ("k1", "k2", "k3")), KLPenalty(0.3, "k3", importance_weighted=True)]
+KLS += [KLPenalty(0.3, "k3", weighted, max_log_ratio=0.5) for weighted in (False, True)]
 
 
 LOSSES = [(objective, None) for objective in OBJECTIVES] + [(f, kl) for f in (CISPO(), PPOClip()) for kl in KLS[1:]]
@@ -259,9 +260,10 @@ def test_which_losses_are_fused():
             return logprobs * advantages
 
     assert device_loss(CISPO(), None, False) == (
-        "cispo", (None, 5.0, None), None, 0.0, False, False, None, 5.0,
+        "cispo", (None, 5.0, None), None, 0.0, False, None, False, None, 5.0,
     )  # fmt: skip
-    assert device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True), True)[2:] == ("kl_k2", 0.1, True, True, 0.8, 1.2)
+    found = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True, 7), True)
+    assert found[2:] == ("kl_k2", 0.1, True, 7.0, True, 0.8, 1.2)
     assert device_loss(Mine(), None, False) is None
     assert device_loss(Placed(), None, False) is None
     assert device_loss(ImportanceWeighted("sequence"), None, False) is None
@@ -284,7 +286,7 @@ def test_opcheck_of_the_fused_operator(dtype, entropy):
         torch.rand(rows) > 0.7, -torch.rand(rows), torch.randn(rows), torch.rand(rows), torch.rand(rows), -torch.rand(rows)
     )  # fmt: skip
     terms = TokenTerms(*map(on_device, (masked, old, advantages, weights, rollout, ref)))
-    loss = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k3"), show_lost=True)
+    loss = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k3", max_log_ratio=4.0), show_lost=True)
     sums = LossSums(tiles_of("triton").loss_sums(rows, chunk.hidden.device).zero_(), 0)
     for exps in (torch.zeros(rows, vocab, dtype=dtype, device=KERNEL_DEVICE), None):
         found = opcheck(operators.anchored_loss, chunk, head, terms, loss, exps, entropy, sums)

@@ -206,6 +206,30 @@ BUILT = {
     "coef-negative": (lambda: KLPenalty(-0.1), "ValueError: coef must be a number >= 0; got -0.1"),
     "coef-name": (lambda: KLPenalty("k3"), "ValueError: coef must be a number >= 0; got 'k3'"),
     "estimator": (lambda: KLPenalty(0.1, "k4"), 'ValueError: estimator must be "k1", "k2" or "k3"; got \'k4\''),
+    "max-log-ratio-zero": (
+        lambda: KLPenalty(0.1, max_log_ratio=0),
+        "ValueError: max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got 0",
+    ),
+    "max-log-ratio-negative": (
+        lambda: KLPenalty(0.1, max_log_ratio=-20.0),
+        "ValueError: max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got -20.0",
+    ),
+    "max-log-ratio-nan": (
+        lambda: KLPenalty(0.1, max_log_ratio=NAN),
+        "ValueError: max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got nan",
+    ),
+    "max-log-ratio-inf": (
+        lambda: KLPenalty(0.1, max_log_ratio=INF),
+        "ValueError: max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got inf",
+    ),
+    "max-log-ratio-bool": (
+        lambda: KLPenalty(0.1, max_log_ratio=True),
+        "ValueError: max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got True",
+    ),
+    "max-log-ratio-str": (
+        lambda: KLPenalty(0.1, max_log_ratio="20"),
+        "ValueError: max_log_ratio must be positive and finite, a bound on |ref - logp|, or None for no bound; got '20'",
+    ),
     "cispo-loss": (
         lambda: call(linear_cispo_loss, {"ratio_max": -0.2, "hidden": None}),
         "ValueError: ratio_max must be positive and finite, a bound on the ratio itself, or None for no bound; got -0.2",

@@ -37,12 +37,15 @@ def test_objectives(schedule, dtype, name):
 
 @SCHEDULES
 @ALL_DTYPES
+@pytest.mark.parametrize("max_log_ratio", [None, 0.5], ids=["", "within 0.5"])
 @pytest.mark.parametrize("importance_weighted", [False, True], ids=["k", "r k"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("name", ANY_RATIO)
-def test_kl_penalty_and_rollout_weights(schedule, dtype, name, estimator, importance_weighted):
-    kl = KLPenalty(0.1, estimator, importance_weighted)
+def test_kl_penalty_and_rollout_weights(schedule, dtype, name, estimator, importance_weighted, max_log_ratio):
+    kl = KLPenalty(0.1, estimator, importance_weighted, max_log_ratio)
     problem = moderate_problem(64, dtype)
+    log_ratio = problem.ref_logprobs - logprobs_of(problem)
+    assert (log_ratio.abs() > 0.5).float().mean() > 0.4
     check_result(problem, schedule(problem, OBJECTIVES[name].objective, kl=kl))
 
 

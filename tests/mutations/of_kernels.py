@@ -132,6 +132,14 @@ MUTATIONS = [
         "token_loss or fused",
     ),
     Mutation(
+        "objectives: a log ratio beyond its bound keeps a slope",
+        "kernels/objectives.py",
+        "slope = tl.where(beyond, 0.0, slope)",
+        "pass",
+        "device_objectives",
+        "estimator or token_loss",
+    ),
+    Mutation(
         "objectives: k3 cancels where log ratios are small",
         "kernels/objectives.py",
         "k = tl.where(is_near, near, far - e)",

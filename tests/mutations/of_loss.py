@@ -28,6 +28,22 @@ MUTATIONS = [
         "kl",
     ),
     Mutation(
+        "KL penalty: a token beyond the bound keeps the gradient of its ratio",
+        "fastpg/loss/objectives.py",
+        "logprobs = torch.where(beyond, logprobs.detach(), logprobs)",
+        "pass",
+        "objective_values",
+        "within_a_bound",
+    ),
+    Mutation(
+        "KL penalty: the bound hides NaN",
+        "fastpg/loss/objectives.py",
+        "beyond = e.detach().abs() > self.max_log_ratio",
+        "beyond = ~(e.detach().abs() <= self.max_log_ratio)",
+        "objective_values",
+        "does_not_hide_nan",
+    ),
+    Mutation(
         "token-mean: divided by one token more",
         "fastpg/loss/reductions.py",
         'count = (count if reduction == "token-mean" else',
