@@ -23,15 +23,19 @@ from .loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, O
 from .loss.policy_loss import PolicyLossOutput, policy_loss
 from .loss.reductions import masked_mean
 from .loss.token_masks import off_policy_sequence_mask, top_entropy_mask
+from .loss.trust_regions import DPPOKL, DPPOTV, IcePop
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CISPO",
+    "DPPOKL",
+    "DPPOTV",
     "GSPO",
     "SAPO",
     "VESPO",
     "ClipCov",
+    "IcePop",
     "ImportanceWeighted",
     "KLCov",
     "KLPenalty",

@@ -241,6 +241,58 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
     return value
 
 
+def dppo_tv(
+    delta_low: float = 0.2, delta_high: float = 0.2, ratio_max: float | None = None, two_sided: bool = False
+) -> Objective:
+    """l = M r A, with M = 0 where A > 0 and p - q > delta_high, or A < 0 and q - p > delta_low, and else 1.
+
+    p and q are the probabilities of the token, new and old (DPPO-Binary-TV, arXiv 2602.04879, eq. 13). With ratio_max
+    l = M sg(min(r, ratio_max)) A logp. two_sided: M = 0 beyond either bound, whatever A is.
+    """
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        p, q = torch.exp(logprobs), torch.exp(old_logprobs)
+        up = (p - q > delta_high) & ((advantages > 0) | two_sided)
+        down = (q - p > delta_low) & ((advantages < 0) | two_sided)
+        return _weighted(logprobs, old_logprobs, advantages, up | down, ratio_max)
+
+    return value
+
+
+def dppo_kl(delta_low: float = 0.05, delta_high: float = 0.05, ratio_max: float | None = None) -> Objective:
+    """The same with KL = q log(q / p) + (1 - q) log((1 - q) / (1 - p)) for |p - q| (DPPO-Binary-KL, eq. 14)."""
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        p, q = torch.exp(logprobs), torch.exp(old_logprobs)
+        rest_p, rest_q = (torch.where(x < 0, -torch.expm1(x), 0) for x in (logprobs, old_logprobs))
+        of_rest = torch.where(rest_q > 0, rest_q * (torch.log(rest_q) - torch.log(rest_p)), 0)
+        kl = q * (old_logprobs - logprobs) + of_rest
+        up, down = (kl > delta_high) & (advantages > 0) & (p > q), (kl > delta_low) & (advantages < 0) & (p < q)
+        return _weighted(logprobs, old_logprobs, advantages, up | down, ratio_max)
+
+    return value
+
+
+def icepop(ratio_max: float | None = 5.0, ratio_min: float | None = 0.5) -> Objective:
+    """l = sg(r) A logp where ratio_min < r < ratio_max, else 0 (GLM-5, arXiv 2602.15763, section 4.1.2)."""
+
+    def value(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        ratio = torch.exp(logprobs - old_logprobs)
+        too_small = torch.zeros_like(ratio, dtype=torch.bool) if ratio_min is None else ratio <= ratio_min
+        too_large = torch.zeros_like(ratio, dtype=torch.bool) if ratio_max is None else ratio >= ratio_max
+        return _weighted(logprobs, old_logprobs, advantages, too_small | too_large, torch.inf)
+
+    return value
+
+
+def _weighted(logprobs, old_logprobs, advantages, left_out, ratio_max: float | None) -> torch.Tensor:
+    """r A, or with ratio_max sg(min(r, ratio_max)) A logp; 0 where left out."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    if ratio_max is not None:
+        ratio = torch.where(ratio > ratio_max, ratio_max, ratio).detach() * logprobs
+    return torch.where((left_out & ~advantages.isnan()) | (advantages == 0), 0, ratio * advantages)
+
+
 def of_sequences(value: Objective) -> Objective:
     """Marks an objective that takes sequence numbers as its fourth argument."""
     value.takes_sequences = True

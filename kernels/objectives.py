@@ -44,6 +44,15 @@ class Temperatures(NamedTuple):
     tau_neg: float
 
 
+class Divergences(NamedTuple):
+    """The bounds of `dppo_tv` and `dppo_kl`: on the divergence, and on the ratio as a weight (None: the ratio is no weight)."""
+
+    low: float
+    high: float
+    ratio_max: float | None
+    two_sided: float | None = None  # not None: M = 0 beyond either bound, whatever the sign of A
+
+
 class RatioRange(NamedTuple):
     """The bounds of the ratio that `clip_fraction` counts by; None is no bound."""
 
@@ -149,6 +158,75 @@ def sapo(logp, old, advantage, bounds):
     return 4.0 / tau * s * advantage, tl.where(log_ratio > 60.0, 0.0, slope)
 
 
+@triton.jit
+def unless(dropped, logp, weight, advantage):
+    """l = w A logp and slope w A; exactly 0 where dropped or A = 0, however large w is, and NaN where A is."""
+    dropped = (dropped & (advantage == advantage)) | (advantage == 0)
+    slope = tl.where(dropped, 0.0, weight * advantage)
+    return tl.where(dropped, 0.0, slope * logp), slope
+
+
+@triton.jit
+def within_divergence(rose, fell, logp, old, advantage, bounds):
+    """l = r A, or sg(min(r, ratio_max)) A logp, and slope min(r, ratio_max) A; 0 where A > 0 and rose, or A < 0 and fell."""
+    dropped = tl.where(advantage > 0, rose, fell)
+    if bounds.two_sided is not None:
+        dropped = rose | fell
+    value, slope = unless(dropped, logp, clipped(tl.exp(logp - old), None, bounds.ratio_max), advantage)
+    if bounds.ratio_max is None:
+        value = slope
+    return value, slope
+
+
+@triton.jit
+def dppo_tv(logp, old, advantage, bounds):
+    """Left out: p - q > high where A > 0, q - p > low where A < 0; p = exp(logp), q = exp(old). bounds: Divergences.
+
+    (DPPO, arXiv 2602.04879, eq. 13)
+    """
+    change = tl.exp(logp) - tl.exp(old)
+    return within_divergence(change > bounds.high, change < -bounds.low, logp, old, advantage, bounds)
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x), at least 0. Near 0, where the difference would cancel, by the Taylor series of exp(x) - 1."""
+    x = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    series = 1.0
+    for n in tl.static_range(9, 1, -1):
+        series = 1.0 + series * x * (1.0 / n)
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def dppo_kl(logp, old, advantage, bounds):
+    """Left out: KL > high where A > 0 and p > q, KL > low where A < 0 and p < q. (DPPO, arXiv 2602.04879, eq. 14)
+
+    KL = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), with p = exp(logp) and q = exp(old). bounds: Divergences.
+    """
+    others_new, others_old = one_minus_exp(logp), one_minus_exp(old)
+    some = tl.where(others_old == 0, 1.0, others_old)
+    of_others = tl.where(others_new == 0, float("inf"), some * tl.log(some / tl.where(others_new == 0, 1.0, others_new)))
+    divergence = tl.exp(old) * (old - logp) + tl.where(others_old == 0, 0.0, of_others)
+    rose, fell = (logp > old) & (divergence > bounds.high), (logp < old) & (divergence > bounds.low)
+    return within_divergence(rose, fell, logp, old, advantage, bounds)
+
+
+@triton.jit
+def icepop(logp, old, advantage, bounds):
+    """l = r A logp, slope r A, the ratio held constant; both 0 where it is not between its bounds. bounds: RatioBounds.
+
+    (GLM-5, arXiv 2602.15763, section 4.1.2)
+    """
+    ratio = tl.exp(logp - old)
+    dropped = ratio < 0  # False for NaN, which stays in the result
+    if bounds.ratio_min is not None:
+        dropped = dropped | (ratio <= bounds.ratio_min)
+    if bounds.ratio_max is not None:
+        dropped = dropped | (ratio >= bounds.ratio_max)
+    return unless(dropped, logp, ratio, advantage)
+
+
 # The estimators of KL(pi, ref), from e = ref - logp: Schulman, "Approximating KL divergence", 2020.
 
 
@@ -238,9 +316,15 @@ def token_loss(
     return -value * weight, -slope * weight
 
 
+_BOUNDS = {
+    cispo: RatioBounds, ppo_clip: ClipBounds, sapo: Temperatures,
+    dppo_tv: Divergences, dppo_kl: Divergences, icepop: RatioBounds,
+}  # fmt: skip
+
+
 def bounds_of(objective, numbers):
     """The bounds of an objective from its numbers, in the order of their fields."""
-    kind = {cispo: RatioBounds, ppo_clip: ClipBounds, sapo: Temperatures}.get(objective)
+    kind = _BOUNDS.get(objective)
     if kind is None:
         return None
     return kind(*(None if x is None else float(x) for x in numbers[: len(kind._fields)]))

@@ -20,6 +20,7 @@ from ..loss.batch_objectives import VESPO, ClipCov, KLCov
 from ..loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, Objective, ObjectiveFunction, PPOClip, Reinforce
 from ..loss.policy_loss import policy_loss
 from ..loss.reductions import Reduction
+from ..loss.trust_regions import DPPOKL, DPPOTV, IcePop
 
 Outcome = dict[str, torch.Tensor]
 OPERATIONS = ("linear_logprobs", "linear_policy_loss", "linear_cispo_loss", "selective_logprobs", "policy_loss")
@@ -37,6 +38,9 @@ OBJECTIVES: dict[str, Objective | ObjectiveFunction] = {
     "CISPO, both bounds": CISPO(2.0, 0.5),
     "PPOClip": PPOClip(0.2, 0.28, dual_clip=3.0),
     "SAPO": SAPO(),
+    "DPPOTV": DPPOTV(),
+    "DPPOKL": DPPOKL(ratio_max=3.0),
+    "IcePop": IcePop(),
     "a function": towards_the_advantage,
     "GSPO": GSPO(0.2, 0.28),
 }
@@ -381,6 +385,12 @@ def reference_objective(objective: Objective | ObjectiveFunction) -> reference.O
             return reference.clip_cov(objective.eps_low, objective.eps_high, objective.fraction, *bounds)
         case KLCov():
             return reference.kl_cov(objective.coef, objective.fraction)
+        case DPPOTV():
+            return reference.dppo_tv(objective.delta_low, objective.delta_high, objective.ratio_max, objective.two_sided)
+        case DPPOKL():
+            return reference.dppo_kl(objective.delta_low, objective.delta_high, objective.ratio_max)
+        case IcePop():
+            return reference.icepop(objective.ratio_max, objective.ratio_min)
     return objective
 
 

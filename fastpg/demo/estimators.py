@@ -11,6 +11,7 @@ from .. import advantages
 from ..linear.support import Support
 from ..loss.batch_objectives import VESPO, ClipCov, KLCov
 from ..loss.objectives import CISPO, GSPO, SAPO, ImportanceWeighted, Objective, PPOClip, Reinforce
+from ..loss.trust_regions import DPPOKL, DPPOTV, IcePop
 
 OBJECTIVES: dict[str, Objective] = {
     "cispo": CISPO(ratio_max=5.0),
@@ -25,6 +26,9 @@ OBJECTIVES: dict[str, Objective] = {
     # shares of a batch of few tokens, whose covariances are small
     "clip-cov": ClipCov(eps_low=0.2, eps_high=0.28, fraction=0.02, cov_min=0.5),
     "kl-cov": KLCov(fraction=0.02),
+    "dppo-tv": DPPOTV(),
+    "dppo-kl": DPPOKL(),
+    "icepop": IcePop(),
 }
 
 

@@ -93,11 +93,11 @@ def linear_policy_loss(
             advantages leaves out what skip_zero_weight does. With a support, old_logprobs, rollout weights and ref_logprobs
             are wanted over the same sets.
         old_logprobs, advantages, sequence_ids, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
-        objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), or a function of (logprobs,
-            old_logprobs, advantages) whose value per token is maximised. It must be elementwise and deterministic: it is called
-            on chunks for the gradients and on all tokens for the loss. Gradients reach hidden, weight and bias only, not
-            tensors it closes over. Objectives that need other tokens need two passes: those of whole sequences (GSPO, VESPO)
-            and those of the batch (ClipCov, KLCov).
+        objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), DPPOTV(...), DPPOKL(...),
+            IcePop(...), or a function of (logprobs, old_logprobs, advantages) whose value per token is maximised. It must be
+            elementwise and deterministic: it is called on chunks for the gradients and on all tokens for the loss. Gradients
+            reach hidden, weight and bias only, not tensors it closes over. Objectives that need other tokens need two passes:
+            those of whole sequences (GSPO, VESPO) and those of the batch (ClipCov, KLCov).
         entropy: also report metrics["entropy"], the mean entropy in nats.
         entropy_coef: 0. An entropy bonus takes two passes, `linear_logprobs` and `policy_loss`; anything else raises.
         outputs, top_k: statistics of each token's distribution, as in `linear_logprobs`, and out of the same sweep; here none

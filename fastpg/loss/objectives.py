@@ -138,17 +138,7 @@ class CISPO(Objective):
     ratio_min: float | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.ratio_bounds
-        if high is not None and not is_positive_number(high):
-            raise ValueError(
-                f"ratio_max must be positive and finite, a bound on the ratio itself, or None for no bound; got {high!r}"
-            )
-        if low is not None and not is_nonnegative_number(low):
-            raise ValueError(
-                f"ratio_min must be >= 0 and finite, a bound on the ratio itself, or None for no bound; got {low!r}"
-            )
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"ratio_min must not exceed ratio_max; got ratio_min={low}, ratio_max={high}")
+        check_ratio_bounds(*self.ratio_bounds)
 
     @property
     def ratio_bounds(self) -> tuple[float | None, float | None]:
@@ -266,6 +256,17 @@ class SAPO(Objective):
         r_minus_1 = self.log_ratio(logprobs, old_logprobs).clamp(max=60).exp() - 1
         # exp(logsigmoid), not sigmoid: the derivative of the latter, s (1 - s), is rounding noise where s is close to 1
         return 4 / tau * F.logsigmoid(tau * r_minus_1).exp() * advantages
+
+
+def check_ratio_bounds(low: float | None, high: float | None) -> None:
+    if high is not None and not is_positive_number(high):
+        raise ValueError(
+            f"ratio_max must be positive and finite, a bound on the ratio itself, or None for no bound; got {high!r}"
+        )
+    if low is not None and not is_nonnegative_number(low):
+        raise ValueError(f"ratio_min must be >= 0 and finite, a bound on the ratio itself, or None for no bound; got {low!r}")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"ratio_min must not exceed ratio_max; got ratio_min={low}, ratio_max={high}")
 
 
 def _check_clip(eps_low: float, eps_high: float) -> None:

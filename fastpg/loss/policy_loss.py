@@ -112,8 +112,9 @@ def policy_loss(
             log-probability can be, are computed as given.
         advantages: (...) per token, or one per sequence: (B,) with (B, T) logprobs, (S,) with sequence_ids
             (S = N is read as per token). Constants.
-        objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), VESPO(...),
-            ClipCov(...), KLCov(...), or a function of (logprobs, old_logprobs, advantages) whose value per token is maximised.
+        objective: Reinforce(), ImportanceWeighted(...), CISPO(...), PPOClip(...), GSPO(...), SAPO(...), DPPOTV(...),
+            DPPOKL(...), IcePop(...), VESPO(...), ClipCov(...), KLCov(...), or a function of (logprobs, old_logprobs,
+            advantages) whose value per token is maximised.
         mask: (...) bool, True where a token counts. Values at masked positions never reach the arithmetic.
         sequence_ids: (N,) int, the sequence of each token of packed (N,) logprobs, numbered from 0. Tokens of a sequence need
             not be neighbours. With (B, T) logprobs the rows are the sequences.

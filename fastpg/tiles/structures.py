@@ -234,6 +234,7 @@ class Numbers(NamedTuple):
     first: float | None = None
     second: float | None = None
     third: float | None = None
+    fourth: float | None = None
 
 
 class DeviceLoss(NamedTuple):

@@ -39,7 +39,7 @@ _TRITON_TYPES = {
     torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 
-OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo")
+OBJECTIVES = ("reinforce", "importance_weighted", "cispo", "ppo_clip", "sapo", "dppo_tv", "dppo_kl", "icepop")
 # kernel -> the dtypes it is called with, and its optional features (flags)
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "keep": (("float32",), ("skip", "rows", "temperature")),

@@ -6,13 +6,26 @@ from functools import partial
 import pytest
 import torch
 
-from fastpg import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, PPOClip, Reinforce, policy_loss
+from fastpg import (
+    CISPO,
+    DPPOKL,
+    DPPOTV,
+    GSPO,
+    SAPO,
+    IcePop,
+    ImportanceWeighted,
+    KLPenalty,
+    PPOClip,
+    Reinforce,
+    policy_loss,
+)
 from fastpg.kernels import summary as summary_kernel
 from fastpg.kernels.limits import SUMMARY
 from fastpg.kernels.summary import FIELDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(2.0, 0.5), PPOClip(0.2, 0.28, 3.0), SAPO(1.0, 1.1)]
+OBJECTIVES += [DPPOTV(), DPPOTV(0.1, 0.1, 2.0, True), DPPOKL(0.02, 0.03), IcePop()]
 NAMES = ("ratio_mean", "ratio_max", "clip_fraction", "ess", "kl_k1", "kl_k3", "tokens", "skipped_tokens", "recomputed_tokens")
 named = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 

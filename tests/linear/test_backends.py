@@ -17,7 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastpg import (
     CISPO,
+    DPPOKL,
+    DPPOTV,
     SAPO,
+    IcePop,
     ImportanceWeighted,
     KLPenalty,
     LMHead,
@@ -212,6 +215,10 @@ OBJECTIVES = [
     PPOClip(0.1, 0.3, dual_clip=1.5),
     SAPO(),
     SAPO(2.0, 0.5),
+    DPPOTV(),
+    DPPOTV(0.1, 0.1, 2.0, two_sided=True),
+    DPPOKL(ratio_max=3.0),
+    IcePop(2.0, 0.8),
 ]
 KLS = [None, *(KLPenalty(0.3, estimator) for estimator in ("k1", "k2", "k3")), KLPenalty(0.3, "k3", importance_weighted=True)]
 KLS += [KLPenalty(0.3, "k3", weighted, max_log_ratio=0.5) for weighted in (False, True)]
@@ -260,7 +267,7 @@ def test_which_losses_are_fused():
             return logprobs * advantages
 
     assert device_loss(CISPO(), None, False) == (
-        "cispo", (None, 5.0, None), None, 0.0, False, None, False, None, 5.0,
+        "cispo", (None, 5.0, None, None), None, 0.0, False, None, False, None, 5.0,
     )  # fmt: skip
     found = device_loss(PPOClip(dual_clip=3.0), KLPenalty(0.1, "k2", True, 7), True)
     assert found[2:] == ("kl_k2", 0.1, True, 7.0, True, 0.8, 1.2)

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from fastpg import CISPO, SAPO, PPOClip, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, selective_logprobs
+from fastpg import (
+    CISPO,
+    DPPOKL,
+    DPPOTV,
+    SAPO,
+    IcePop,
+    PPOClip,
+    Reinforce,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_loss,
+    selective_logprobs,
+)
 
 N, H, V = 12, 6, 20
 MASKS = pytest.mark.parametrize("masked", [False, True], ids=["all kept", "masked"])
@@ -80,7 +92,7 @@ def test_linear_policy_loss(masked, check, dtype):
         assert torch.equal(want, got)
 
 
-@pytest.mark.parametrize("objective", [Reinforce(), CISPO(), PPOClip(), SAPO()], ids=str)
+@pytest.mark.parametrize("objective", [Reinforce(), CISPO(), PPOClip(), SAPO(), DPPOTV(), DPPOKL(), IcePop()], ids=str)
 @MASKS
 def test_policy_loss(masked, objective):
     logprobs, mask = (-torch.rand(N)).requires_grad_(), mask_of(masked)

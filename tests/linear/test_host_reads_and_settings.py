@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpg import (
     CISPO,
+    DPPOKL,
+    DPPOTV,
     GSPO,
     SAPO,
+    IcePop,
     ImportanceWeighted,
     KLPenalty,
     LMHead,
@@ -32,7 +35,8 @@ from fastpg.tiles.host_read import HostRead
 from fastpg.tiles.structures import Asked, Entries, Head
 
 ROWS, VOCAB, SIZE = 64, 300, 16
-OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), PPOClip(), SAPO(), lambda logp, old, a: (logp - old).exp() * a]
+OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), PPOClip(), SAPO(), DPPOTV(), DPPOKL(), IcePop()]
+OBJECTIVES += [lambda logp, old, a: (logp - old).exp() * a]
 
 
 def inputs(lora=False, softcap=None):

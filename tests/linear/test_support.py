@@ -109,7 +109,7 @@ def test_slices_of_the_vocabulary_on_kernels(dtype, monkeypatch):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("name", ["reinforce", "ppo-dual", "sapo", "cispo-both-bounds", "users-function"])
+@pytest.mark.parametrize("name", ["reinforce", "ppo-dual", "sapo", "cispo-both-bounds", "dppo-kl", "users-function"])
 @pytest.mark.parametrize("kl", [None, KLPenalty(0.1), KLPenalty(0.1, "k2", True)], ids=str)
 def test_objectives_and_kl_penalties(schedule, name, kl):
     """With rollout weights. Ratios keep away from jumps of the derivatives."""

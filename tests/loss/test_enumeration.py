@@ -175,7 +175,7 @@ def test_entropy_bonus_equals_autograd_on_full_logits(name):
 
 # ---- token-level objectives from hidden states
 
-TOKEN_LEVEL = ["ppo", "ppo-clip-higher", "ppo-dual", "sapo", "sapo-taus"]
+TOKEN_LEVEL = ["ppo", "ppo-clip-higher", "ppo-dual", "sapo", "sapo-taus", "dppo-tv", "dppo-kl-weight", "icepop-narrow"]
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 
 

@@ -47,6 +47,10 @@ def test_metrics_and_clip_fraction_on_the_objectives_own_ratio(name, layout):
         "ppo": (0.8, 1.2),
         "ppo-clip-higher": (0.7, 1.45),
         "ppo-dual": (0.8, 1.28),
+        "dppo-tv-weight": (0, 1.3),
+        "dppo-kl-weight": (0, 1.6),
+        "icepop": (0.5, 5),
+        "icepop-narrow": (0.8, 1.3),
         "gspo": (0.7, 1.45),
         "gspo-default": (1 - 3e-4, 1 + 4e-4),
     }.get(name, (0, INF))

@@ -1,7 +1,6 @@
 """Values and gradients of `policy_loss`: the oracle against formulas written out here, the fast path against the oracle."""
 
 import math
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -22,9 +21,10 @@ from batches import (
     penalties,
     result_as_rows,
 )
-from objectives import ANY_RATIO, OBJECTIVES, OF_SEQUENCES, PLAIN, SEQUENCE, TOKEN, TRAJECTORY
+from objectives import ANY_RATIO, LEAVE_OUT, OBJECTIVES, OF_SEQUENCES, PLAIN, SEQUENCE, TOKEN, TRAJECTORY, WEIGHTS
+from torch.distributions import Bernoulli, kl_divergence
 
-from fastpg import CISPO, GSPO, SAPO, ImportanceWeighted, KLPenalty, PPOClip, Reinforce, policy_loss, reference
+from fastpg import CISPO, DPPOKL, GSPO, SAPO, ImportanceWeighted, KLPenalty, PPOClip, Reinforce, policy_loss, reference
 
 # ---- by hand
 
@@ -101,9 +101,10 @@ def test_cispo_bounds_are_on_the_ratio_itself():
 # ---- by formula
 
 
-def formula(name, d, advantages, members):
+def formula(name, logprobs, old, advantages, members):
     """l by torch.minimum, maximum and sigmoid, and sums over sequences as products with `members`, (S, N) of 0 and 1."""
-    ours, _, level, _ = OBJECTIVES[name]
+    d = logprobs - old
+    ours, _, level, *_ = OBJECTIVES[name]
     if level == TOKEN:
         ratio = d.exp()
     else:
@@ -116,25 +117,34 @@ def formula(name, d, advantages, members):
         values = torch.minimum(ratio * advantages, ratio.clamp(1 - ours.eps_low, 1 + ours.eps_high) * advantages)
         dual = getattr(ours, "dual_clip", None)
         return values if dual is None else torch.where(advantages < 0, torch.maximum(values, dual * advantages), values)
+    if name in LEAVE_OUT:
+        new_and_old = [Bernoulli(x.detach().exp()) for x in (logprobs, old)]
+        far = (
+            kl_divergence(*new_and_old[::-1])
+            if isinstance(ours, DPPOKL)
+            else (new_and_old[0].probs - new_and_old[1].probs).abs()
+        )
+        matters = True if name.endswith("two-sided") else advantages.sign() == d.sign()
+        return ratio * advantages * ~(matters & (far > torch.where(d > 0, ours.delta_high, ours.delta_low)))
     return ratio * advantages / (lengths @ members if level == TRAJECTORY else 1)
 
 
 # those that differ from their formula in a stop-gradient, or are formulas of their own, apart
-WRITTEN_OUT = [name for name in OBJECTIVES if name not in PLAIN or name == "importance-weighted"]
+WRITTEN_OUT = [name for name in OBJECTIVES if name not in (*PLAIN, *WEIGHTS) or name == "importance-weighted"]
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_oracle_equals_the_formula_and_passes_gradcheck(name):
     inputs = lay_out(batch(), "pack")
     logprobs, old, advantages, ids = (inputs[k] for k in ("logprobs", "old_logprobs", "advantages", "sequence_ids"))
-    _, oracle, level, _ = OBJECTIVES[name]
+    _, oracle, level, *_ = OBJECTIVES[name]
     members = torch.stack([ids == number for number in ids.unique()]).double()
     logprobs = logprobs.requires_grad_()
 
     def value(logprobs):
         return oracle(logprobs, old, advantages, *((ids,) if level != TOKEN else ()))
 
-    wanted = formula(name, logprobs - old, advantages, members)
+    wanted = formula(name, logprobs, old, advantages, members)
     torch.testing.assert_close(value(logprobs), wanted, rtol=1e-13, atol=0)
     weights = torch.rand_like(wanted)
     got, want = (torch.autograd.grad((x * weights).sum(), logprobs)[0] for x in (value(logprobs), wanted))
@@ -144,7 +154,8 @@ def test_oracle_equals_the_formula_and_passes_gradcheck(name):
 
 def gradient_by_loops(name, inputs, reduction):
     """dL/dlogp_t = -sum_s weight_s dl_s/dlogp_t / D, one number after the other; only s = t for ratios of tokens."""
-    _, _, level, coefficient = OBJECTIVES[name]
+    _, _, level, coefficient, left_out = OBJECTIVES[name]
+    logprobs, old = inputs["logprobs"].tolist(), inputs["old_logprobs"].tolist()
     d = (inputs["logprobs"] - inputs["old_logprobs"]).tolist()
     gradient = torch.zeros(6, 5, dtype=F64)
     lengths = MASK.sum(1).tolist()
@@ -155,7 +166,7 @@ def gradient_by_loops(name, inputs, reduction):
             weight = 1 / count / (n if reduction == "seq-mean-token-mean" else 1)
             if level == TOKEN:
                 r = math.exp(d[b][t])
-                gradient[b, t] = -weight * coefficient(r, row[t])
+                gradient[b, t] = 0 if left_out(logprobs[b][t], old[b][t], row[t]) else -weight * coefficient(r, row[t])
             else:
                 total = math.fsum(d[b][s] for s in kept)
                 r = math.exp(total / n if level == SEQUENCE else total)
@@ -169,7 +180,7 @@ def test_gradient_equals_the_formula_token_by_token(name, reduction):
     """Through the fast path and the oracle: the column dl/dlogp of semantics.md 1.2."""
     inputs = batch()
     wanted = gradient_by_loops(name, inputs, reduction)
-    objective, oracle, level, _ = OBJECTIVES[name]
+    objective, oracle, level, *_ = OBJECTIVES[name]
     tolerance = {"rtol": 1e-13, "atol": 0} if level == TOKEN else {"rtol": 1e-12, "atol": 1e-15}
     for layout in LAYOUTS:
         _, gradient = result_as_rows(inputs, layout, objective=objective, reduction=reduction)
@@ -191,7 +202,7 @@ def test_gradient_equals_the_formula_token_by_token(name, reduction):
 @every_reduction
 @every_objective
 def test_loss_and_gradient_equal_the_oracle(name, reduction, layout, dtype, penalised, per_sequence, spread, denominator):
-    objective, oracle, _, _ = OBJECTIVES[name]
+    objective, oracle, *_ = OBJECTIVES[name]
     inputs, oracles = batch(dtype, per_sequence, spread), {}
     options = {"reduction": reduction, "denominator": denominator}
     if penalised:
@@ -230,10 +241,12 @@ def test_on_policy_every_objective_is_reinforce(name, reduction):
         assert output.metrics["clip_fraction"] == 0
 
 
-@pytest.mark.parametrize("name", [*PLAIN, "ppo", "ppo-clip-higher", "ppo-dual"])  # SAPO divides by tau
+@pytest.mark.parametrize(
+    "name", [*PLAIN, *LEAVE_OUT, *WEIGHTS[2:], "ppo", "ppo-clip-higher", "ppo-dual"]
+)  # SAPO divides by tau
 def test_on_policy_ratio_is_exactly_one(name):
     """old_logprobs=None: the gradient flows through logp alone, not through the old one that equals it."""
-    objective, _, _, coefficient = OBJECTIVES[name]
+    objective, _, _, coefficient, _ = OBJECTIVES[name]
     logprobs, _, advantages, _ = batch(F32).values()
     output, gradient = loss_and_gradient(logprobs, None, advantages, objective=objective, reduction="sum")
     assert torch.equal(gradient, -torch.tensor([[coefficient(1.0, a) for a in row] for row in advantages.tolist()]))
@@ -297,85 +310,6 @@ def test_stride_0_incoming_gradients(name, layout):
     torch.testing.assert_close(scaled, -2 * once, rtol=1e-14, atol=0)
 
 
-# ---- a KL penalty and rollout weights
-
-
-every_kl = pytest.mark.parametrize(
-    "kl",
-    [
-        KLPenalty(0.25, k, weighted, largest)
-        for k in ("k1", "k2", "k3")
-        for weighted in (False, True)
-        for largest in (None, 1.2)
-    ],
-    ids=lambda kl: kl.estimator + "-importance-weighted" * kl.importance_weighted + "-within" * (kl.max_log_ratio is not None),
-)
-
-
-@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
-@every_reduction
-@every_kl
-def test_kl_and_rollout_weights_equal_the_oracle(kl, reduction, on_policy):
-    inputs = batch(spread=3.0) | penalties()
-    if on_policy:
-        inputs["old_logprobs"] = None
-    output, gradient = loss_and_gradient(**inputs, objective=CISPO(), kl=kl, reduction=reduction)
-    options = {"kl": astuple(kl), "reduction": reduction}
-    wanted, wanted_gradient, _ = oracle_of(inputs, reference.cispo(), **options)
-    torch.testing.assert_close(output.loss, wanted, rtol=1e-13, atol=0)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=0)
-
-
-def clamped_terms(estimator, weighted, logprobs, old, ref):
-    """The KL term by torch.clamp at 1.2, on log-probabilities that are detached where it holds."""
-    logprobs = torch.where((ref - logprobs).abs() > 1.2, logprobs.detach(), logprobs)
-    e = (ref - logprobs).clamp(-1.2, 1.2)
-    k = {"k1": -e, "k2": e.square() / 2, "k3": e.exp() - 1 - e}[estimator]
-    return (logprobs - old).exp() * k if weighted else k
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "importance-weighted"])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_a_kl_term_within_a_bound_is_the_clamped_one(estimator, weighted, backend):
-    """Against autograd of torch.clamp in float64: beyond the bound, on both sides, a value and no gradient."""
-    logprobs, old, *_ = batch(F32).values()
-    ref = -3 * torch.rand(6, 5)
-    exact = logprobs.double().requires_grad_()
-    wanted = clamped_terms(estimator, weighted, exact, old.double(), ref.double()).mean()
-    (wanted_gradient,) = torch.autograd.grad(wanted, exact)
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    given = [x.to(device) for x in (logprobs, old, torch.zeros(6, 5), ref)]
-    kl = KLPenalty(1.0, estimator, weighted, max_log_ratio=1.2)
-    output, gradient = loss_and_gradient(*given[:3], objective=CISPO(), kl=kl, ref_logprobs=given[3], backend=backend)
-    torch.testing.assert_close(output.loss.cpu().double(), wanted.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.cpu().double(), wanted_gradient, rtol=1e-5, atol=1e-7)
-    for beyond in (ref - logprobs > 1.2, ref - logprobs < -1.2):
-        assert beyond.any()
-        assert (gradient.cpu()[beyond] == 0).all()
-
-
-@every_kl
-def test_rollout_weights_leave_the_kl_term_alone(kl):
-    logprobs, old, advantages, _ = batch().values()
-    options = {"objective": CISPO(), "kl": kl, "ref_logprobs": -torch.rand(6, 5, dtype=F64)}
-    zeros = torch.zeros(6, 5, dtype=F64)
-    actual, gradient = loss_and_gradient(logprobs, old, advantages, rollout_weights=zeros, **options)
-    wanted, wanted_gradient = loss_and_gradient(logprobs, old, zeros, **options)
-    assert actual.loss.item() != 0
-    torch.testing.assert_close(actual.loss, wanted.loss, rtol=1e-14, atol=0)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-14, atol=0)
-
-
-def test_rollout_weights_scale_the_objective():
-    logprobs, old, advantages, _ = batch().values()
-    factors = torch.rand(6, 5, dtype=F64)
-    actual = loss_and_gradient(logprobs, old, advantages, objective=CISPO(), rollout_weights=factors)
-    wanted = loss_and_gradient(logprobs, old, advantages * factors, objective=CISPO())
-    torch.testing.assert_close(actual[0].loss, wanted[0].loss, rtol=1e-14, atol=0)
-    torch.testing.assert_close(actual[1], wanted[1], rtol=1e-14, atol=0)
-
-
 # ---- ratios that are far off
 
 
@@ -384,41 +318,13 @@ def test_rollout_weights_scale_the_objective():
 @pytest.mark.parametrize("name", ANY_RATIO)
 def test_ratios_of_any_size(name, d, dtype):
     """r from e^-40 to e^40: no clamp of the log-ratio (some frameworks have one at 20), no underflow, no overflow."""
-    objective, _, _, coefficient = OBJECTIVES[name]
+    objective, _, _, coefficient, _ = OBJECTIVES[name]
     logprobs, old = torch.tensor([-50.0], dtype=dtype), torch.tensor([-50.0 - d], dtype=dtype)
     output, gradient = loss_and_gradient(logprobs, old, torch.tensor([1.5], dtype=dtype), objective=objective)
     wanted = coefficient(math.exp(d), 1.5)
     value = math.exp(d) * 1.5 if name == "importance-weighted" else -50 * wanted
     assert gradient.item() == pytest.approx(-wanted, rel=4 * EPS[dtype], abs=0)
     assert output.loss.item() == pytest.approx(-value, rel=4 * EPS[dtype], abs=0)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "importance-weighted"])
-def test_a_bound_of_the_log_ratio_keeps_one_unlikely_token_from_an_infinite_kl(weighted, backend):
-    """e = 93 is beyond an fp32 exp: loss and gradient are infinite. With a bound the token has exp(20), and no slope."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    logprobs, ref = torch.tensor([-1.0, -95.0], device=device), torch.tensor([-1.0, -2.0], device=device)
-    given = {"old_logprobs": logprobs, "advantages": torch.ones(2, device=device), "ref_logprobs": ref, "backend": backend}
-    given |= {"objective": CISPO(), "reduction": "sum"}
-    without, slope = loss_and_gradient(logprobs, **given, kl=KLPenalty(0.01, "k3", weighted))
-    assert without.loss == math.inf
-    assert weighted or slope[1] == -math.inf  # weighted, the exponentials in the slope cancel, and a kernel knows it
-    within, gradient = loss_and_gradient(logprobs, **given, kl=KLPenalty(0.01, "k3", weighted, max_log_ratio=20))
-    assert within.loss.item() == pytest.approx(96 + 0.01 * (math.exp(20) - 21), rel=1e-6)
-    assert gradient.tolist() == pytest.approx([-1.0, -1.0], rel=1e-6)
-
-
-def test_a_bound_of_the_log_ratio_does_not_hide_nan():
-    logprobs, ref = torch.tensor([-1.0, -2.0]), torch.tensor([math.nan, -1.0])
-    given = {"old_logprobs": None, "advantages": torch.zeros(2), "ref_logprobs": ref, "objective": CISPO()}
-    for backend in ("torch", "triton"):
-        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-        kl = KLPenalty(1.0, max_log_ratio=3.0)
-        output, gradient = loss_and_gradient(logprobs.to(device), **there, kl=kl, backend=backend)
-        assert output.loss.isnan()
-        assert gradient.isnan().tolist() == [True, False]
 
 
 def test_a_ratio_that_overflows_is_clipped():

@@ -12,8 +12,11 @@ import torch
 
 from fastpg import (
     CISPO,
+    DPPOKL,
+    DPPOTV,
     GSPO,
     SAPO,
+    IcePop,
     ImportanceWeighted,
     KLPenalty,
     PPOClip,
@@ -35,6 +38,9 @@ TOKEN_OBJECTIVES = {
     "cispo-two-sided": CISPO(1.2, 0.8),
     "ppo": PPOClip(dual_clip=3.0),
     "sapo": SAPO(),
+    "dppo-tv": DPPOTV(0.9, 0.9),
+    "dppo-kl": DPPOKL(3.0, 3.0, 50.0),
+    "icepop": IcePop(50.0, 0.05),
 }
 SEQUENCE_OBJECTIVES = {
     "gspo": GSPO(),

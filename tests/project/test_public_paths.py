@@ -9,7 +9,8 @@ import pytest
 import fastpg
 
 TOP_LEVEL = """
-    CISPO ClipCov GSPO ImportanceWeighted KLCov KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip PolicyLossOutput
+    CISPO ClipCov DPPOKL DPPOTV GSPO IcePop ImportanceWeighted KLCov KLPenalty Kept LMHead LinearPolicyLoss Objective PPOClip
+    PolicyLossOutput
     PolicyLossStatistics Reinforce SAPO Support TokenLogprobs TokenStatistics VESPO advantages kept linear_cispo_loss
     linear_cross_entropy linear_logprobs linear_policy_loss masked_mean off_policy_sequence_mask policy_loss rollout
     selective_logprobs top_entropy_mask
@@ -23,7 +24,8 @@ PATHS = {
     "fastpg.distributed": "global_count",
     "fastpg.rollout": "icepop masked_weights mismatch_metrics token_veto truncated_weights within_band",
     "fastpg.reference": """
-        Statistics cispo clip_cov covariances gspo importance_weighted importance_weighted_by kl_cov kl_penalty linear_logprobs
+        Statistics cispo clip_cov covariances dppo_kl dppo_tv gspo icepop importance_weighted importance_weighted_by kl_cov
+        kl_penalty linear_logprobs
         logits of_sequences off_policy_sequence_mask policy_loss ppo_clip reduce reinforce sapo softcap token_distribution
         token_statistics top_entropy_mask vespo
     """,
@@ -39,7 +41,7 @@ PATHS = {
     "fastpg.kernels.dlogits": "dlogits dlogits_kernel",
     "fastpg.kernels.finish": "finish finish_kernel finish_with_loss",
     "fastpg.kernels.logsumexp": "combine combine_kernel finished logsumexp logsumexp_kernel",
-    "fastpg.kernels.objectives": "cispo importance_weighted kl_k1 kl_k2 kl_k3 ppo_clip reinforce sapo",
+    "fastpg.kernels.objectives": "cispo dppo_kl dppo_tv icepop importance_weighted kl_k1 kl_k2 kl_k3 ppo_clip reinforce sapo",
     "fastpg.kernels.target": "target_kernel target_logits",
     "fastpg.__main__": "main",
 }

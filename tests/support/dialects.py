@@ -1,13 +1,14 @@
 """The losses of other frameworks, written out in PyTorch, and a batch that takes each of them apart.
 
 The formulas follow the sources named at each section, not this library. Left out of them, so that float64 can be compared to
-1e-10: casts to fp32, the 1e-8 that verl and OpenRLHF add to lengths, and KL terms' clamps at 10, which nothing here reaches.
+1e-10: casts to fp32, the 1e-8 that verl, OpenRLHF and NeMo-RL add to lengths, and clamps of KL terms that nothing here reaches.
 """
 
 import math
 from types import SimpleNamespace
 
 import torch
+from more_dialects import areal_ppo, nemo, open_instruct, prime
 
 F64 = torch.float64
 
@@ -19,23 +20,31 @@ TRL |= {"off_policy_mask_threshold": 0.3}
 TRL |= {"step_tokens": 60}  # of the generation batch of 120 tokens, 2 of 4 micro-batches make a step
 LIGER = {"epsilon_low": 0.25, "epsilon_high": 0.35, "beta": 0.04}
 VERL = {"low": 0.2, "high": 0.3, "clip_ratio_c": 3.0, "batch_num_tokens": 101, "dp_size": 2, "loss_scale_factor": 13}
-VERL |= {"tau_pos": 1.2, "tau_neg": 1.7, "entropy_coeff": 0.02}
+VERL |= {"tau_pos": 1.2, "tau_neg": 1.7, "entropy_coeff": 0.02, "dro_beta": 0.6}
 VERL |= {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 1.5, "kl_cov_ratio": 0.3, "ppo_kl_coef": 0.6}
 OPENRLHF = {"eps_low": 0.15, "eps_high": 0.3, "dual_clip": 2.5}
 SKYRL = {"eps_clip_low": 0.2, "eps_clip_high": 0.28, "clip_ratio_c": 2.7, "max_seq_len": 11, "prompts": 4}
 SKYRL |= {"cispo_low": 0.7, "cispo_high": 1.5, "tau_pos": 1.3, "tau_neg": 1.6}
 SKYRL |= {"clip_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 1.2, "kl_cov_frac": 0.2, "ppo_kl_coef": 0.8}
+SKYRL |= {"delta_low": 0.1, "delta_high": 0.15}
+NEMO = {"low": 0.2, "high": 0.28, "ratio_clip_c": 2.6, "beta": 0.06, "kl_clamp": 0.7}
+NEMO |= {"valid_toks": 44, "valid_seqs": 9}
+PRIME = {"mask_low": 0.1, "mask_high": 0.15, "threshold": 0.12, "kl_tau": 0.02, "rl_scale": 70}
 SLIME = {"eps_clip": 0.2, "eps_clip_high": 0.28, "eps_clip_c": 2.6, "opsm_delta": 0.2, "entropy_coef": 0.04}
 AREAL = {"eps_clip": 0.2, "eps_clip_higher": 0.4, "c_clip": 2.4, "tau_pos": 0.9, "tau_neg": 1.9}
 OI = {"clip_lower": 0.2, "clip_higher": 0.272, "beta": 0.05}
 OPTIONS = {"trl": TRL, "liger": LIGER, "verl": VERL, "openrlhf": OPENRLHF}
-OPTIONS |= {"skyrl": SKYRL, "slime": SLIME, "areal": AREAL, "oi": OI}
+OPTIONS |= {"skyrl": SKYRL, "nemo": NEMO, "prime": PRIME, "slime": SLIME, "areal": AREAL, "oi": OI}
 OPTIONS |= {"verl-kl": VERL | {"batch_num_tokens": None, "dp_size": 1}}
+# divergences, which are smaller than offsets of the ratio
+OPTIONS |= {"verl-dppo-tv": VERL | {"low": 0.1, "high": 0.15, "clip_ratio_c": 1.6}}
+OPTIONS |= {"verl-dppo-kl": VERL | {"low": 0.02, "high": 0.05, "clip_ratio_c": 1.6}}
+OPTIONS |= {"skyrl-dppo-kl": SKYRL | {"delta_low": 0.02, "delta_high": 0.05}}
 # bounds on the ratio itself
 OPTIONS |= {"trl-cispo": TRL | {"epsilon_high": 1.7}, "liger-cispo": LIGER | {"epsilon_high": 1.7}}
 
 # Rows whose advantages are one per sequence: (B,) there, or the same number at every token.
-PER_SEQUENCE = ("trl", "liger", "verl-gspo", "openrlhf-gspo", "skyrl-gspo", "slime-gspo", "areal-gspo")
+PER_SEQUENCE = ("trl", "liger", "verl-gspo", "openrlhf-gspo", "skyrl-gspo", "nemo-gspo", "slime-gspo", "areal-gspo")
 
 
 def batch(name: str) -> SimpleNamespace:
@@ -54,10 +63,10 @@ def batch(name: str) -> SimpleNamespace:
     prompt_tokens = torch.zeros(4, dtype=torch.long).index_add(0, prompt_of, mask.sum(1))[prompt_of][:, None].expand(8, 6)
     x = SimpleNamespace(
         logprobs=logprobs.requires_grad_(),
-        old_logprobs=logprobs.detach() - d,
+        old_logprobs=(logprobs.detach() - d).clamp(max=-0.01 if "dppo" in name else None, min=-torch.inf),
         advantages=advantages,
         mask=mask,
-        ref=logprobs.detach() - 0.8 * torch.randn(8, 6, dtype=F64),
+        ref=logprobs.detach() - (6 if name == "openrlhf-kl" else 0.8) * torch.randn(8, 6, dtype=F64),
         w=2 * torch.rand(8, 6, dtype=F64),
         entropies=(1 - logprobs * torch.rand(8, 6, dtype=F64)).sqrt(),
         B=8,
@@ -223,6 +232,29 @@ def kl_cov(x, ratio):
     return -x.advantages * torch.exp(d) + chosen * x.ppo_kl_coef * d.abs()
 
 
+def verl_dppo(divergence):
+    def loss(x):
+        ratio = torch.exp(torch.clamp(x.logprobs - x.old_logprobs, min=-20.0, max=20.0))
+        truncated = torch.clamp(ratio, max=x.clip_ratio_c).detach()
+        prob, old_prob = torch.exp(x.logprobs), torch.exp(x.old_logprobs)
+        if divergence == "tv":
+            valid_positive, valid_negative = (prob - old_prob) <= x.high, (prob - old_prob) >= -x.low
+        else:
+            others = torch.log((1.0 - old_prob + 1e-8) / (1.0 - prob + 1e-8))
+            binary_kl = old_prob * (x.old_logprobs - x.logprobs) + (1 - old_prob) * others
+            valid_positive = (binary_kl <= x.high) | (prob <= old_prob)
+            valid_negative = (binary_kl <= x.low) | (prob >= old_prob)
+        valid = torch.where(x.advantages > 0, valid_positive, valid_negative).detach().double()
+        return verl_agg(-x.advantages * truncated * x.logprobs * valid, x, "token-mean")
+
+    return loss
+
+
+def verl_dro(x):
+    log_ratio = x.logprobs - x.old_logprobs
+    return token_mean(-(x.logprobs * x.advantages - 0.5 * x.dro_beta * log_ratio.square()), x)
+
+
 def sapo_gate(x):
     """The same in verl, SkyRL and AReaL."""
     ratio = torch.exp(torch.clamp(x.logprobs - x.old_logprobs, min=-20.0, max=20.0))
@@ -256,7 +288,7 @@ def openrlhf(mode="token-mean", policy_loss_type="ppo", *, dual_clip=True, kl=Fa
         clip1 = torch.min(surr1, surr2)
         losses = -torch.where(x.advantages < 0, torch.max(clip1, x.dual_clip * x.advantages), clip1) if dual_clip else -clip1
         if kl:
-            k2 = (x.logprobs - x.ref) ** 2 / 2.0
+            k2 = ((x.logprobs - x.ref) ** 2 / 2.0).clamp(min=-10, max=10)
             return token_mean(losses * x.w, x) + token_mean(k2, x) * 0.01
         if mode == "token-mean":
             return token_mean(losses, x)
@@ -310,6 +342,32 @@ def skyrl_is(x):
     return (-(torch.exp(x.logprobs - x.old_logprobs) * x.advantages) * x.mask).sum()
 
 
+def skyrl_dppo(dppo_type):
+    def loss(x):
+        advantages, ratio = skyrl_scaled(x, "token_mean"), torch.clamp(x.logprobs - x.old_logprobs, -20.0, 20.0).exp()
+        with torch.no_grad():
+            current, mu = torch.exp(x.logprobs), torch.exp(x.old_logprobs)
+            difference, mask = current - mu, torch.ones_like(advantages)
+            if dppo_type == "binary_tv":
+                mask[(advantages > 0) & (difference > x.delta_high)] = 0.0
+                mask[(advantages < 0) & (-difference > x.delta_low)] = 0.0
+            else:
+                others = torch.log((1 - mu + 1e-8) / (1 - current + 1e-8))
+                binary_kl = mu * (x.old_logprobs - x.logprobs) + (1 - mu) * others
+                mask[(advantages > 0) & (difference > 0) & (binary_kl > x.delta_high)] = 0.0
+                mask[(advantages < 0) & (difference < 0) & (binary_kl > x.delta_low)] = 0.0
+        return (-(ratio * advantages * mask) * x.mask).sum()
+
+    return loss
+
+
+def skyrl_rollout_is(x):
+    ratio = torch.clamp(x.logprobs - x.old_logprobs, -20.0, 20.0).exp()
+    in_range = (ratio > 1 - x.eps_clip_low) & (ratio < 1 + x.eps_clip_high)
+    calibrated = torch.where(in_range, ratio, torch.zeros_like(ratio))
+    return (-(calibrated.detach() * skyrl_scaled(x, "token_mean") * x.logprobs) * x.mask).sum()
+
+
 # ---- slime: slime/utils/ppo_utils.py; the reduction: slime/backends/megatron_utils/loss.py and cp_utils.py
 
 
@@ -351,47 +409,6 @@ def slime(estimator="grpo", *, dual_clip=False, per_token=False, kl=False, opsm=
     return loss
 
 
-# ---- AReaL: areal/utils/functional/functional.py
-
-
-def areal_ppo(level="token", *, decoupled=False):
-    def loss(x):
-        advantages, d = x.advantages, x.logprobs - x.old_logprobs
-        if level == "sequence":
-            lengths = x.mask.sum(dim=1, keepdim=True).clamp(min=1)
-            ratio = torch.exp(torch.where(x.mask, d, 0.0).sum(dim=1, keepdim=True) / lengths).expand_as(d)
-            advantages = (torch.where(x.mask, advantages, 0.0).sum(dim=-1, keepdim=True) / lengths).expand_as(d)
-        else:
-            ratio = torch.where(x.mask, torch.exp(d), 0)
-        losses = torch.max(-advantages * ratio, -advantages * torch.clamp(ratio, 1 - x.eps_clip, 1 + x.eps_clip_higher))
-        if decoupled:
-            losses = torch.min(losses, torch.sign(advantages) * x.c_clip * advantages) * x.w
-        return torch.where(x.mask, losses, 0).sum() / x.mask.count_nonzero()
-
-    return loss
-
-
-# ---- open-instruct: open_instruct/grpo_utils.py, compute_grpo_loss; masked_mean: open_instruct/rl_utils.py
-
-
-def open_instruct(loss_fn="dapo", *, rho=False, kl_estimator=None, denominator=None):
-    def loss(x):
-        ratio = torch.exp(x.logprobs - x.old_logprobs)
-        if loss_fn == "cispo":
-            losses = -x.advantages * torch.clamp(ratio.detach(), max=1.0 + x.clip_higher) * x.logprobs
-        else:
-            clipped = -x.advantages * torch.clamp(ratio, 1.0 - x.clip_lower, 1.0 + x.clip_higher)
-            losses = torch.max(-x.advantages * ratio, clipped)
-        if rho:
-            losses = losses * x.w
-        if kl_estimator is not None:
-            diff = (x.logprobs - x.ref).clamp(-40.0, 40.0)
-            losses = losses + x.beta * {2: torch.expm1(-diff) + diff, 3: ratio * diff}[kl_estimator]
-        return (losses * x.mask).sum() / (x.mask.sum() if denominator is None else denominator)
-
-    return loss
-
-
 THEIRS = {
     "trl-grpo": trl("grpo"),
     "trl-bnpo": trl("bnpo"),
@@ -423,6 +440,9 @@ THEIRS = {
     "verl-entropy": verl_entropy,
     "verl-gpg": lambda x: token_mean(-x.logprobs * x.advantages, x),
     "verl-kl": verl_vanilla("token-mean", kl=True),
+    "verl-dppo-tv": verl_dppo("tv"),
+    "verl-dppo-kl": verl_dppo("kl"),
+    "verl-dro": verl_dro,
     "openrlhf-ppo": openrlhf(),
     "openrlhf-seq-mean": openrlhf("seq-mean-token-mean"),
     "openrlhf-gspo": openrlhf("seq-mean-token-mean", "gspo", dual_clip=False),
@@ -437,6 +457,17 @@ THEIRS = {
     "skyrl-is": skyrl_is,
     "skyrl-clip-cov": lambda x: token_mean(clip_cov(x, x.clip_ratio, x.eps_clip_low, x.eps_clip_high), x),
     "skyrl-kl-cov": lambda x: token_mean(kl_cov(x, x.kl_cov_frac), x),
+    "skyrl-dppo-tv": skyrl_dppo("binary_tv"),
+    "skyrl-dppo-kl": skyrl_dppo("binary_kl"),
+    "skyrl-rollout-is": skyrl_rollout_is,
+    "nemo-clip": nemo(dual_clip=True),
+    "nemo-seq": nemo(token_level=False),
+    "nemo-gspo": nemo(token_level=False, sequence=True),
+    "nemo-cispo": nemo(cispo=True),
+    "nemo-reinforce": nemo(ratio=False),
+    "nemo-kl": nemo(kl=True),
+    "prime-default": prime(),
+    "prime-ipo": prime(ipo=True),
     "slime-grpo": slime(dual_clip=True),
     "slime-per-token": slime(dual_clip=True, per_token=True),
     "slime-gspo": slime("gspo"),

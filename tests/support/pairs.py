@@ -12,6 +12,7 @@ import worst_hardware
 
 SUITES = (
     "test_objective_values",
+    "test_kl_penalty",
     "test_objective_masks",
     "test_objective_sums",
     "test_objective_metrics",
