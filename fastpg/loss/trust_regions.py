@@ -89,9 +89,7 @@ class DPPOKL(Objective):
     def __call__(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         new, old = logprobs.detach(), old_logprobs
         # 1 - p, accurate for likely tokens too
-        others_new, others_old = (
-            torch.expm1(x.clamp(max=0)).abs() for x in (new, old)
-        )  # 1 - p, accurate for likely tokens too
+        others_new, others_old = (torch.expm1(x.clamp(max=0)).abs() for x in (new, old))
         of_others = torch.where(others_old == 0, 0, others_old * (others_old / others_new).log())
         divergence = old.exp() * (old - new) + of_others
         rose, fell = (new > old) & (divergence > self.delta_high), (new < old) & (divergence > self.delta_low)
