@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, overload
 
 import torch
 
@@ -48,6 +48,77 @@ from .workspace import Plan, plan_policy_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class PolicyLossStatistics(NamedTuple):
+    """What `linear_policy_loss` returns with `outputs` or `top_k`: a `PolicyLossOutput`, and statistics of its tokens."""
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    metrics: Metrics
+    statistics: TokenStatistics  # detached
+
+
+class CallOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_policy_loss` that belong to a batch."""
+
+    mask: torch.Tensor | Kept | None
+    support: Support | None
+    sequence_ids: torch.Tensor | None
+    denominator: float | torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    rollout_weights: torch.Tensor | None
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_policy_loss` that stay the same from step to step, without the objective.
+
+    A test holds this class and `CallOptions` to its signature.
+    """
+
+    temperature: float | torch.Tensor
+    reduction: Reduction
+    kl: KLPenalty | None
+    entropy: bool
+    entropy_coef: float
+    skip_zero_weight: bool
+    skip_silenced: bool | None
+    workspace: int | None
+    backend: str | None
+    check: bool
+
+
+class PolicyLossOptions(CallOptions, LossOptions, total=False):
+    """All keyword arguments of `linear_policy_loss` except the objective, and those that decide what it returns."""
+
+
+class ModuleOptions(LossOptions, total=False):
+    """Those of `LinearPolicyLoss` except the objective."""
+
+    outputs: Sequence[str]
+    top_k: int
+
+
+@overload
+def linear_policy_loss(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor, *, objective: Objective | ObjectiveFunction, **options: Unpack[PolicyLossOptions],
+) -> PolicyLossOutput: ...  # fmt: skip
+
+
+@overload
+def linear_policy_loss(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor, *, objective: Objective | ObjectiveFunction, outputs: Sequence[str], top_k: int = 0,
+    **options: Unpack[PolicyLossOptions],
+) -> PolicyLossStatistics: ...  # fmt: skip
+
+
+@overload
+def linear_policy_loss(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor, *, objective: Objective | ObjectiveFunction, top_k: int, **options: Unpack[PolicyLossOptions],
+) -> PolicyLossStatistics: ...  # fmt: skip
 
 
 def linear_policy_loss(
@@ -164,15 +235,6 @@ def linear_policy_loss(
     that_count.check()
     output = _report(result, call, objective, that_count)
     return _with_statistics(output, result, call, that_count, outputs) if len(outputs) or top_k else output
-
-
-class PolicyLossStatistics(NamedTuple):
-    """What `linear_policy_loss` returns with `outputs` or `top_k`: a `PolicyLossOutput`, and statistics of its tokens."""
-
-    loss: torch.Tensor
-    logprobs: torch.Tensor
-    metrics: Metrics
-    statistics: TokenStatistics  # detached
 
 
 class LossInputs(NamedTuple):
@@ -315,39 +377,28 @@ def _reported(logprobs: torch.Tensor, rows: Rows, that_count: Counted) -> torch.
     return others.index_copy_(0, rows.indices, logprobs).reshape(keep.shape)
 
 
-class CallOptions(TypedDict, total=False):
-    """Keyword arguments of `linear_policy_loss` that belong to a batch."""
-
-    mask: torch.Tensor | Kept | None
-    support: Support | None
-    sequence_ids: torch.Tensor | None
-    denominator: float | torch.Tensor | None
-    ref_logprobs: torch.Tensor | None
-    rollout_weights: torch.Tensor | None
+@overload
+def linear_cispo_loss(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor, *, ratio_max: float | None = 5.0, ratio_min: float | None = None,
+    **options: Unpack[PolicyLossOptions],
+) -> PolicyLossOutput: ...  # fmt: skip
 
 
-class LossOptions(TypedDict, total=False):
-    """Keyword arguments of `linear_policy_loss` that stay the same from step to step, without the objective.
-
-    A test holds this class and `CallOptions` to its signature.
-    """
-
-    temperature: float | torch.Tensor
-    reduction: Reduction
-    kl: KLPenalty | None
-    entropy: bool
-    outputs: Sequence[str]
-    top_k: int
-    entropy_coef: float
-    skip_zero_weight: bool
-    skip_silenced: bool | None
-    workspace: int | None
-    backend: str | None
-    check: bool
+@overload
+def linear_cispo_loss(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor, *, ratio_max: float | None = 5.0, ratio_min: float | None = None, outputs: Sequence[str],
+    top_k: int = 0, **options: Unpack[PolicyLossOptions],
+) -> PolicyLossStatistics: ...  # fmt: skip
 
 
-class PolicyLossOptions(CallOptions, LossOptions, total=False):
-    """All keyword arguments of `linear_policy_loss` except the objective."""
+@overload
+def linear_cispo_loss(
+    hidden: torch.Tensor, head: torch.Tensor | LMHead, tokens: torch.Tensor, old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor, *, ratio_max: float | None = 5.0, ratio_min: float | None = None, top_k: int,
+    **options: Unpack[PolicyLossOptions],
+) -> PolicyLossStatistics: ...  # fmt: skip
 
 
 def linear_cispo_loss(
@@ -359,8 +410,10 @@ def linear_cispo_loss(
     *,
     ratio_max: float | None = 5.0,
     ratio_min: float | None = None,
+    outputs: Sequence[str] = (),
+    top_k: int = 0,
     **options: Unpack[PolicyLossOptions],
-) -> PolicyLossOutput:
+) -> PolicyLossOutput | PolicyLossStatistics:
     """`linear_policy_loss` with objective=CISPO(ratio_max, ratio_min): l = sg(clip(r, ratio_min, ratio_max)) A logp.
 
     The bounds are on the ratio r itself (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, with ratio_max = 1 + eps_high).
@@ -368,12 +421,14 @@ def linear_cispo_loss(
     Args:
         hidden, head, tokens, old_logprobs, advantages: as in `linear_policy_loss`.
         ratio_max, ratio_min: as in `CISPO`; None: no bound.
-        options: mask, support, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs, rollout_weights, entropy,
-            outputs, top_k, entropy_coef, skip_zero_weight, skip_silenced, workspace, backend, check: as in
+        outputs, top_k, options: mask, support, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs,
+            rollout_weights, entropy, entropy_coef, skip_zero_weight, skip_silenced, workspace, backend, check: as in
             `linear_policy_loss`, with its defaults.
     """
     objective = CISPO(ratio_max, ratio_min)
-    return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, objective=objective, **options)
+    return linear_policy_loss(
+        hidden, head, tokens, old_logprobs, advantages, objective=objective, outputs=outputs, top_k=top_k, **options
+    )
 
 
 class LinearPolicyLoss(torch.nn.Module):
@@ -386,13 +441,12 @@ class LinearPolicyLoss(torch.nn.Module):
     rollout_weights are given to each call.
     """
 
-    def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[LossOptions]) -> None:
+    def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[ModuleOptions]) -> None:
         super().__init__()
-        unknown = options.keys() - LossOptions.__annotations__.keys()
+        unknown = options.keys() - ModuleOptions.__annotations__.keys()
         if unknown:
-            raise TypeError(
-                f"LinearPolicyLoss got unexpected arguments {sorted(unknown)}; its options are {[*LossOptions.__annotations__]}"
-            )
+            known = [*ModuleOptions.__annotations__]
+            raise TypeError(f"LinearPolicyLoss got unexpected arguments {sorted(unknown)}; its options are {known}")
         self.options = {"objective": objective, **options}
 
     def forward(
@@ -403,7 +457,7 @@ class LinearPolicyLoss(torch.nn.Module):
         old_logprobs: torch.Tensor | None,
         advantages: torch.Tensor,
         **batch: Unpack[CallOptions],
-    ) -> PolicyLossOutput:
+    ) -> PolicyLossOutput | PolicyLossStatistics:
         return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, **batch, **self.options)
 
     def extra_repr(self) -> str:

@@ -175,7 +175,8 @@ def _work_saved(step: Step | Summary) -> torch.Tensor:
     if step.numbers is None:
         return torch.zeros_like(_count(step), dtype=torch.float32)
     tokens, computed = step.numbers[0], step.numbers[1]
-    return (tokens - computed + _of_sweep(step, "silenced_tokens") * 2 / 3) / tokens.clamp(min=1)
+    saved = 3 * (tokens - computed) + 2 * _of_sweep(step, "silenced_tokens")
+    return saved.float() / (3 * tokens.clamp(min=1)).float()  # whatever torch's default dtype is
 
 
 def _kept(step: Step, values: torch.Tensor) -> torch.Tensor:

@@ -140,16 +140,19 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
 def test_with_checks_the_host_reads_the_rows_and_the_flags(schedule, monkeypatch):
-    """The numbers of tokens, and that of flagged rows, are read through HostRead."""
+    """The numbers of tokens, and that of flagged rows, are read through HostRead. On a CPU so is that of silenced rows, unless
+    nobody wants it."""
     waits = []
     read = HostRead.read
     monkeypatch.setattr(HostRead, "read", lambda self: waits.append(self) or read(self))
     hidden, head, tokens, old, advantages, mask = inputs()
     with Reads() as reads:
         if schedule == "one-pass":
-            linear_policy_loss(hidden, head, tokens, old, advantages, objective=CISPO(), mask=mask).loss.backward()
+            linear_policy_loss(
+                hidden, head, tokens, old, advantages, objective=CISPO(), mask=mask, skip_silenced=False
+            ).loss.backward()
         else:
-            linear_logprobs(hidden, head, tokens, mask=mask).logprobs.sum().backward()
+            linear_logprobs(hidden, head, tokens, mask=mask, skip_silenced=False).logprobs.sum().backward()
     # On a CPU, where that is free, lost rows of E and the incoming factor are read too. The size of nonzero_static is known.
     names = [name.removeprefix("aten.").removesuffix(".default") for name in reads.names]
     assert names.count("nonzero") <= (schedule == "one-pass")  # where rows are flagged

@@ -41,7 +41,7 @@ MAKERS = {
     "policy_loss, no mask": lambda: from_logprobs(masked=False),
     "GSPO": lambda: from_logprobs(GSPO()),
 }
-COUNTS = ("tokens", "skipped_tokens", "recomputed_tokens", "repeated_products")
+COUNTS = ("tokens", "skipped_tokens", "recomputed_tokens", "repeated_products", "silenced_tokens")
 COPIES = [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: type(x)(dict(x))]
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 

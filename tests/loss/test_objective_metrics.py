@@ -27,6 +27,8 @@ def test_metrics_equal_their_definitions():
         "skipped_tokens": 0,
         "recomputed_tokens": 0,
         "repeated_products": 0,
+        "silenced_tokens": 0,
+        "work_saved": 0,
     }
     assert {k: v.item() for k, v in metrics.items()} == pytest.approx(wanted, rel=1e-13, abs=1e-14)
     assert 0 < wanted["clip_fraction"] < 1

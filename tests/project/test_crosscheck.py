@@ -133,7 +133,7 @@ def test_the_interpreter_needs_triton(tmp_path):
 
 MUTATIONS = {
     "the target stays in the sum": (
-        "anchored_exp.py", "counts = columns[None, :] != mine.token[:, None]", "counts = columns[None, :] >= 0",
+        "anchored_exp.py", "others = columns[None, :] != mine.token[:, None]", "others = columns[None, :] >= 0",
         "linear_cispo_loss", "fp32", "logp",
     ),
     "no anchor": (

@@ -12,7 +12,7 @@ import pytest
 
 import fastpg
 from fastpg import CISPO
-from fastpg.linear.linear_policy_loss import CallOptions, LossOptions, PolicyLossOptions
+from fastpg.linear.linear_policy_loss import CallOptions, LossOptions, ModuleOptions, PolicyLossOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,13 +20,17 @@ USE = """
 import torch
 
 import fastpg
-from fastpg import CISPO, KLPenalty, LMHead, PolicyLossOutput, TokenLogprobs, TokenStatistics
+from fastpg import CISPO, KLPenalty, LMHead, PolicyLossOutput, PolicyLossStatistics, TokenLogprobs, TokenStatistics
 
 hidden, weight = torch.randn(2, 3, 8), torch.randn(11, 8)
 tokens, old, advantages = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), torch.ones(2)
 head = LMHead(weight, softcap=30.0, lora=(torch.randn(2, 8), torch.randn(11, 2), 0.5))
 out: PolicyLossOutput = fastpg.linear_policy_loss(
     hidden, head, tokens, old, advantages, objective=CISPO(ratio_max=5.0), kl=KLPenalty(0.1), ref_logprobs=old, mask=tokens >= 0
+)
+ranked: PolicyLossStatistics = fastpg.linear_cispo_loss(hidden, head, tokens, old, advantages, outputs=("rank",))
+best: PolicyLossStatistics = fastpg.linear_policy_loss(
+    hidden, head, tokens, old, advantages, objective=CISPO(), top_k=2, reduction="sum"
 )
 loss: torch.Tensor = out.loss + out.metrics["ratio_mean"]
 row: TokenLogprobs = fastpg.linear_logprobs(hidden, weight, tokens, temperature=0.8, entropy=True)
@@ -54,13 +58,15 @@ WRONG = {
 def test_options_are_those_of_linear_policy_loss():
     """Spelled once for its own signature, and once for the functions that hand them on."""
     parameters = inspect.signature(fastpg.linear_policy_loss).parameters.values()
-    keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "objective"}
+    apart = {"objective", "outputs", "top_k"}  # the last two decide on the type of the result
+    keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in apart}
     assert {name: hint.__forward_arg__ for name, hint in PolicyLossOptions.__annotations__.items()} == keywords
     assert CallOptions.__annotations__.keys() | LossOptions.__annotations__.keys() == keywords.keys()
+    assert ModuleOptions.__annotations__.keys() - LossOptions.__annotations__.keys() == apart - {"objective"}
 
 
 def test_a_module_names_the_options_it_does_not_have():
-    with pytest.raises(TypeError, match=r"unexpected arguments \['mask'\]; its options are \['temperature', .*'check'\]"):
+    with pytest.raises(TypeError, match=r"unexpected arguments \['mask'\]; its options are \['temperature', .*'check', 'outputs', 'top_k'\]"):
         fastpg.LinearPolicyLoss(objective=CISPO(), mask=None)
 
 

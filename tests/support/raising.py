@@ -21,7 +21,7 @@ from fastpg import (
     policy_loss,
     selective_logprobs,
 )
-from fastpg.linear.linear_policy_loss import LossOptions, PolicyLossOptions
+from fastpg.linear.linear_policy_loss import ModuleOptions, PolicyLossOptions
 
 V, H = 7, 4
 # the arithmetic of a model or a loss; checks compare, count and index
@@ -54,7 +54,7 @@ def said(function: Callable[[], Any], before_work: bool = True) -> str:
 
 
 def module_loss(**given: Any) -> Any:
-    options = {name: given.pop(name) for name in given.keys() & {"objective", *LossOptions.__annotations__}}
+    options = {name: given.pop(name) for name in given.keys() & {"objective", *ModuleOptions.__annotations__}}
     return LinearPolicyLoss(**options)(**given)
 
 
