@@ -107,7 +107,12 @@ def test_few_tokens(count):
     assert out.metrics["tokens"] == count
     out = agree(given | {"mask": torch.zeros(count, dtype=torch.bool)}, CISPO())
     assert out.loss == 0
-    assert out.metrics.to_dict() == dict.fromkeys(NAMES, 0) | {"ess": 1, "repeated_products": 0}
+    assert out.metrics.to_dict() == dict.fromkeys(NAMES, 0) | {
+        "ess": 1,
+        "repeated_products": 0,
+        "silenced_tokens": 0,
+        "work_saved": 0,
+    }
 
 
 @named

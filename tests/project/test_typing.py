@@ -66,7 +66,8 @@ def test_options_are_those_of_linear_policy_loss():
 
 
 def test_a_module_names_the_options_it_does_not_have():
-    with pytest.raises(TypeError, match=r"unexpected arguments \['mask'\]; its options are \['temperature', .*'check', 'outputs', 'top_k'\]"):
+    words = r"unexpected arguments \['mask'\]; its options are \['temperature', .*'check', 'outputs', 'top_k'\]"
+    with pytest.raises(TypeError, match=words):
         fastpg.LinearPolicyLoss(objective=CISPO(), mask=None)
 
 
