@@ -37,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .blocks import Blocks, cdiv, multiprocessors, narrow_parts
 from .operands import Operands, is_aligned, tile_arguments
-from .row_statistics import NOTHING, Further, fold_further, has_sums, of_no_column, store_further
+from .row_statistics import NOTHING, Further, fold_further, of_no_column, store_further
 from .tile import (
     EXP_IS_ZERO,
     LN2,
@@ -195,7 +195,7 @@ def anchored_exp(
     )
     if count:
         keys = 0 if further.TOP is None else further.TOP.shape[2]
-        if keys or has_sums(further):
+        if further is not NOTHING:
             blocks = narrow_parts(blocks, p.sets is not None)
         tiles, descriptor = cdiv(count, blocks.rows) * columns, None
         if blocks.stores and exps is not None and is_aligned(exps):

@@ -223,8 +223,8 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further = NOT
     out = Running(p.partials(splits), p.partials(splits), p.partials(splits) if entropy else None)
     if count:
         keys = 0 if further.TOP is None else further.TOP.shape[2]
-        narrow = keys or has_sums(further)
-        *first, tile = tile_arguments(p, narrow_parts(blocks, p.sets is not None) if narrow else blocks)
+        is_plain = further is NOTHING
+        *first, tile = tile_arguments(p, blocks if is_plain else narrow_parts(blocks, p.sets is not None))
         grid = (cdiv(count, blocks.rows) * splits,)
         logsumexp_kernel[grid](*first, out, further, keys, _TILES_PER_SPLIT, tile, **blocks.options())
     return out

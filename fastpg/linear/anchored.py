@@ -236,7 +236,7 @@ class _Sweep:
 
     def add_gradients(self, live: _Live, once: bool) -> None:
         """Products 2 and 3 of a chunk. once: it is the only chunk of the call, so dW is rounded as it is written."""
-        if self.exps is None or not len(live.factor):
+        if self.exps is None or live.factor.shape[0] == 0:
             return
         weight = self.head.weight
         # The first chunk writes dW, dB and db, later ones add to them: nothing is filled with zeros first.
@@ -248,7 +248,7 @@ class _Sweep:
         dhidden, dlora_hidden = (_rows_to_write(x, live) for x in (self.dhidden, self.dlora_hidden))
         sums = Sums(dhidden, dlora_hidden, self.dweight, self.dlora_weight, self.dbias)
         operators.gradient_products(
-            part(self.exps, 0, len(live.factor)), live.factor, live.residual, live.chunk, self.head, sums, add,
+            part(self.exps, 0, live.factor.shape[0]), live.factor, live.residual, live.chunk, self.head, sums, add,
             self.options.backend,
         )  # fmt: skip
 
