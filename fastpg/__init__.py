@@ -13,7 +13,8 @@ from . import advantages, rollout
 from .linear.kept import Kept, kept
 from .linear.linear_cross_entropy import linear_cross_entropy
 from .linear.linear_logprobs import TokenLogprobs, linear_logprobs
-from .linear.linear_policy_loss import LinearPolicyLoss, PolicyLossStatistics, linear_cispo_loss, linear_policy_loss
+from .linear.linear_policy_loss import LinearPolicyLoss, linear_cispo_loss, linear_policy_loss
+from .linear.options import PolicyLossStatistics
 from .linear.outputs import TokenStatistics
 from .linear.selective_logprobs import selective_logprobs
 from .linear.support import Support

@@ -444,6 +444,8 @@ def policy_loss(
     kl: tuple[float, str, bool] | tuple[float, str, bool, float | None] | None = None,
     ref_logprobs: torch.Tensor | None = None,
     rollout_weights: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+    rollout_correction: Callable[..., torch.Tensor] | None = None,
     sequence_ids: torch.Tensor | None = None,
     entropies: torch.Tensor | None = None,
     entropy_coef: float = 0.0,
@@ -453,6 +455,10 @@ def policy_loss(
     logprobs, old_logprobs, ref_logprobs, rollout_weights, entropies: (...). advantages: (...) or (B,). kl: (coef, estimator,
     importance_weighted), or these and max_log_ratio. `old_logprobs=None` is on-policy: old = logp, detached, so that every
     ratio is 1.
+
+    With rollout_logprobs (...) there are three policies (Hilton et al., arXiv 2110.00641; AReaL, arXiv 2505.24298): rollout_n
+    is pi_prox / pi_behav = exp(old_n - rollout_n), a constant, or what rollout_correction makes of these two and the numbers of
+    sequences, all (n,) over kept tokens.
     """
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
@@ -465,6 +471,13 @@ def policy_loss(
     value = objective(*arguments)
     if rollout_weights is not None:
         value = rollout_weights[mask] * value
+    if rollout_logprobs is not None:
+        proximal, behaviour = old[mask].detach(), rollout_logprobs[mask].detach()
+        if rollout_correction is None:
+            weights = torch.exp(proximal - behaviour)
+        else:
+            weights = rollout_correction(proximal, behaviour, _sequence_numbers(mask, sequence_ids)[mask])
+        value = weights * value
     if kl is not None:
         coef, *settings = kl
         value = value - coef * kl_penalty(logprobs[mask], old[mask], ref_logprobs[mask], *settings)

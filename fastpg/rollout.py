@@ -46,19 +46,26 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 
 from .loss.metrics import Metrics
-from .loss.sequences import Sequences, check_id_values, check_sequence_ids, sequences_of
-from .validation import check_mask, check_plain, kind, require
+from .loss.mismatch import (
+    Level,
+    LogRatios,
+    clamped,
+    log_ratios,
+    mismatch_metric,
+    mismatch_names,
+    outside,
+    require_scored,
+)
+from .loss.sequences import check_id_values, check_sequence_ids
+from .validation import check_mask, check_plain, kind
 
-Level = Literal["token", "sequence", "geometric"]
 Measure = Literal["ratio", "k2", "k3", "probability"]
 Unscored = Literal["raise", "zero"]
-
-LARGEST_LOG_RATIO = 20.0
 
 
 # ---- weights
@@ -82,10 +89,10 @@ def truncated_weights(
     _check_options(level, unscored)
     _check_band(low, high)
     tokens = _tokens(logprobs, rollout_logprobs, mask, sequence_ids, level, unscored)
-    ratio = _ratio(tokens, level)
+    rho = tokens.ratio(level)
     if low is not None or high is not None:
-        ratio = ratio.clamp(low, high)
-    return torch.where(tokens.scored, ratio, 0)
+        rho = rho.clamp(low, high)
+    return torch.where(tokens.scored, rho, 0)
 
 
 def masked_weights(
@@ -107,8 +114,8 @@ def masked_weights(
     _check_options(level, unscored)
     _check_band(low, high, needed=True)
     tokens = _tokens(logprobs, rollout_logprobs, mask, sequence_ids, level, unscored)
-    ratio = _ratio(tokens, level)
-    return torch.where(tokens.scored & ~_outside(ratio, low, high), ratio, 0)
+    rho = tokens.ratio(level)
+    return torch.where(tokens.scored & ~outside(rho, low, high), rho, 0)
 
 
 def icepop(
@@ -118,6 +125,7 @@ def icepop(
     *,
     alpha: float | None = 0.5,
     beta: float | None = 5.0,
+    sequence_ids: torch.Tensor | None = None,
     unscored: Unscored = "raise",
 ) -> torch.Tensor:
     """w = rho where alpha <= rho <= beta, else 0, of single tokens. (IcePop; Ring-1T, arXiv 2510.18855)
@@ -127,7 +135,7 @@ def icepop(
     """
     _check_options("token", unscored)
     _check_band(alpha, beta, needed=True, names=("alpha", "beta"))
-    return masked_weights(logprobs, rollout_logprobs, mask, low=alpha, high=beta, unscored=unscored)
+    return masked_weights(logprobs, rollout_logprobs, mask, low=alpha, high=beta, sequence_ids=sequence_ids, unscored=unscored)
 
 
 # ---- masks
@@ -158,7 +166,7 @@ def within_band(
     _check_options(level, unscored, measure)
     _check_band(low, high, needed=True, least=-1.0 if measure == "probability" else 0.0)
     tokens = _tokens(logprobs, rollout_logprobs, mask, sequence_ids, level, unscored)
-    return tokens.scored & ~_outside(_measured(tokens, measure, level), low, high)
+    return tokens.scored & ~outside(_measured(tokens, measure, level), low, high)
 
 
 def token_veto(
@@ -180,8 +188,8 @@ def token_veto(
     _check_options("token", unscored, measure)
     _check_band(low, high, needed=True, least=-1.0 if measure == "probability" else 0.0)
     tokens = _tokens(logprobs, rollout_logprobs, mask, sequence_ids, "token", unscored, function="token_veto")
-    outside = _outside(_measured(tokens, measure, "token"), low, high).to(tokens.logprobs.dtype)
-    return tokens.scored & (tokens.sequences.total(outside) == 0)
+    vetoes = outside(_measured(tokens, measure, "token"), low, high).to(tokens.logprobs.dtype)
+    return tokens.scored & (tokens.sequences.total(vetoes) == 0)
 
 
 # ---- diagnostics
@@ -217,45 +225,11 @@ def mismatch_metrics(
     _check_options(level)
     _check_band(low, high)
     tokens = _tokens(logprobs, rollout_logprobs, mask, sequence_ids, level, "zero")
-    scored, d = tokens.scored, _clamped(tokens.log_ratio)
-    count = scored.sum()
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(scored, values, 0).sum() / count.clamp(min=1)
-
-    rho = torch.where(scored, _ratio(tokens, level), 0)
-    ess = rho.sum().square() / (count.clamp(min=1) * rho.square().sum())
-    found = {
-        "mismatch_kl_k1": mean(-tokens.log_ratio),
-        "mismatch_kl_k3": mean(d.expm1() - d),
-        "mismatch_ratio_mean": mean(rho),
-        "mismatch_ratio_max": torch.cat([rho.reshape(-1), rho.new_zeros(1)]).amax(),
-        "mismatch_ess": torch.where(count > 0, ess, 1.0),
-    }
-    if low is not None or high is not None:
-        found["mismatch_outside_band"] = mean(_outside(rho, low, high).to(rho.dtype))
-    found["mismatch_chi2"] = mean((2 * d).expm1())
-    if tokens.sequences is not None:
-        chi2 = (2 * _clamped(tokens.sequences.total(tokens.log_ratio))).expm1() / tokens.sequences.lengths(rho.dtype)
-        found["mismatch_chi2_seq"] = torch.where(scored, chi2, 0).sum() / tokens.sequences.count().clamp(min=1)
-    return Metrics(found | {"scored_tokens": count, "unscored_tokens": tokens.unscored.sum()})
+    names = mismatch_names(tokens.sequences is not None, low is not None or high is not None)
+    return Metrics({name: mismatch_metric(name, tokens, level, low, high) for name in names})
 
 
 # ---- one token's numbers, and a sequence's
-
-
-class _Tokens(NamedTuple):
-    """Constants, like the logprobs of a call."""
-
-    logprobs: torch.Tensor  # 0 where not scored
-    rollout_logprobs: torch.Tensor
-    scored: torch.Tensor  # bool: counts, and the engine has a log-probability
-    unscored: torch.Tensor  # bool: counts, and it has none
-    sequences: Sequences | None  # of the scored tokens
-
-    @property
-    def log_ratio(self) -> torch.Tensor:
-        return self.logprobs - self.rollout_logprobs
 
 
 def _tokens(
@@ -267,7 +241,7 @@ def _tokens(
     unscored: Unscored,
     *,
     function: str | None = None,
-) -> _Tokens:
+) -> LogRatios:
     """Checks the tensors of a call. function: its name, if it needs sequences at any level."""
     _check_logprobs("logprobs", logprobs)
     _check_logprobs("rollout_logprobs", rollout_logprobs, logprobs)
@@ -281,54 +255,18 @@ def _tokens(
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     if sequence_ids is not None:
         check_id_values(sequence_ids, keep, len(logprobs))
-    finite = rollout_logprobs.isfinite()
     if unscored == "raise":
-        require(
-            finite | ~keep,
-            lambda: (
-                f"rollout_logprobs must be finite where a token counts; got {rollout_logprobs[keep & ~finite][0].item()} at "
-                f"{tuple((keep & ~finite).nonzero()[0].tolist())}, a token that the engine did not score: mask it, or take "
-                'unscored="zero"'
-            ),
-        )
-    scored = keep & finite
-    dtype = torch.promote_types(torch.promote_types(logprobs.dtype, rollout_logprobs.dtype), torch.float32)
-    trainer, engine = (torch.where(scored, x.detach().to(dtype), 0) for x in (logprobs, rollout_logprobs))
-    return _Tokens(trainer, engine, scored, keep & ~finite, sequences_of(scored, sequence_ids))
+        require_scored(rollout_logprobs, keep, 'take unscored="zero"')
+    return log_ratios(logprobs, rollout_logprobs, keep, sequence_ids)
 
 
-def _at_level(values: torch.Tensor, tokens: _Tokens, level: Level) -> torch.Tensor:
-    """The values of tokens, or their sum or mean over each token's sequence."""
-    if level == "token":
-        return values
-    return tokens.sequences.total(values) if level == "sequence" else tokens.sequences.mean(values)
-
-
-def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:
-    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-
-
-def _ratio(tokens: _Tokens, level: Level) -> torch.Tensor:
-    return _clamped(_at_level(tokens.log_ratio, tokens, level)).exp()
-
-
-def _measured(tokens: _Tokens, measure: Measure, level: Level) -> torch.Tensor:
+def _measured(tokens: LogRatios, measure: Measure, level: Level) -> torch.Tensor:
     if measure == "ratio":
-        return _ratio(tokens, level)
+        return tokens.ratio(level)
     if measure == "probability":
         return tokens.logprobs.exp() - tokens.rollout_logprobs.exp()
-    d = _clamped(tokens.log_ratio)
-    return _at_level(d.square() / 2 if measure == "k2" else d.expm1() - d, tokens, level)
-
-
-def _outside(values: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
-    """NaN is not outside: it must reach the loss."""
-    outside = torch.zeros_like(values, dtype=torch.bool)
-    if low is not None:
-        outside = outside | (values < low)
-    if high is not None:
-        outside = outside | (values > high)
-    return outside
+    d = clamped(tokens.log_ratio)
+    return tokens.at_level(d.square() / 2 if measure == "k2" else d.expm1() - d, level)
 
 
 # ---- checks

@@ -208,10 +208,7 @@ def check_token_numbers(
     for name, value in per_token.items():
         if value is None:
             continue
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor or None; got {kind(value)}")
-        if value.shape != shape:
-            raise ValueError(f"{name} must have the shape of {like_name}, {shape}; got {tuple(value.shape)}")
+        _check_floating(name, value, like_name, shape)
     if not isinstance(advantages, torch.Tensor) or advantages.dtype == torch.bool or advantages.is_complex():
         raise TypeError(f"advantages must be a real tensor; got {kind(advantages)}")
     per_sequence = (len(shape) == 2 and advantages.shape == shape[:1]) or (packed_sequences and advantages.dim() == 1)
@@ -223,6 +220,44 @@ def check_token_numbers(
     for name, value in {**per_token, "advantages": advantages}.items():
         if value is not None and value.device != like.device:
             raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
+
+
+def _check_floating(name: str, value: torch.Tensor, like_name: str, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor or None; got {kind(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have the shape of {like_name}, {shape}; got {tuple(value.shape)}")
+
+
+def check_rollout(
+    like_name: str,
+    like: torch.Tensor,  # (...): the others must match it
+    old_logprobs: torch.Tensor | None,
+    rollout_logprobs: torch.Tensor | None,
+    rollout_correction: object | None,
+    rollout_weights: torch.Tensor | None,
+) -> None:
+    """What a decoupled loss is given: rollout_logprobs (...) beside old_logprobs (...), and at most one way to weights."""
+    if rollout_logprobs is None:
+        if rollout_correction is not None:
+            raise ValueError("rollout_correction was given without rollout_logprobs, which it corrects for")
+        return
+    for name, value in {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}.items():
+        check_plain(name, value)
+        if value is not None:
+            _check_floating(name, value, like_name, tuple(like.shape))
+            if value.device != like.device:
+                raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
+    if rollout_weights is not None:
+        raise ValueError(
+            "rollout_logprobs and rollout_weights were both given: weights are made of rollout_logprobs; pass one of them, and "
+            "further factors inside rollout_correction"
+        )
+    if rollout_correction is not None and (isinstance(rollout_correction, type) or not callable(rollout_correction)):
+        raise TypeError(
+            "rollout_correction must be a function of (old_logprobs, rollout_logprobs, mask=, sequence_ids=), such as "
+            f"functools.partial(fastpg.rollout.truncated_weights, high=2.0), or None; got {kind(rollout_correction)}"
+        )
 
 
 def check_policy_inputs(

@@ -31,13 +31,13 @@ from transformers.utils import ModelOutput
 from .. import validation
 from ..linear.kept import Kept, kept
 from ..linear.linear_logprobs import linear_logprobs
-from ..linear.linear_policy_loss import linear_policy_loss
+from ..linear.linear_policy_loss import kept_of, linear_policy_loss
 from ..linear.support import Support, predicting
 from ..lm_head import LMHead, is_elsewhere, other_logits
+from ..loss.mismatch import Mismatch, RolloutCorrection, decoupled_weights
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
-from ..loss.policy_loss import PolicyLossOutput, per_token, refuse_in_one_pass
+from ..loss.policy_loss import PolicyLossOutput, refuse_in_one_pass
 from ..loss.reductions import Reduction, mean_of_kept
-from ..loss.sequences import check_sequence_ids
 from .deepspeed import gather_for_backward
 from .peft import causal_lm, check_labels_are_ours, shortcuts, states_before
 
@@ -159,6 +159,8 @@ def causal_lm_policy_loss(
     kl: KLPenalty | None = None,
     ref_logprobs: torch.Tensor | None = None,  # (B, T)
     rollout_weights: torch.Tensor | None = None,  # (B, T)
+    rollout_logprobs: torch.Tensor | None = None,  # (B, T)
+    rollout_correction: RolloutCorrection | None = None,
     entropy: bool = False,
     entropy_coef: float = 0.0,
     add_aux_loss: bool = False,
@@ -174,7 +176,8 @@ def causal_lm_policy_loss(
     Args:
         model, input_ids, attention_mask, completion_mask, support, position_ids, temperature, fp32_head, model_inputs: as in
             `token_logprobs`.
-        old_logprobs, ref_logprobs, rollout_weights: (B, T), in the layout of `token_logprobs`; read where tokens are kept.
+        old_logprobs, ref_logprobs, rollout_weights, rollout_logprobs: (B, T), in the layout of `token_logprobs`; read where
+            tokens are kept. rollout_correction is called before the model runs, in this layout; with sequence_ids on (B T,).
         advantages: (B, T), or one per sequence: (B,), or (S,) with sequence_ids.
         sequence_ids: (B, T) int, for packed rows: the sequence of each token, numbered from 0. None: the rows are the sequences
             of per-sequence advantages and of the "seq-" reductions.
@@ -186,21 +189,20 @@ def causal_lm_policy_loss(
 
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
     """
-    refuse_in_one_pass(objective, entropy_coef)
+    refuse_in_one_pass(objective, entropy_coef, old_logprobs, rollout_logprobs)
     batch, packed = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head), sequence_ids is not None
-    tokens = _targets(batch)[1]
+    counts, tokens = _targets(batch)
     support = predicting(support, tokens, check)
-
-    def placed(name: str, x: Any) -> Any:  # moved to the hidden states, where packed tokens are (N,)
-        x = _ahead(input_ids, name, x)
-        return x.flatten() if packed and isinstance(x, torch.Tensor) and x.dim() == 2 else x
-
-    temperature, sequence_ids = placed("temperature", temperature), placed("sequence_ids", sequence_ids)
-    old_logprobs, ref_logprobs = placed("old_logprobs", old_logprobs), placed("ref_logprobs", ref_logprobs)
-    rollout_weights, targets = placed("rollout_weights", rollout_weights), tokens.flatten() if packed else tokens
-    advantages = placed("advantages", advantages) if getattr(advantages, "shape", None) == input_ids.shape else advantages
-    factors = old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights
-    rows = _rows(targets, factors, sequence_ids, skip_zero_weight) if check else None
+    temperature, ids, old, ref_logprobs = _at_states(input_ids, packed, {
+        "temperature": temperature, "sequence_ids": sequence_ids, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+    })  # fmt: skip
+    rollout = old_logprobs, rollout_logprobs, rollout_correction, rollout_weights
+    validation.check_rollout("input_ids", input_ids, *rollout)
+    weights, mismatch = decoupled_weights(*rollout, counts, sequence_ids, check=check)
+    (weights,), targets = _at_states(input_ids, packed, {"rollout_weights": weights}), tokens.flatten() if packed else tokens
+    if getattr(advantages, "shape", None) == input_ids.shape:
+        (advantages,) = _at_states(input_ids, packed, {"advantages": advantages})
+    rows = kept_of(targets, ids, skip_zero_weight, old, advantages, objective, kl, ref_logprobs, weights) if check else None
     if add_aux_loss:
         coefficient, model_inputs = _router_coefficient(causal_lm(model)), {**model_inputs, "output_router_logits": True}
 
@@ -208,12 +210,12 @@ def causal_lm_policy_loss(
         states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(_on, like=hidden)
         head = _until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
         out = linear_policy_loss(
-            states, head, there(targets), there(old_logprobs), there(advantages), objective=objective, mask=there(rows),
-            support=there(support), sequence_ids=there(sequence_ids), temperature=there(temperature), reduction=reduction,
-            denominator=denominator, kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(rollout_weights),
+            states, head, there(targets), there(old), there(advantages), objective=objective, mask=there(rows),
+            support=there(support), sequence_ids=there(ids), temperature=there(temperature), reduction=reduction,
+            denominator=denominator, kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(weights),
             entropy=entropy, skip_zero_weight=skip_zero_weight, workspace=workspace, backend=backend, check=check,
         )  # fmt: skip
-        return {"policy": out._replace(logprobs=_back(out.logprobs.view(input_ids.shape)))}
+        return {"policy": _at_tokens(out, input_ids, there(mismatch))}
 
     out = _run(model, compute, batch, model_inputs)
     return _plus_aux_loss(out, coefficient) if add_aux_loss else out.policy
@@ -371,8 +373,8 @@ def _until_backward(head: LMHead, arguments: dict[str, Any], one_pass: bool = Fa
 
 
 def _on(x: Any, like: torch.Tensor) -> Any:
-    """x on the device of `like`, where it is a tensor, a `Kept` or a `Support`."""
-    if isinstance(x, Support):
+    """x on the device of `like`, where it is a tensor, a `Kept`, a `Support` or a `Mismatch`."""
+    if isinstance(x, (Support, Mismatch)):
         return x.to(like.device)
     if isinstance(x, Kept):
         return x if x.mask.device == like.device else x.mask.to(like.device)
@@ -465,20 +467,6 @@ def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return mask, ids.masked_fill(~mask, validation.IGNORED_TOKEN).roll(-1, 1)
 
 
-def _rows(tokens: torch.Tensor, factors: tuple, sequence_ids: torch.Tensor | None, skip_zero_weight: bool) -> Kept:
-    """The rows that `linear_policy_loss` computes, known before the model runs. Raises its errors for `factors`."""
-    check_sequence_ids(sequence_ids, "tokens", tokens)
-    validation.check_policy_inputs("tokens", tokens, *factors, packed_sequences=sequence_ids is not None)
-    old_logprobs, advantages, objective, kl, _, rollout_weights = factors
-    keep = tokens != validation.IGNORED_TOKEN
-    if not skip_zero_weight or kl is not None or not getattr(objective, "zero_at_zero_advantage", False):
-        return kept(keep)
-    advantages = per_token(advantages, tokens.shape, sequence_ids)
-    if old_logprobs is not None:  # a token with NaN or inf makes the loss NaN, whatever its advantage
-        advantages = torch.where(old_logprobs.isfinite(), advantages, torch.nan)
-    return kept(keep, advantages, rollout_weights)
-
-
 def _router_coefficient(lm: PreTrainedModel) -> float:
     coefficient = getattr(lm, "router_aux_loss_coef", getattr(lm.config.get_text_config(), "router_aux_loss_coef", None))
     if coefficient is None:
@@ -493,6 +481,16 @@ def _ahead(input_ids: torch.Tensor, name: str, value: Any) -> Any:
     if value.shape != input_ids.shape:
         raise ValueError(f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}; got {tuple(value.shape)}")
     return value.roll(-1, 1)
+
+
+def _at_states(input_ids: torch.Tensor, packed: bool, given: dict[str, Any]) -> list[Any]:
+    """Values by name, moved to the hidden states, where packed tokens are (N,)."""
+    ahead = [_ahead(input_ids, name, value) for name, value in given.items()]
+    return [x.flatten() if packed and isinstance(x, torch.Tensor) and x.dim() == 2 else x for x in ahead]
+
+
+def _at_tokens(out: PolicyLossOutput, input_ids: torch.Tensor, mismatch: Mismatch | None) -> PolicyLossOutput:
+    return PolicyLossOutput(out.loss, _back(out.logprobs.view(input_ids.shape)), out.metrics.beside(mismatch))
 
 
 def _back(x: torch.Tensor | None) -> torch.Tensor | None:

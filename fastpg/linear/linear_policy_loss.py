@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
@@ -12,6 +12,7 @@ from .. import validation
 from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
 from ..loss.metrics import Metrics, Summary
+from ..loss.mismatch import Mismatch, RolloutCorrection, decoupled_weights
 from ..loss.objectives import CISPO, KLPenalty, Objective, ObjectiveFunction, device_loss
 from ..loss.policy_loss import (
     PolicyLossOutput,
@@ -39,7 +40,8 @@ from .call import (
     without_autocast,
 )
 from .first_product import Options
-from .kept import Kept
+from .kept import Kept, kept
+from .options import CallOptions, ModuleOptions, PolicyLossOptions, PolicyLossStatistics
 from .outputs import TokenStatistics, asked_of, check_top_k, token_statistics
 from .row_losses import Call, OnePassLoss, Result, over_sets, result_of
 from .rows import Rows, rows_of
@@ -48,55 +50,6 @@ from .workspace import Plan, plan_policy_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class PolicyLossStatistics(NamedTuple):
-    """What `linear_policy_loss` returns with `outputs` or `top_k`: a `PolicyLossOutput`, and statistics of its tokens."""
-
-    loss: torch.Tensor
-    logprobs: torch.Tensor
-    metrics: Metrics
-    statistics: TokenStatistics  # detached
-
-
-class CallOptions(TypedDict, total=False):
-    """Keyword arguments of `linear_policy_loss` that belong to a batch."""
-
-    mask: torch.Tensor | Kept | None
-    support: Support | None
-    sequence_ids: torch.Tensor | None
-    denominator: float | torch.Tensor | None
-    ref_logprobs: torch.Tensor | None
-    rollout_weights: torch.Tensor | None
-
-
-class LossOptions(TypedDict, total=False):
-    """Keyword arguments of `linear_policy_loss` that stay the same from step to step, without the objective.
-
-    A test holds this class and `CallOptions` to its signature.
-    """
-
-    temperature: float | torch.Tensor
-    reduction: Reduction
-    kl: KLPenalty | None
-    entropy: bool
-    entropy_coef: float
-    skip_zero_weight: bool
-    skip_silenced: bool | None
-    workspace: int | None
-    backend: str | None
-    check: bool
-
-
-class PolicyLossOptions(CallOptions, LossOptions, total=False):
-    """All keyword arguments of `linear_policy_loss` except the objective, and those that decide what it returns."""
-
-
-class ModuleOptions(LossOptions, total=False):
-    """Those of `LinearPolicyLoss` except the objective."""
-
-    outputs: Sequence[str]
-    top_k: int
 
 
 @overload
@@ -138,6 +91,8 @@ def linear_policy_loss(
     kl: KLPenalty | None = None,
     ref_logprobs: torch.Tensor | None = None,  # (...)
     rollout_weights: torch.Tensor | None = None,  # (...)
+    rollout_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_correction: RolloutCorrection | None = None,
     entropy: bool = False,
     outputs: Sequence[str] = (),
     top_k: int = 0,
@@ -164,6 +119,9 @@ def linear_policy_loss(
             advantages leaves out what skip_zero_weight does. With a support, old_logprobs, rollout weights and ref_logprobs
             are wanted over the same sets.
         old_logprobs, advantages, sequence_ids, reduction, denominator, kl, ref_logprobs, rollout_weights: as in `policy_loss`.
+        rollout_logprobs, rollout_correction: as in `policy_loss`, beside old_logprobs, which anchor the sweep. Tokens to which
+            the correction gives the weight 0 cost no work, as with rollout_weights. So a `Kept` of the mask and the advantages
+            fits; one of these and the same weights, `kept(mask, advantages, correction(...))`, leaves those tokens out too.
         objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), DPPOTV(...), DPPOKL(...),
             IcePop(...), or a function of (logprobs, old_logprobs, advantages) whose value per token is maximised. It must be
             elementwise and deterministic: it is called on chunks for the gradients and on all tokens for the loss. Gradients
@@ -208,19 +166,18 @@ def linear_policy_loss(
     names in outputs, for a top_k out of range, and for a workspace too small for one tile.
     """
     given = LossInputs(
-        old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids, reduction, denominator
-    )
+        old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights, sequence_ids, reduction, denominator,
+        rollout_logprobs, rollout_correction,
+    )  # fmt: skip
     agreed = Facts()
     with one_outcome(head, agreed):
         asked = asked_of(entropy, outputs, top_k)
         inputs = prepare(hidden, head, tokens, mask, temperature, backend, check)
         _check_loss(given, inputs, asked, entropy_coef)
         wanted, skips = wanted_of(inputs), skips_silenced(skip_silenced, inputs)
-        given = given._replace(advantages=per_token(advantages.detach(), tokens.shape, sequence_ids))
+        given, mismatch = _whole(given, inputs)
         that_count = counted(inputs, *_judged(given, inputs, skip_zero_weight), support=support)
-        if sequence_ids is not None and check:
-            check_id_values(sequence_ids, that_count.keep, id_limit(advantages, tokens))
-        weights = _weights(given, inputs, that_count)
+        weights = _weights(given, inputs, that_count, id_limit(advantages, tokens))
         plan = _planned(given, inputs, that_count, asked, wanted, support, workspace, agreed)
     with without_autocast(inputs.hidden.device):
         plan = plan._replace(sweep_rows=agreed.chunk or plan.sweep_rows)
@@ -230,10 +187,9 @@ def linear_policy_loss(
             result = result_of(OnePassLoss.apply(*differentiable(call), with_inputs(call)))
         else:
             result = over_sets(support, agreed.vocab_size, call, inputs)
-    if isinstance(mask, Kept) and not check:  # a weight of NaN shows where there is no row too
-        result = Result(result.loss + (weights - weights).sum(), *result[1:])
+    result = _shown(result, inputs, weights)
     that_count.check()
-    output = _report(result, call, objective, that_count)
+    output = _report(result, call, objective, that_count, mismatch)
     return _with_statistics(output, result, call, that_count, outputs) if len(outputs) or top_k else output
 
 
@@ -249,6 +205,8 @@ class LossInputs(NamedTuple):
     sequence_ids: torch.Tensor | None
     reduction: Reduction
     denominator: float | torch.Tensor | None
+    rollout_logprobs: torch.Tensor | None
+    rollout_correction: RolloutCorrection | None
 
 
 def _check_loss(given: LossInputs, inputs: Inputs, asked: Asked, entropy_coef: float) -> None:
@@ -256,8 +214,22 @@ def _check_loss(given: LossInputs, inputs: Inputs, asked: Asked, entropy_coef: f
     tokens, ids = inputs.tokens, given.sequence_ids
     check_sequence_ids(ids, "tokens", tokens)
     validation.check_policy_inputs("tokens", tokens, *given[:6], packed_sequences=ids is not None)
-    refuse_in_one_pass(given.objective, entropy_coef)
+    validation.check_rollout("tokens", tokens, given.old_logprobs, *given[9:], given.rollout_weights)
+    refuse_in_one_pass(given.objective, entropy_coef, given.old_logprobs, given.rollout_logprobs)
     check_reduction(given.reduction, tokens.shape, given.denominator, ids, check=inputs.host_reads)
+
+
+def _whole(given: LossInputs, inputs: Inputs) -> tuple[LossInputs, Mismatch | None]:
+    """With advantages and rollout weights of all tokens (...), before any is left out; and the mismatch of a decoupled loss."""
+    tokens, mask, ids = inputs.tokens, inputs.mask, given.sequence_ids
+    given = given._replace(advantages=per_token(given.advantages.detach(), tokens.shape, ids))
+    if given.rollout_logprobs is None:
+        return given, None
+    keep = tokens != validation.IGNORED_TOKEN
+    if mask is not None:
+        keep = keep & (mask.mask if isinstance(mask, Kept) else mask)
+    weights, mismatch = decoupled_weights(given.old_logprobs, *given[9:], None, keep, ids, check=inputs.host_reads)
+    return given._replace(rollout_weights=weights), mismatch
 
 
 def _skips(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> bool:
@@ -274,6 +246,20 @@ def _skips(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> bool:
     return inputs.mask.skips
 
 
+def kept_of(tokens: torch.Tensor, sequence_ids: torch.Tensor | None, skip_zero_weight: bool, *factors: object) -> Kept:
+    """The rows that a call computes, known before the model runs. factors: the first 6 of `LossInputs`; raises their errors."""
+    check_sequence_ids(sequence_ids, "tokens", tokens)
+    validation.check_policy_inputs("tokens", tokens, *factors, packed_sequences=sequence_ids is not None)
+    old_logprobs, advantages, objective, kl, _, rollout_weights = factors
+    keep = tokens != validation.IGNORED_TOKEN
+    if not skip_zero_weight or kl is not None or not getattr(objective, "zero_at_zero_advantage", False):
+        return kept(keep)
+    advantages = per_token(advantages, tokens.shape, sequence_ids)
+    if old_logprobs is not None:  # a token with NaN or inf makes the loss NaN, whatever its advantage
+        advantages = torch.where(old_logprobs.isfinite(), advantages, torch.nan)
+    return kept(keep, advantages, rollout_weights)
+
+
 def _judged(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> tuple[torch.Tensor | None, ...]:
     """What decides which tokens are skipped; nothing where none is, or where the host reads nothing.
 
@@ -287,8 +273,10 @@ def _judged(given: LossInputs, inputs: Inputs, skip_zero_weight: bool) -> tuple[
     return *(None if x is None else x.detach().to(dtype) for x in factors), weight
 
 
-def _weights(given: LossInputs, inputs: Inputs, that_count: Counted) -> torch.Tensor:
-    """weight_n / D, () or (...)."""
+def _weights(given: LossInputs, inputs: Inputs, that_count: Counted, id_limit: int) -> torch.Tensor:
+    """weight_n / D, () or (...). Sequence ids must be below id_limit."""
+    if given.sequence_ids is not None and inputs.host_reads:
+        check_id_values(given.sequence_ids, that_count.keep, id_limit)
     sequences = sequences_of(that_count.keep, given.sequence_ids)
     dtype = accumulation_dtype(inputs.hidden.dtype)  # the loss's own
     weights = token_weights(that_count.numbers[0], given.reduction, given.denominator, dtype, sequences)
@@ -340,13 +328,20 @@ def _terms(given: LossInputs, rows: Rows, weights: torch.Tensor, options: Option
     )  # fmt: skip
 
 
-def _report(result: Result, call: Call, objective: object, that_count: Counted) -> PolicyLossOutput:
+def _shown(result: Result, inputs: Inputs, weights: torch.Tensor) -> Result:
+    """The result. A weight of NaN shows where there is no row too."""
+    if isinstance(inputs.mask, Kept) and not inputs.host_reads:
+        return Result(result.loss + (weights - weights).sum(), *result[1:])
+    return result
+
+
+def _report(result: Result, call: Call, objective: object, that_count: Counted, mismatch: Mismatch | None) -> PolicyLossOutput:
     numbers, (logprobs, entropy, *_) = that_count.numbers, result.rows.statistics
     if result.summary is not None:
         step = Summary(result.summary, call.options.asked.entropy, numbers, result.again)
     else:
         step = step_of(logprobs, call.terms, objective, entropies=entropy, numbers=numbers, again=result.again)
-    return PolicyLossOutput(result.loss, _reported(logprobs, call.rows, that_count), Metrics({}, step))
+    return PolicyLossOutput(result.loss, _reported(logprobs, call.rows, that_count), Metrics({}, step, mismatch))
 
 
 def _with_statistics(
@@ -422,8 +417,8 @@ def linear_cispo_loss(
         hidden, head, tokens, old_logprobs, advantages: as in `linear_policy_loss`.
         ratio_max, ratio_min: as in `CISPO`; None: no bound.
         outputs, top_k, options: mask, support, sequence_ids, temperature, reduction, denominator, kl, ref_logprobs,
-            rollout_weights, entropy, entropy_coef, skip_zero_weight, skip_silenced, workspace, backend, check: as in
-            `linear_policy_loss`, with its defaults.
+            rollout_weights, rollout_logprobs, rollout_correction, entropy, entropy_coef, skip_zero_weight, skip_silenced,
+            workspace, backend, check: as in `linear_policy_loss`, with its defaults.
     """
     objective = CISPO(ratio_max, ratio_min)
     return linear_policy_loss(
@@ -436,9 +431,9 @@ class LinearPolicyLoss(torch.nn.Module):
 
     LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
 
-    See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, entropy, entropy_coef,
-    skip_zero_weight, workspace, backend and check are held; mask, support, sequence_ids, denominator, ref_logprobs and
-    rollout_weights are given to each call.
+    See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, rollout_correction,
+    entropy, entropy_coef, skip_zero_weight, workspace, backend and check are held; mask, support, sequence_ids, denominator,
+    ref_logprobs, rollout_weights and rollout_logprobs are given to each call.
     """
 
     def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[ModuleOptions]) -> None:

@@ -20,6 +20,8 @@ Counts of the one-pass loss (`linear_policy_loss`), which are 0 elsewhere:
     silenced_tokens    computed tokens whose gradient was seen to be 0, and which products 2 and 3 left out
     work_saved         the share of the three products of all tokens that skipped and silenced tokens have saved
 
+With `rollout_logprobs` there are the metrics of `fastpg.rollout.mismatch_metrics` beside them, of single tokens (`Mismatch`).
+
 They come from the step's vectors (`Step`). Where kernels have computed the loss, they have left sums of most of them
 (`Summary`), so that nothing remains to be computed.
 """
@@ -32,6 +34,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.limits import SUMMARY
+from .mismatch import Mismatch
 from .objectives import Objective
 from .sequences import Sequences
 
@@ -83,15 +86,23 @@ class Metrics(Mapping):
     inside a CUDA graph: after a replay they show the step that was replayed.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor], step: Step | Summary | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, torch.Tensor], step: Step | Summary | None = None, mismatch: Mismatch | None = None
+    ) -> None:
         self._values = dict(values)  # they hide a metric of the step with the same name
-        self._step = step
+        self._step, self._mismatch = step, mismatch
+
+    def beside(self, mismatch: Mismatch | None) -> Metrics:
+        """These, with the metrics of the mismatch, if there is one."""
+        return self if mismatch is None else Metrics(self._values, self._step, mismatch)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._values:
             return self._values[name]
         if name not in self._names():
             raise KeyError(name)
+        if self._mismatch is not None and name in self._mismatch.names():
+            return self._mismatch.metric(name)
         return _summarised(self._step, name) if isinstance(self._step, Summary) else _metric(self._step, name)
 
     def __contains__(self, name: object) -> bool:
@@ -104,7 +115,7 @@ class Metrics(Mapping):
         return len(self._names())
 
     def __or__(self, other: Mapping[str, torch.Tensor]) -> Metrics:
-        return Metrics(self._values | dict(other), self._step)
+        return Metrics(self._values | dict(other), self._step, self._mismatch)
 
     def __ror__(self, other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(other) | dict(self)
@@ -118,6 +129,8 @@ class Metrics(Mapping):
             of_step = (*_NAMES, "entropy") if self._step.has_entropy else _NAMES
         elif self._step is not None:
             of_step = _NAMES if self._step.entropies is None else (*_NAMES, "entropy")
+        if self._mismatch is not None:
+            of_step = (*of_step, *self._mismatch.names())
         return [*of_step, *(name for name in self._values if name not in of_step)]
 
     def to_dict(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from .. import validation
 from ..tiles.backend import choose_backend
 from ..tiles.structures import TokenTerms
 from .metrics import Metrics, Step, Summary
+from .mismatch import RolloutCorrection, decoupled_weights
 from .objectives import KLPenalty, Objective, ObjectiveFunction
 from .on_device import kernel_loss, loss_on_device
 from .reductions import Reduction, check_reduction, mean_of_kept, token_weights
@@ -98,6 +99,8 @@ def policy_loss(
     kl: KLPenalty | None = None,
     ref_logprobs: torch.Tensor | None = None,  # (...)
     rollout_weights: torch.Tensor | None = None,  # (...)
+    rollout_logprobs: torch.Tensor | None = None,  # (...)
+    rollout_correction: RolloutCorrection | None = None,
     entropies: torch.Tensor | None = None,  # (...)
     entropy_coef: float = 0.0,
     backend: str | None = None,
@@ -125,6 +128,15 @@ def policy_loss(
         kl, ref_logprobs: a KLPenalty against the reference policy's log-probabilities (...); both or neither.
         rollout_weights: (...) constant factors of l (not of the KL term), such as those of `fastpg.rollout` for a sampler whose
             log-probabilities differ from the trainer's.
+        rollout_logprobs: (...) log-probabilities under the policy that sampled, where old_logprobs are those of another, the
+            proximal policy (decoupled objectives: Hilton et al., arXiv 2110.00641; AReaL). l is multiplied by constant weights
+            that are made of the two; so there may be no rollout_weights. With old_logprobs=None the proximal policy is the
+            current one, and the weights are made of detached logprobs. metrics gain those of `rollout.mismatch_metrics`.
+        rollout_correction: how weights are made: a function of (old_logprobs, rollout_logprobs, mask=, sequence_ids=), such as
+            functools.partial(fastpg.rollout.truncated_weights, high=2.0), called once with whole tensors and without a
+            gradient. It returns weights, or a bool mask (False is the weight 0). None: exp(old_logprobs - rollout_logprobs),
+            its exponent clamped to [-20, 20]. Then NaN or an infinity where a token counts, for a token that the engine did not
+            score, is an error (with check=False the loss is NaN); unscored="zero" of those functions gives it the weight 0.
         entropies, entropy_coef: (...) entropies H of the policy, differentiable, such as `linear_logprobs(..., entropy=True)`
             returns, and the factor of the entropy bonus. H has the weights of the policy term, without rollout weights. (TRL,
             SkyRL and OpenRLHF take the mean over all tokens instead: subtract entropy_coef * masked_mean(entropies, mask).)
@@ -144,16 +156,10 @@ def policy_loss(
     backend = choose_backend(backend, logprobs, "logprobs")
     check_sequence_ids(sequence_ids, "logprobs", logprobs)
     validation.check_policy_inputs(
-        "logprobs",
-        logprobs,
-        old_logprobs,
-        advantages,
-        objective,
-        kl,
-        ref_logprobs,
-        rollout_weights,
+        "logprobs", logprobs, old_logprobs, advantages, objective, kl, ref_logprobs, rollout_weights,
         packed_sequences=sequence_ids is not None,
-    )
+    )  # fmt: skip
+    validation.check_rollout("logprobs", logprobs, old_logprobs, rollout_logprobs, rollout_correction, rollout_weights)
     _check_entropies(entropies, entropy_coef, logprobs)
     check_reduction(reduction, logprobs.shape, denominator, sequence_ids, check=check)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
@@ -162,6 +168,10 @@ def policy_loss(
         check_id_values(sequence_ids, every, id_limit(advantages, logprobs))
     sequences = sequences_of(every, sequence_ids)
     function = with_others(objective, sequences, every, logprobs)
+    rollout_weights, mismatch = decoupled_weights(
+        logprobs if old_logprobs is None else old_logprobs, rollout_logprobs, rollout_correction, rollout_weights, every,
+        sequence_ids, check=check and not torch.compiler.is_compiling(),
+    )  # fmt: skip
     count = every.sum()
     weights = token_weights(count, reduction, denominator, dtype, sequences)
     raw = TokenTerms(
@@ -177,7 +187,7 @@ def policy_loss(
         loss, kept, terms = plain(logprobs)
         step, kept = step_of(kept.detach(), terms, objective, sequences), kept.detach().clone()
     loss, of_entropies = _with_entropy_bonus(loss, entropies, entropy_coef, every, weights)
-    return PolicyLossOutput(loss, kept, Metrics(of_entropies, step))
+    return PolicyLossOutput(loss, kept, Metrics(of_entropies, step, mismatch))
 
 
 def _check_entropies(entropies: torch.Tensor | None, coef: float, logprobs: torch.Tensor) -> None:
@@ -215,7 +225,9 @@ def _with_entropy_bonus(
     return loss + entropy_loss, {"entropy": mean, "entropy_loss": entropy_loss.detach()}
 
 
-def refuse_in_one_pass(objective: object, entropy_coef: float) -> None:
+def refuse_in_one_pass(
+    objective: object, entropy_coef: float, old_logprobs: torch.Tensor | None, rollout_logprobs: torch.Tensor | None
+) -> None:
     """What needs more of a row than its exponentials times one number, or other rows, before the gradient is known."""
     two_passes = "use linear_logprobs and policy_loss"
     if isinstance(objective, Objective) and objective.needs_sequences:
@@ -233,6 +245,11 @@ def refuse_in_one_pass(objective: object, entropy_coef: float) -> None:
             f"entropy_coef must be 0 in the one-pass loss; got {entropy_coef!r}: the term -entropy_coef H has the gradient "
             "entropy_coef p_v (log p_v + H) in a row's logits, which is not the row's exponentials times one number, all that "
             "one pass has of it; use linear_logprobs(..., entropy=True) and policy_loss(..., entropies=, entropy_coef=)"
+        )
+    if rollout_logprobs is not None and old_logprobs is None:
+        raise ValueError(
+            "old_logprobs must be given with rollout_logprobs in the one-pass loss: without them the weights are made of the "
+            f"current log-probabilities, which are not known before the sweep; pass old_logprobs, or {two_passes}"
         )
 
 

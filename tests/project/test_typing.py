@@ -12,7 +12,7 @@ import pytest
 
 import fastpg
 from fastpg import CISPO
-from fastpg.linear.linear_policy_loss import CallOptions, LossOptions, ModuleOptions, PolicyLossOptions
+from fastpg.linear.options import CallOptions, LossOptions, ModuleOptions, PolicyLossOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ from fastpg import (
     policy_loss,
     selective_logprobs,
 )
-from fastpg.linear.linear_policy_loss import ModuleOptions, PolicyLossOptions
+from fastpg.linear.options import ModuleOptions, PolicyLossOptions
 
 V, H = 7, 4
 # the arithmetic of a model or a loss; checks compare, count and index
