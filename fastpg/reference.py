@@ -456,8 +456,8 @@ def policy_loss(
     importance_weighted), or these and max_log_ratio. `old_logprobs=None` is on-policy: old = logp, detached, so that every
     ratio is 1.
 
-    With rollout_logprobs (...) there are three policies (Hilton et al., arXiv 2110.00641; AReaL, arXiv 2505.24298): rollout_n
-    is pi_prox / pi_behav = exp(old_n - rollout_n), a constant, or what rollout_correction makes of these two and the numbers of
+    With rollout_logprobs (...) there are three policies (Hilton et al., arXiv 2110.00641; AReaL, arXiv 2505.24298). rollout_n
+    is the constant pi_prox / pi_behav = exp(old_n - rollout_n), or what rollout_correction makes of the two and the numbers of
     sequences, all (n,) over kept tokens.
     """
     if mask is None:

@@ -22,6 +22,8 @@ SUITES = (
     "test_one_pass_masks",
     "test_support",
     "test_support_masks",
+    "test_decoupled",
+    "test_decoupled_one_pass",
 )
 
 
