@@ -253,7 +253,7 @@ def check_rollout(
             "rollout_logprobs and rollout_weights were both given: weights are made of rollout_logprobs; pass one of them, and "
             "further factors inside rollout_correction"
         )
-    if rollout_correction is not None and (isinstance(rollout_correction, type) or not callable(rollout_correction)):
+    if rollout_correction is not None and not callable(rollout_correction):
         raise TypeError(
             "rollout_correction must be a function of (old_logprobs, rollout_logprobs, mask=, sequence_ids=), such as "
             f"functools.partial(fastpg.rollout.truncated_weights, high=2.0), or None; got {kind(rollout_correction)}"

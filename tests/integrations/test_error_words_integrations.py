@@ -197,6 +197,7 @@ def test_models_that_do_more_than_their_configuration_says():
 # ---- arguments
 
 ONES = torch.ones(2, 4)
+NOT_SCORED = torch.tensor([[torch.nan, -1, -1, -1], [torch.nan, -1, torch.nan, -1]])  # what nothing predicts need not be
 
 
 def support(position, ids, count=8):
@@ -291,6 +292,27 @@ OF_LOSS = {
     "old": ({"old_logprobs": ONES[:, :3]}, "ValueError: old_logprobs must have the shape of input_ids, (2, 4); got (2, 3)"),
     "ref": ({"ref_logprobs": ONES[0]}, "ValueError: ref_logprobs must have the shape of input_ids, (2, 4); got (4,)"),
     "rollout": ({"rollout_weights": ONES[0]}, "ValueError: rollout_weights must have the shape of input_ids, (2, 4); got (4,)"),
+    "rollout-logprobs": (
+        {"rollout_logprobs": ONES[:, :3], "old_logprobs": ONES},
+        "ValueError: rollout_logprobs must have the shape of input_ids, (2, 4); got (2, 3)",
+    ),
+    "rollout-twice": (
+        {"rollout_logprobs": ONES, "rollout_weights": ONES, "old_logprobs": ONES},
+        "ValueError: rollout_logprobs and rollout_weights were both given: weights are made of rollout_logprobs; pass one of "
+        "them, and further factors inside rollout_correction",
+    ),
+    "rollout-without-old": (
+        {"rollout_logprobs": ONES},
+        "ValueError: old_logprobs must be given with rollout_logprobs in the one-pass loss: without them the weights are made "
+        "of the current log-probabilities, which are not known before the sweep; pass old_logprobs, or use linear_logprobs and "
+        "policy_loss",
+    ),
+    "rollout-not-scored": (  # the place of the token in input_ids
+        {"rollout_logprobs": NOT_SCORED, "old_logprobs": ONES},
+        "ValueError: rollout_logprobs must be finite where a token counts; got nan at (1, 2), a token that the engine did not "
+        "score: mask it, or give it the weight 0 by rollout_correction=functools.partial(fastpg.rollout.truncated_weights, "
+        'high=None, unscored="zero")',
+    ),
     "sequence-ids": ({"sequence_ids": IDS[0]}, "ValueError: sequence_ids must have the shape of input_ids, (2, 4); got (4,)"),
     "aux-loss": (
         {"add_aux_loss": True},

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from functools import partial
 from math import exp
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ FUNCTIONS = ["icepop", "masked_weights", "mismatch_metrics", "token_veto", "trun
 def ours(call, x):
     """The call of the page, in which ... stands for the three tensors."""
     names = {name: getattr(fastpg, name) for name in fastpg.__all__} | {name: getattr(rollout, name) for name in FUNCTIONS}
-    names |= {"torch": torch, "exp": exp} | vars(x)
+    names |= {"torch": torch, "exp": exp, "partial": partial} | vars(x)
     given = {"old_logprobs": x.old, "objective": fastpg.PPOClip(x.eps, x.eps), "mask": x.mask}
     given |= eval(f"dict({call.replace('(...', '(old, rollout, mask')})", names)
     return fastpg.policy_loss(x.logprobs, advantages=x.advantages, **given).loss
@@ -37,12 +38,27 @@ def test_loss_and_gradient_of_the_dialect(name):
     assert (gradient[x.mask] != 0).any()
 
 
+# rows whose weights are one function of (old, rollout, mask), and nothing more
+ONE_FUNCTION = {name: call for name, call in CALLS.items() if re.search(r"rollout_weights=\w+\(\.\.\.,[^()]*\)(,|$)", call)}
+
+
+@pytest.mark.parametrize("name", ONE_FUNCTION)
+def test_rows_of_one_function_are_decoupled_losses_with_it(name):
+    """As the page says of them."""
+    assert len(ONE_FUNCTION) > 20
+    x, made_of = batch(name), r"rollout_logprobs=rollout, rollout_correction=partial(\1\2)"
+    call = re.sub(r"rollout_weights=(\w+)\(\.\.\.(,[^()]*)\)", made_of, CALLS[name])
+    assert "rollout_weights" not in call
+    assert torch.equal(ours(call, x), ours(CALLS[name], x))
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_batch_takes_the_correction_apart(name):
     """Without weights, or without the mask, it is another loss: no row passes for nothing."""
     x = batch(name)
     wanted = THEIRS[name](x)
-    call = re.sub(r"(rollout_weights|mask)=.*?(?=, (?:reduction|kl|mask)=|$)", "", CALLS[name])
+    of_correction = r"(rollout_weights|rollout_logprobs|rollout_correction|mask)=.*?"
+    call = re.sub(of_correction + r"(?=, (?:reduction|kl|mask|rollout_correction)=|$)", "", CALLS[name])
     call = re.sub(r"(?:, )+", ", ", call.strip(", "))
     assert "within" not in call
     assert "weights" not in call

@@ -2,10 +2,12 @@
 give the gradient of samples from the trainer's policy, and what the diagnostics estimate.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
-from fastpg import PPOClip, Reinforce, policy_loss
+from fastpg import CISPO, SAPO, PPOClip, Reinforce, policy_loss
 from fastpg.rollout import masked_weights, mismatch_metrics, token_veto, truncated_weights, within_band
 
 F64 = torch.float64
@@ -89,6 +91,39 @@ def test_weights_of_sequences_without_bounds_are_unbiased(steps, objective):
     """The loss's own ratio is 1 here. So is the gradient of PPO's clip."""
     x = Outcomes(steps)
     equal(x.expected(truncated_weights(*x.pair, high=None, level="sequence"), objective), x.exact())
+
+
+@pytest.mark.parametrize("objective", [Reinforce(), CISPO(), PPOClip(0.2, 0.2), SAPO()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("on_policy", [False, True])
+@steps
+def test_a_decoupled_loss_of_sequences_has_the_on_policy_gradient_where_the_policy_is_the_proximal_one(
+    steps, on_policy, objective
+):
+    """SAPO's slope at a ratio of 1 is 1 as well. Away from it, the gradient is another one."""
+    x = Outcomes(steps)
+    frequencies = x.probabilities(x.engine)[:, None].expand(x.mask.shape)  # of each sequence among the engine's samples
+
+    def expected(proximal, level="sequence"):
+        logprobs = x.logprobs(x.policy)
+        sampled = lambda logp, old, a: frequencies[x.mask] * objective(logp, old, a)  # noqa: E731
+        loss = policy_loss(
+            logprobs[x.mask], proximal and proximal(logprobs)[x.mask], (x.returns[:, None].expand_as(logprobs))[x.mask],
+            objective=sampled, reduction="sum", rollout_logprobs=x.logprobs(x.engine)[x.mask],
+            sequence_ids=torch.arange(len(x.mask))[:, None].expand(x.mask.shape)[x.mask],
+            rollout_correction=partial(truncated_weights, high=None, level=level),
+        ).loss  # fmt: skip
+        return -torch.autograd.grad(loss, x.policy)[0]
+
+    here = None if on_policy else lambda logprobs: logprobs.detach()
+    equal(expected(here), x.exact())
+    if steps > 1:
+        assert biased(expected(here, "token"), x.exact())
+    shift = torch.linspace(-0.5, 0.5, x.mask.numel(), dtype=F64).view(x.mask.shape)
+    away = expected(lambda logprobs: logprobs.detach() + shift)
+    if steps == 1 and isinstance(objective, CISPO):
+        equal(away, x.exact())  # of one token, and within the bound: the proximal policy cancels
+    elif not isinstance(objective, Reinforce):
+        assert biased(away, x.exact())
 
 
 @pytest.mark.parametrize("level", ["token", "geometric"])

@@ -91,6 +91,12 @@ def trl(mode):
     return loss
 
 
+def trl_decoupled(x):
+    """mode "sequence_mask", the default, with clip_max = 3.0 alone: the weight of a sequence beside PPO's ratio to old."""
+    ratio = torch.exp(((x.old - x.rollout) * x.mask).sum(dim=-1, keepdim=True))
+    return token_mean(ppo(x) * ratio.masked_fill(ratio > x.clip_max, 0.0), x)
+
+
 def trl_off_policy_mask(x):
     """get_off_policy_mask: of the current log-probabilities."""
     divergence = ((x.rollout - x.logprobs.detach()) * x.mask).sum(dim=1, keepdim=True) / lengths(x)
@@ -305,6 +311,15 @@ def areal(level, action, *, metric="ratio", agg="mean"):
     return loss
 
 
+def areal_decoupled(x):
+    """ppo_actor_loss_fn with use_decoupled_loss and rejection_sampling's upper alone: old there is the engine's."""
+    weights = torch.exp(x.old - x.rollout)
+    keep = x.mask & (weights <= x.upper)
+    ratio = torch.where(keep, torch.exp(x.logprobs - x.old), 0)
+    losses = torch.max(-x.A * ratio, -x.A * ratio.clamp(1 - x.eps, 1 + x.eps)) * torch.where(keep, weights, 0.0)
+    return torch.where(keep, losses, 0).sum() / x.mask.sum()  # loss_mask_count: before the rejection
+
+
 THEIRS = {
     "trl-token-truncate": trl("token_truncate"),
     "trl-token-mask": trl("token_mask"),
@@ -354,4 +369,7 @@ THEIRS = {
     "areal-sequence-clamp": areal("sequence", "clamp"),
     "areal-max": areal("sequence", "mask", agg="max"),
     "areal-k3": areal("token", "mask", metric="kl_k3"),
+    "trl-decoupled": trl_decoupled,
+    "verl-decoupled": verl("token"),
+    "areal-decoupled": areal_decoupled,
 }
