@@ -36,7 +36,8 @@ def kept(
         advantages: tokens whose advantage, times rollout weight, is exactly 0 are left out. They count in denominators, and
             metrics["skipped_tokens"] counts them. Give them for losses that are 0 there (named objectives without a KL
             penalty), and not for `linear_logprobs`. (B,) is one per row of a (B, T) mask.
-        rollout_weights: (...) as in `linear_policy_loss`.
+        rollout_weights: (...) as in `linear_policy_loss`, or those that its rollout_correction makes. Without them a loss with
+            rollout_logprobs computes the tokens of weight 0 too.
 
     Raises TypeError or ValueError, naming the argument, for dtypes, shapes and devices that do not fit.
     """

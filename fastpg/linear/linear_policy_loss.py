@@ -122,6 +122,7 @@ def linear_policy_loss(
         rollout_logprobs, rollout_correction: as in `policy_loss`, beside old_logprobs, which anchor the sweep. Tokens to which
             the correction gives the weight 0 cost no work, as with rollout_weights. So a `Kept` of the mask and the advantages
             fits; one of these and the same weights, `kept(mask, advantages, correction(...))`, leaves those tokens out too.
+            To see that every token is scored the host waits once more (with check=False, or unscored="zero", it does not).
         objective: Reinforce(), ImportanceWeighted(), CISPO(...), PPOClip(...), SAPO(...), DPPOTV(...), DPPOKL(...),
             IcePop(...), or a function of (logprobs, old_logprobs, advantages) whose value per token is maximised. It must be
             elementwise and deterministic: it is called on chunks for the gradients and on all tokens for the loss. Gradients

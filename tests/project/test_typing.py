@@ -40,6 +40,7 @@ given: TokenLogprobs = fastpg.selective_logprobs(hidden @ weight.T, tokens)
 again = fastpg.policy_loss(row.logprobs, None, advantages, objective=lambda logp, old, a: a * logp, reduction="sum")
 A: torch.Tensor = fastpg.advantages.grpo(torch.randn(4), torch.tensor([0, 0, 1, 1]), unbiased=False)
 w: torch.Tensor = fastpg.rollout.truncated_weights(old, old, tokens >= 0, high=2.0, level="sequence")
+three = fastpg.policy_loss(old, old, old, objective=CISPO(), rollout_logprobs=old, rollout_correction=fastpg.rollout.icepop)
 found: dict[str, float] = fastpg.rollout.mismatch_metrics(old, old, low=0.5).to_dict()
 """
 
