@@ -143,8 +143,8 @@ def policy_loss(
             They also report metrics["entropy"], the mean of H, and metrics["entropy_loss"], what the bonus adds to the loss.
         backend: "torch" or "triton"; None: as in `linear_logprobs`. On Triton one kernel computes the loss and the gradient
             of a named objective of single tokens. Anything else is computed in PyTorch in any case.
-        check: True checks the values of sequence_ids and of a denominator tensor, for which the host waits. False does not
-            where they are on a GPU (for CUDA graphs). They are never read under torch.compile.
+        check: True checks the values of sequence_ids, of a denominator tensor and of rollout_logprobs, for which the host
+            waits. False does not where they are on a GPU (for CUDA graphs). They are never read under torch.compile.
 
     Returns PolicyLossOutput(loss, logprobs, metrics). Without any token the loss is 0 and differentiable.
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from corrections import ZERO_UNSCORED
 from problems import random_problem
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +115,19 @@ def test_statistics_of_small_sets_read_nothing():
         head = Head(torch.randn(VOCAB, SIZE), None, torch.randn(VOCAB), 3.0, 1.0)
         found = gathered_partials(kernels, rows, head, entries, asked, None).partials
     assert found.further.values.shape == found.further.ids.shape == (5, 3)
+
+
+@pytest.mark.parametrize("correction", [None, ZERO_UNSCORED], ids=["plain", "zero"])
+def test_decoupled_losses_read_nothing_without_checks(correction):
+    """To see that every token is scored, the host waits: `policy_loss` too, but not for a correction that gives weight 0."""
+    with FakeTensorMode():
+        hidden, head, tokens, old, advantages, mask = inputs()
+        named = {"objective": CISPO(), "rollout_logprobs": -torch.rand(ROWS), "rollout_correction": correction}
+        linear_policy_loss(hidden, head, tokens, old, advantages, mask=mask, check=False, **named).loss.backward()
+        logprobs = torch.randn(ROWS, requires_grad=True)
+        policy_loss(logprobs, old, advantages, mask=mask, check=False, **named).loss.backward()
+        with pytest.raises(DataDependentOutputException) if correction is None else nullcontext():
+            policy_loss(logprobs, old, advantages, mask=mask, **named)
 
 
 def test_fake_tensors_see_a_read():
