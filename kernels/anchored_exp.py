@@ -196,7 +196,7 @@ def anchored_exp(
     if count:
         keys = 0 if further.TOP is None else further.TOP.shape[2]
         if further is not NOTHING:
-            blocks = narrow_parts(blocks, p.sets is not None)
+            blocks = narrow_parts(blocks, 8)
         tiles, descriptor = cdiv(count, blocks.rows) * columns, None
         if blocks.stores and exps is not None and is_aligned(exps):
             descriptor = TensorDescriptor.from_tensor(exps, [blocks.rows, blocks.columns // blocks.parts])

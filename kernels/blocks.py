@@ -87,19 +87,18 @@ _SINGLE = Blocks(64, 64, 16, 4, 2, parts=2)
 _INTERPRETED = Blocks(128, 1024, 64, 4, 1, parts=2)
 
 
-# Columns of a part with further statistics, whose keys take two registers a logit: for 16-bit operands, for fp32 ones, and for
-# fp32 ones with sets. (The bits of a set are read eight at a time.)
-_NARROW, _NARROW_SINGLE, _NARROW_SETS = 16, 32, 8
+# Columns of a part with further statistics, whose keys take two registers a logit, for 16-bit operands.
+_NARROW = 16
 
 
-def narrow_parts(blocks: Blocks, sets: bool = False) -> Blocks:
+def narrow_parts(blocks: Blocks, single: int) -> Blocks:
     """The tile in parts so narrow that the sweep has registers for further statistics (`row_statistics`).
 
-    sets: and for the sets of a support as well.
+    single: the columns of a part for fp32 operands, a multiple of 8: the bits of a set are read eight at a time.
     """
     if triton.knobs.runtime.interpret:
         return blocks
-    width = _NARROW if blocks != _SINGLE else _NARROW_SETS if sets else _NARROW_SINGLE
+    width = single if blocks == _SINGLE else _NARROW
     return blocks._replace(parts=max(blocks.parts, blocks.columns // width))
 
 

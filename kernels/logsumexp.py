@@ -224,7 +224,7 @@ def logsumexp(p: Operands, entropy: bool, blocks: Blocks, further: Further = NOT
     if count:
         keys = 0 if further.TOP is None else further.TOP.shape[2]
         is_plain = further is NOTHING
-        *first, tile = tile_arguments(p, blocks if is_plain else narrow_parts(blocks, p.sets is not None))
+        *first, tile = tile_arguments(p, blocks if is_plain else narrow_parts(blocks, 32 if p.sets is None else 16))
         grid = (cdiv(count, blocks.rows) * splits,)
         logsumexp_kernel[grid](*first, out, further, keys, _TILES_PER_SPLIT, tile, **blocks.options())
     return out
