@@ -211,6 +211,8 @@ def mismatch_metrics(
 
         mismatch_kl_k1         mean(-d), and
         mismatch_kl_k3         mean(exp(d) - 1 - d): estimates of KL(q, p). k1 may be negative, k3 has less variance
+        mismatch_abs_mean      mean |d|
+        mismatch_abs_max       max |d|; 0 without tokens
         mismatch_ratio_mean    mean rho, at `level`; that of tokens is 1 in expectation
         mismatch_ratio_max     max rho; 0 without tokens
         mismatch_ess           (sum rho)^2 / (n sum rho^2), the effective sample size as a share of n; 1 without tokens
@@ -220,7 +222,8 @@ def mismatch_metrics(
         scored_tokens          the number of tokens
         unscored_tokens        the number of those that count and were not scored
 
-    `out.metrics | mismatch_metrics(...)` adds them to a loss's. They make the host wait for nothing (sequence_ids apart).
+    `out.metrics | mismatch_metrics(...)` adds them to a loss's, and `.named("verl")` shows those that verl logs, under its
+    names. They make the host wait for nothing (sequence_ids apart).
     """
     _check_options(level)
     _check_band(low, high)

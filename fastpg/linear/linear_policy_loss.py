@@ -339,7 +339,7 @@ def _shown(result: Result, inputs: Inputs, weights: torch.Tensor) -> Result:
 def _report(result: Result, call: Call, objective: object, that_count: Counted, mismatch: Mismatch | None) -> PolicyLossOutput:
     numbers, (logprobs, entropy, *_) = that_count.numbers, result.rows.statistics
     if result.summary is not None:
-        step = Summary(result.summary, call.options.asked.entropy, numbers, result.again)
+        step = Summary(result.summary, call.options.asked.entropy, numbers, objective, result.again)
     else:
         step = step_of(logprobs, call.terms, objective, entropies=entropy, numbers=numbers, again=result.again)
     return PolicyLossOutput(result.loss, _reported(logprobs, call.rows, that_count), Metrics({}, step, mismatch))

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.limits import SUMMARY
+from .metric_names import Library, names_in
 from .mismatch import Mismatch
 from .objectives import Objective
 from .sequences import Sequences
@@ -74,16 +75,17 @@ class Summary(NamedTuple):
 
     metrics: torch.Tensor  # by `SUMMARY`
     has_entropy: bool
-    numbers: torch.Tensor  # these two as in Step
-    again: torch.Tensor | None = None
+    numbers: torch.Tensor  # as in Step
+    objective: object = None
+    again: torch.Tensor | None = None  # as in Step
 
 
 class Metrics(Mapping):
     """Name -> 0-d tensor, each computed when it is looked at. This needs no host read, which would wait for the GPU.
 
     A Mapping: `metrics["ess"]`, `dict(metrics)`, `metrics | {...}` (which does not compute them yet). `to_dict()` gives Python
-    numbers, with one host read for all of them. Metrics may be copied, pickled, returned from a compiled function and made
-    inside a CUDA graph: after a replay they show the step that was replayed.
+    numbers, with one host read for all of them. `named("verl")` has the names of another library. Metrics may be copied,
+    pickled, returned from a compiled function and made inside a CUDA graph: after a replay they show the step replayed.
     """
 
     def __init__(
@@ -135,12 +137,54 @@ class Metrics(Mapping):
 
     def to_dict(self) -> dict[str, float]:
         """Python numbers, int for metrics that count. One host read."""
-        values = list(self.values())
-        numbers = torch.stack([x.detach().double() for x in values]).tolist() if values else []
-        return {
-            name: number if value.is_floating_point() else int(number)
-            for name, value, number in zip(self, values, numbers, strict=True)
-        }
+        return _to_dict(self)
+
+    def named(self, library: Library) -> NamedMetrics:
+        """The same numbers under the names that a trainer of this library logs them by: "trl" or "verl".
+
+        It has the metrics that the library computes in the same way, and no others (OBJECTIVES.md has the table).
+        """
+        step = self._step
+        return NamedMetrics(self, library, names_in(library, step and step.objective, known=step is not None))
+
+
+class NamedMetrics(Mapping):
+    """`Metrics.named`: a library's name -> 0-d tensor, computed when it is looked at. `to_dict()` reads the host once."""
+
+    def __init__(self, metrics: Metrics, library: str, names: dict[str, str]) -> None:
+        self._metrics, self._library = metrics, library
+        self._own_names = {name: own for name, own in names.items() if own in metrics}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._own_names:
+            known = ", ".join(self._own_names) or "none"
+            raise KeyError(f"{name!r} is not among the names of {self._library!r} that these metrics have: {known}")
+        return self._metrics[self._own_names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own_names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own_names)
+
+    def __len__(self) -> int:
+        return len(self._own_names)
+
+    def __repr__(self) -> str:
+        return f"NamedMetrics({', '.join(self)})"
+
+    def to_dict(self) -> dict[str, float]:
+        """Python numbers. One host read."""
+        return _to_dict(self)
+
+
+def _to_dict(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    values = list(metrics.values())
+    numbers = torch.stack([x.detach().double() for x in values]).tolist() if values else []
+    return {
+        name: number if value.is_floating_point() else int(number)
+        for name, value, number in zip(metrics, values, numbers, strict=True)
+    }
 
 
 def _summarised(step: Summary, name: str) -> torch.Tensor:

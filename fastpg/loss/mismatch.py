@@ -94,7 +94,8 @@ def outside(values: torch.Tensor, low: float | None, high: float | None) -> torc
 
 
 def mismatch_names(has_sequences: bool, has_band: bool = False) -> tuple[str, ...]:
-    names = ("mismatch_kl_k1", "mismatch_kl_k3", "mismatch_ratio_mean", "mismatch_ratio_max", "mismatch_ess")
+    names = ("mismatch_kl_k1", "mismatch_kl_k3", "mismatch_abs_mean", "mismatch_abs_max")
+    names = (*names, "mismatch_ratio_mean", "mismatch_ratio_max", "mismatch_ess")
     names = (*names, *(("mismatch_outside_band",) if has_band else ()), "mismatch_chi2")
     return (*names, *(("mismatch_chi2_seq",) if has_sequences else ()), "scored_tokens", "unscored_tokens")
 
@@ -117,6 +118,10 @@ def mismatch_metric(
         return mean(-log_ratio)
     if name == "mismatch_kl_k3":
         return mean(d.expm1() - d)
+    if name == "mismatch_abs_mean":
+        return mean(log_ratio.abs())
+    if name == "mismatch_abs_max":
+        return _largest(log_ratio.abs())  # 0 where not scored
     if name == "mismatch_chi2":
         return mean((2 * d).expm1())
     if name == "mismatch_chi2_seq":
@@ -126,11 +131,16 @@ def mismatch_metric(
     if name == "mismatch_ratio_mean":
         return mean(rho)
     if name == "mismatch_ratio_max":
-        return torch.cat([rho.reshape(-1), rho.new_zeros(1)]).amax()
+        return _largest(rho)
     if name == "mismatch_outside_band":
         return mean(outside(rho, low, high).to(rho.dtype))
     ess = rho.sum().square() / (count.clamp(min=1) * rho.square().sum())
     return torch.where(count > 0, ess, 1.0)
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """0 without tokens."""
+    return torch.cat([values.reshape(-1), values.new_zeros(1)]).amax()
 
 
 class Mismatch(NamedTuple):

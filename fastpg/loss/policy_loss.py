@@ -182,7 +182,7 @@ def policy_loss(
     step: Step | Summary
     if on_device is not None:
         loss, kept, summary = loss_on_device(logprobs, mask, raw, on_device, lambda x: plain(x)[0])
-        step = Summary(summary, False, count.expand(2))
+        step = Summary(summary, False, count.expand(2), objective)
     else:
         loss, kept, terms = plain(logprobs)
         step, kept = step_of(kept.detach(), terms, objective, sequences), kept.detach().clone()

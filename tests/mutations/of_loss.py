@@ -92,6 +92,22 @@ MUTATIONS = [
         "reads_the_host_once",
     ),
     Mutation(
+        "names in logs: the clip fraction of PPO as verl's",
+        "fastpg/loss/metric_names.py",
+        "if not isinstance(objective, CISPO):",
+        "if objective is None:",
+        "metric_names",
+        "left_out or librarys_number",
+    ),
+    Mutation(
+        "names in logs: kernels' sums forget their objective",
+        "fastpg/linear/linear_policy_loss.py",
+        "Summary(result.summary, call.options.asked.entropy, numbers, objective)",
+        "Summary(result.summary, call.options.asked.entropy, numbers)",
+        "metric_names",
+        "one_pass",
+    ),
+    Mutation(
         "VESPO: the mean of a sequence's log ratios",
         "fastpg/loss/batch_objectives.py",
         "return sequences.total(logprobs - old_logprobs)",

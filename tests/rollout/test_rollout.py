@@ -321,6 +321,8 @@ def test_metrics_equal_a_loop(level):
     wanted = {
         "mismatch_kl_k1": -math.fsum(d) / n,
         "mismatch_kl_k3": math.fsum(math.expm1(x) - x for x in d) / n,
+        "mismatch_abs_mean": math.fsum(map(abs, d)) / n,
+        "mismatch_abs_max": max(map(abs, d)),
         "mismatch_ratio_mean": math.fsum(rho) / n,
         "mismatch_ratio_max": max(rho),
         "mismatch_ess": math.fsum(rho) ** 2 / (n * math.fsum(x * x for x in rho)),
@@ -359,7 +361,8 @@ def test_metrics_of_equal_engines_are_exact():
     p = -torch.rand(4, 7)
     found = mismatch_metrics(p, p, low=1, high=1).to_dict()
     assert found == {
-        "mismatch_kl_k1": 0, "mismatch_kl_k3": 0, "mismatch_ratio_mean": 1, "mismatch_ratio_max": 1, "mismatch_ess": 1,
+        "mismatch_kl_k1": 0, "mismatch_kl_k3": 0, "mismatch_abs_mean": 0, "mismatch_abs_max": 0,
+        "mismatch_ratio_mean": 1, "mismatch_ratio_max": 1, "mismatch_ess": 1,
         "mismatch_outside_band": 0, "mismatch_chi2": 0, "mismatch_chi2_seq": 0, "scored_tokens": 28, "unscored_tokens": 0,
     }  # fmt: skip
 
