@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..tools.threads import one_thread
+from . import mismatch
+from .engines import ENGINES
 from .estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES
 from .tasks import check_packages, larger_digit, load_smollm2, sums, tiny_model
 from .train import Training, train
@@ -92,6 +94,17 @@ def add_command(commands) -> None:
         default=1.0,
         help="sample with top-p, and train with the tokens that it kept (default: 1, all tokens)",
     )
+    parser.add_argument(
+        "--mismatch",
+        nargs="?",
+        choices=ENGINES,
+        const="stale",
+        help="with --model tiny: learn from what another engine samples, without a correction and with one. stale: its weights "
+        "are 16 batches old (the default); broken: three of ten tokens are random; rounded: weights in 4 bits",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, help=f"of --mismatch: how many, from --seed on (default: {mismatch.SEEDS}, two runs each)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -111,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the demo must not download anything
     if args.advantage in NEED_STEPS and args.model != "walk":
         raise SystemExit(f"fastpg demo: --advantage {args.advantage} needs episodes of several steps; add --model walk")
+    _check_mismatch(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("fastpg demo: --device cuda: torch finds no GPU; leave --device out, or say cpu")
@@ -120,6 +134,9 @@ def run(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise SystemExit(f"fastpg demo: {error}") from None
 
+    if args.mismatch:
+        compare_engines(args, console, device)
+        return
     with nullcontext() if args.model == "smollm2" else one_thread():
         start = time.perf_counter()
         torch.manual_seed(args.seed)
@@ -139,3 +156,23 @@ def run(args: argparse.Namespace) -> None:
     title += f", top-p {args.top_p:g}" if args.top_p < 1 else ""
     for path in save(training, args.out, title):
         console.print(f"wrote {path}")
+
+
+def _check_mismatch(args: argparse.Namespace) -> None:
+    if args.seeds and not args.mismatch:
+        raise SystemExit("fastpg demo: --seeds is of --mismatch; add it, or choose one seed by --seed")
+    if args.mismatch and args.model != "tiny":
+        raise SystemExit(f"fastpg demo: --mismatch trains the tiny model; got --model {args.model}, add --model tiny")
+    if args.mismatch and args.top_p < 1:
+        raise SystemExit(f"fastpg demo: --mismatch samples from all tokens; got --top-p {args.top_p:g}, leave it out")
+
+
+def compare_engines(args: argparse.Namespace, console: Console, device: str) -> None:
+    """`--mismatch`"""
+    runs: list[mismatch.Run] = []
+    with one_thread():
+        for seed in range(args.seed, args.seed + (args.seeds or mismatch.SEEDS)):
+            settings = args.steps or mismatch.STEPS, args.objective, args.advantage
+            runs += mismatch.run_pair(args.mismatch, seed, *settings, device)
+    mismatch.report(console, args.mismatch, runs)
+    console.print(f"wrote {mismatch.save(runs, args.out)}")

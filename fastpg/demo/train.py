@@ -25,6 +25,7 @@ from ..lm_head import LMHead
 from ..loss.objectives import CISPO, Objective
 from ..loss.policy_loss import PolicyLossOutput, policy_loss
 from ..tools.memory import transient_bytes
+from .engines import Engine
 from .estimators import ESTIMATORS, OBJECTIVES, Context, Critic, Rollouts
 from .nucleus import draw
 from .tasks import Task
@@ -63,10 +64,12 @@ def train(
     advantage: str = "group",
     objective: str = "cispo",
     top_p: float = 1.0,
+    engine: Engine | None = None,
 ) -> Training:
     """Trains by policy gradient, with the named estimator and objective, on the model's device.
 
     With top_p < 1 every log-probability is over the tokens that the sampler kept, in the updates as at the time of sampling.
+    engine: samples in the model's place (`--mismatch`); the old log-probabilities are the model's all the same.
     """
     clock, device = Clock(), model.device
     random, generator = Random(seed), torch.Generator(device).manual_seed(seed)
@@ -77,10 +80,17 @@ def train(
     progress = tqdm(range(1, steps + 1), unit="step")
     for step in progress:
         with clock("sample"):
-            rollouts = (walk if isinstance(task, Walk) else sample)(model, task, random, generator, top_p)
+            if engine is not None:
+                engine.read_weights(model)
+            rollouts = (walk if isinstance(task, Walk) else sample)(engine or model, task, random, generator, top_p)
         with clock("score"), torch.no_grad():
+            weights, mismatch, sampled = None, {}, rollouts
+            if engine is not None:  # the hidden states of the model, not of the engine
+                rollouts = rollouts._replace(hidden=hidden_states(model, rollouts.prompts, rollouts.tokens))
             scored = {"mask": rollouts.mask, "support": rollouts.support}
             old_logprobs = linear_logprobs(rollouts.hidden, head, rollouts.tokens, **scored).logprobs
+            if engine is not None:
+                weights, mismatch = engine.compared(old_logprobs, engine.logprobs(sampled), rollouts.mask)
         with clock("advantages"):
             advantages = ESTIMATORS[advantage](rollouts, context)
 
@@ -91,13 +101,16 @@ def train(
                 prompts = rollouts.prompts[rows] if len(rollouts.prompts) == len(rollouts.tokens) else rollouts.prompts
                 hidden = hidden_states(model, prompts, tokens)
                 old, dealt = old_logprobs[rows], advantages[rows]
-                out = loss_of(OBJECTIVES[objective], hidden, head, tokens, old, dealt, mask, support)
+                by_rollout = None if weights is None else weights[rows]
+                out = loss_of(
+                    OBJECTIVES[objective], hidden, head, tokens, old, dealt, mask, support, rollout_weights=by_rollout
+                )
                 out.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
             updates.append({"loss": out.loss.item()} | {name: value.item() for name, value in out.metrics.items()})
 
-        history.append(step_numbers(step, rollouts, updates))
+        history.append(step_numbers(step, rollouts, updates) | mismatch)
         shown = ("reward", "loss", "ratio_mean", "ratio_max", "clip_fraction")
         progress.set_postfix({name: f"{history[-1][name]:.3g}" for name in shown}, refresh=False)
     memory = loss_memory(hidden, head, tokens, mask, old_logprobs[rows])
@@ -113,12 +126,15 @@ def loss_of(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     support: Support | None,
+    *,
+    rollout_weights: torch.Tensor | None = None,
 ) -> PolicyLossOutput:
     """The loss in one pass over the vocabulary, or in two if the objective needs other tokens of the sequence or the batch."""
     if objective.needs_sequences or objective.needs_batch:
         logprobs = linear_logprobs(hidden, head, tokens, mask=mask, support=support).logprobs
-        return policy_loss(logprobs, old_logprobs, advantages, objective=objective, mask=mask)
-    given = {"objective": objective, "mask": mask, "support": support}
+        given = {"objective": objective, "mask": mask, "rollout_weights": rollout_weights}
+        return policy_loss(logprobs, old_logprobs, advantages, **given)
+    given = {"objective": objective, "mask": mask, "support": support, "rollout_weights": rollout_weights}
     return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, **given)
 
 

@@ -169,9 +169,9 @@ def test_with_top_p_a_policys_ratio_to_its_sampler_is_one(task, objective, monke
         seen.append((sampler(*arguments), model.get_output_embeddings().weight.detach().clone()))
         return seen[-1][0]
 
-    def loss_of(*arguments):
+    def loss_of(*arguments, **options):
         seen.append(arguments[4])
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(demo, name, sample)
     monkeypatch.setattr(demo, "loss_of", loss_of)
