@@ -134,7 +134,7 @@ def loss_of(
         logprobs = linear_logprobs(hidden, head, tokens, mask=mask, support=support).logprobs
         given = {"objective": objective, "mask": mask, "rollout_weights": rollout_weights}
         return policy_loss(logprobs, old_logprobs, advantages, **given)
-    given = {"objective": objective, "mask": mask, "support": support, "rollout_weights": rollout_weights}
+    given = {"objective": objective, "rollout_weights": rollout_weights, "mask": mask, "support": support}
     return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, **given)
 
 

@@ -83,6 +83,14 @@ MUTATIONS = [
         "scores_that_are_left",
     ),
     Mutation(
+        "demo: the engine's log-probabilities as the old ones",
+        "fastpg/demo/train.py",
+        "rollouts = rollouts._replace(hidden=hidden_states(model, rollouts.prompts, rollouts.tokens))",
+        "pass",
+        "demo_mismatch",
+        "trainer_over",
+    ),
+    Mutation(
         "demo: updates over the whole vocabulary",
         "fastpg/demo/train.py",
         '"mask": mask, "support": support}',
