@@ -3,11 +3,14 @@ one is corrected."""
 
 import csv
 import math
+import re
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
+import fastpg
 from fastpg.__main__ import main
 from fastpg.demo import engines, mismatch
 from fastpg.demo import train as demo
@@ -189,3 +192,9 @@ def test_an_unknown_engine(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--model", "tiny", "--mismatch", "slow"])
     assert "--mismatch: invalid choice: 'slow'" in capsys.readouterr().err
+
+
+def test_the_guide_has_a_measured_row_for_every_engine():
+    guide = (Path(fastpg.__file__).parent / "GUIDES.md").read_text()
+    table = re.search(r"<!-- mismatch -->\n(.*?)<!-- /mismatch -->", guide, re.DOTALL)[1]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(engines.ENGINES)
