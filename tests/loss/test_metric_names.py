@@ -87,7 +87,7 @@ def test_every_name_is_the_librarys_number(objective, level):
 def test_the_formulas_tell_what_they_are_of_apart():
     """Numbers that a wrong row could be taken from are others here."""
     metrics, _ = metrics_of(CISPO(1 + HIGH, 1 - LOW), "sequence")
-    numbers = sorted(value for value in metrics.to_dict().values() if isinstance(value, float))
+    numbers = sorted(value for name, value in metrics.to_dict().items() if isinstance(value, float) and name != "work_saved")
     assert all(b - a > 1e-6 for a, b in itertools.pairwise(numbers))
 
 

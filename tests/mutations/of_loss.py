@@ -102,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "names in logs: kernels' sums forget their objective",
         "fastpg/linear/linear_policy_loss.py",
-        "Summary(result.summary, call.options.asked.entropy, numbers, objective)",
-        "Summary(result.summary, call.options.asked.entropy, numbers)",
+        "Summary(result.summary, call.options.asked.entropy, numbers, objective, result.again)",
+        "Summary(result.summary, call.options.asked.entropy, numbers, None, result.again)",
         "metric_names",
         "one_pass",
     ),
