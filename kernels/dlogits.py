@@ -176,7 +176,7 @@ def dlogits(
     count, tiles = p.tokens.shape[0], cdiv(p.weight.shape[0], blocks.columns)
     residual = p.partials(tiles) if out.dtype != torch.float32 else None
     if count:
-        *first, tile = tile_arguments(p, blocks if p.sets is None else narrow_parts(blocks))
+        *first, tile = tile_arguments(p, blocks if p.sets is None else narrow_parts(blocks, 32))
         grid = (cdiv(count, blocks.rows) * tiles,)
         into = Slice(out, out.stride(0), start, residual)
         dlogits_kernel[grid](*first, statistics, incoming, into, tile, **blocks.options())
