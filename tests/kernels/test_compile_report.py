@@ -109,7 +109,7 @@ def test_the_whole_matrix_is_the_table_of_the_readme(tmp_path):
 def test_what_the_matrix_asks_for():
     assert len(list(compile_report.variants())) <= 460
     count = Counter((v.kernel, v.dtype) for v in compile_report.variants(targets=["cuda:90"]))
-    assert count["anchored_exp", "bfloat16"] == 13  # plain, five flags alone, all; a support; the persistent tile of sm_90
+    assert count["anchored_exp", "bfloat16"] == 16  # plain, five flags alone, all; statistics; a support; persistent tiles
     assert count["logsumexp", "float16"] == 2  # plain, all
     assert count["dlogits", "float32"] == 3  # and all with a support
     assert count["logsumexp", "bfloat16"] == 10  # plain, four flags alone, all; statistics and a support, without and with all
@@ -133,8 +133,9 @@ def test_a_variant_is_what_its_launcher_would_compile():
             assert (variant.target == "cuda:90" and variant.dtype != "float32") == given["TILE"].DESCRIPTORS
             assert given["TILE"].EVEN_H
         if "further" in given:
-            assert (given["further"].TOP is not None) == ("statistics" in variant.flags)
-            assert given.get("K", 0) in ((2, 8) if "statistics" in variant.flags else (0,)) or variant.kernel == "combine"
+            asked = "statistics" in variant.flags or variant.kernel == "sum_further"
+            assert (given["further"].TOP is not None) == asked
+            assert given.get("K", 0) in ((2, 8) if asked else (0,)) or variant.kernel in ("combine", "sum_further")
             assert given.get("K", 0) == 8 or "top_k" not in variant.flags
         if variant.kernel == "dlogits":
             assert (given["incoming"].L is not None) == ("logsumexp" in variant.flags)

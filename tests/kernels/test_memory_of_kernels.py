@@ -117,9 +117,9 @@ def test_one_pass(shape, dtype, gather, objective, workspace):
     terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
     loss = device_loss(objective, None, show_lost=True)
     plan = plan_policy_loss(
-        head, len(rows.tokens), entropy=False, wanted=WANTED, wide_weight=False, workspace=workspace, backend="triton"
+        head, len(rows.tokens), asked=Asked(), wanted=WANTED, wide_weight=False, workspace=workspace, backend="triton"
     )  # fmt: skip
-    options = Options(WANTED, False, plan, False, "triton", loss)
+    options = Options(WANTED, Asked(), plan, False, False, "triton", loss)
     losses = partial(token_losses, objective=objective, kl=None)
     inputs = [*(x for x in terms if x is not None), *([rows.indices] if gather else [])]
     used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
@@ -131,7 +131,7 @@ def test_one_pass(shape, dtype, gather, objective, workspace):
 
 
 def peak_of_one_pass(rows, head, terms, plan):
-    options = Options(WANTED, False, plan, False, "triton", device_loss(CISPO(), None, show_lost=True))
+    options = Options(WANTED, Asked(), plan, False, False, "triton", device_loss(CISPO(), None, show_lost=True))
     losses, inputs = partial(token_losses, objective=CISPO(), kl=None), [x for x in (*terms, rows.indices) if x is not None]
     used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
     return used + rows.hidden.nbytes + head.weight.nbytes
@@ -147,7 +147,7 @@ def test_one_chunk_holds_all_rows_where_that_takes_hardly_more_memory(size, voca
         monkeypatch.setitem(SHAPES, "this", (count, size, vocab))
         rows, head, vector = problem("this", dtype, gather)
         terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
-        options = {"entropy": False, "wanted": WANTED, "wide_weight": False, "backend": "triton"}
+        options = {"asked": Asked(), "wanted": WANTED, "wide_weight": False, "backend": "triton"}
         default, many = (plan_policy_loss(head, count, workspace=w, **options) for w in (None, GIB))
         if many.sweep_rows >= count:
             assert default == many

@@ -15,12 +15,12 @@ from fastpg.tiles.products import dense, has_gaps
 PACKAGE = Path(__file__).resolve().parents[2] / "fastpg"
 PRODUCTS = {"mm", "addmm", "addmm_", "matmul", "bmm", "baddbmm", "einsum", "mv", "addmv", "dot", "inner", "tensordot", "linear"}
 # plain code of the oracle, of what is compared with it, and of the demo; and three rows that a layer is asked about
-ON_FULL_LOGITS = {"reference", "cases", "train", "estimators", "casting_heads"}
+ON_FULL_LOGITS = {"cases", "train", "estimators", "casting_heads"}
 
 
 def test_nothing_else_calls_a_matrix_product():
     for path in PACKAGE.rglob("*.py"):
-        if path.stem in ON_FULL_LOGITS:
+        if path.stem in ON_FULL_LOGITS or path.parent.name == "reference":
             continue
         tree = ast.parse(path.read_text())
         allowed = {id(n) for f in tree.body if getattr(f, "name", "") == "_multiply" for n in ast.walk(f)}

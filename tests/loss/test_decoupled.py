@@ -253,7 +253,7 @@ def test_metrics_are_those_of_mismatch_metrics(layout):
     out = policy_loss(**given, objective=PPOClip(), rollout_correction=ZERO_UNSCORED)
     names = ("old_logprobs", "rollout_logprobs", "mask")
     wanted = mismatch_metrics(*(given[name] for name in names), sequence_ids=given.get("sequence_ids"))
-    assert len(wanted) == 9
+    assert len(wanted) == 11
     assert out.metrics["unscored_tokens"] > 0
     for name, value in wanted.items():
         assert torch.equal(out.metrics[name], value), name

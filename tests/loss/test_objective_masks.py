@@ -205,6 +205,8 @@ def test_no_tokens_is_a_differentiable_zero(name, reduction, shape, on_policy):
         "skipped_tokens": 0,
         "recomputed_tokens": 0,
         "repeated_products": 0,
+        "silenced_tokens": 0,
+        "work_saved": 0,
     }
 
 
