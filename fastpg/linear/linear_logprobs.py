@@ -128,7 +128,7 @@ def linear_logprobs(
             `fastpg.kept` makes of it before the model runs, saves the wait for the number of rows.
         support: a `Support`, the set of tokens that each position's softmax is over: those that the sampler kept. Sums over v
             are then over the set, V in mean_logits is its size, and all others have gradient 0. In top_k, what a set has too
-            few of has the log-probability -inf and the id -1. Rows with small sets (at most V / 64 tokens on a CPU, V / 256 on
+            few of has the log-probability -inf and the id -1. Rows with small sets (at most V / 8 tokens on a CPU, V / 256 on
             accelerators) cost dot products with gathered rows of the weight, and rows whose set is their token alone cost
             nothing. Other rows take the products of the whole vocabulary, and a bit for each logit, V / 8 bytes a row, until
             backward; with check=False, where the host does not look at sizes, all rows do.

@@ -451,11 +451,11 @@ def most_gathered(vocab_size: int, device: torch.device) -> int:
 
     It depends on nothing else of a batch, so that neither do a row's bits. A product reads the weight once for each tile of 128
     or 256 rows of hidden states: V / 256 rows of it, or more, for each row. That is the limit on accelerators, an estimate from
-    bytes: it was not measured. On a CPU products are slower beside memory. For 512 tokens that SmolLM2 sampled at top_p 0.95,
-    on two cores of an AMD EPYC (AVX-512), a step took 0.33 s at V / 256, 0.28 s at V / 64 and V / 48 and 0.31 s at V / 16 in
-    fp32, and 0.26, 0.28, 0.29 and 0.36 s in bf16. (With all rows gathered it was 0.18 and 0.25 s.)
+    bytes: it was not measured. On a CPU products are slower beside memory, and few rows cost those of 256. For 2,048 tokens
+    that SmolLM2 sampled at top_p 0.95, on two cores of an AMD EPYC (AVX-512), a step took 0.56 s at V / 64, 0.46 s at V / 32,
+    0.49 s at V / 16 and 0.35 s at V / 8 in fp32, and 0.42, 0.48, 0.56 and 0.45 s in bf16. (No set had more than V / 8.)
     """
-    return max(_FEWEST, vocab_size // (64 if device.type == "cpu" else 256))
+    return max(_FEWEST, vocab_size // (8 if device.type == "cpu" else 256))
 
 
 def _large(support: Support, rows: Rows, head: LMHead) -> Rows:

@@ -80,7 +80,8 @@ class Step:
 
     def __init__(self, function: str, dtype: torch.dtype, rows: int, vocab: int, sizes: list[int], wanted: str, backend: str):
         self.tokens, self.old = torch.randint(0, min(vocab, LARGE) // 2, (rows,)), torch.randn(rows)
-        self.hidden = torch.randn(rows, H).to(dtype).requires_grad_("hidden" in wanted)
+        hidden = torch.randn(rows, H) * 0.1  # so small that no row is computed again
+        self.hidden = hidden.to(dtype).requires_grad_("hidden" in wanted)
         self.weight = torch.randn(vocab, H).to(dtype).requires_grad_("weight" in wanted)
         self.head = LMHead(self.weight, weight_grad=torch.zeros(vocab, H) if "buffer" in wanted else None)
         self.sizes = torch.tensor(sizes)[torch.arange(rows) % len(sizes)]
