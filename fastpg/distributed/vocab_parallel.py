@@ -53,6 +53,11 @@ def all_reduced(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return values
 
 
+def all_columns(weight: torch.Tensor, group: Group) -> int | torch.Tensor:
+    """V, of all ranks."""
+    return len(weight) if group is None else sum_over_ranks(torch.tensor([len(weight)], device=weight.device), group)
+
+
 def on_the_owner(values: torch.Tensor, tokens: torch.Tensor, vocab_size: int, group: dist.ProcessGroup) -> torch.Tensor:
     """values (C, ...) of the one rank whose columns [0, vocab_size) have the token (C,); NaN where none or several have it."""
     inside = (tokens >= 0) & (tokens < vocab_size)
@@ -78,7 +83,8 @@ def combine(
     shares = shift.exp() * totals
     if weighted is not None:
         weighted = (shift.exp() * (gathered(weighted, group) + totals * shift)).sum(0)
-    further, columns = combine_further(further, tokens, vocab_size, group, kept, first_column)
+    columns = None if further.sum is None else sum_over_ranks(tokens.new_tensor([vocab_size]), group)
+    further = combine_further(further, group, kept, first_column)
     if further.squares is not None:
         total_of_squares = (gathered(further.squares, group).exp() * shares.square()).sum(0).log()
         squares = torch.where(shares.sum(0) == 0, 0, total_of_squares - 2 * shares.sum(0).log())
@@ -87,20 +93,16 @@ def combine(
     return Partials(largest, shares.sum(0), weighted, target, further), columns
 
 
-def combine_further(
-    further: FurtherPartials, tokens: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, kept: int, first_column: int
-) -> tuple[FurtherPartials, torch.Tensor | None]:
-    """The further partials over the columns of all ranks, but for squares, and the number of these columns (see `combine`)."""
+def combine_further(further: FurtherPartials, group: dist.ProcessGroup, kept: int, first_column: int) -> FurtherPartials:
+    """The further partials over the columns of all ranks, but for squares (see `combine`)."""
     values, ids, sums, squares, above = further
-    columns = None
     if values is not None:
         values, ids = _largest_of_ranks(values, ids + first_column, kept, group)
     if sums is not None:
-        columns = sum_over_ranks(tokens.new_tensor([vocab_size]), group)
         sums = sum_over_ranks(sums, group)
     if above is not None:
         above = sum_over_ranks(above, group)
-    return FurtherPartials(values, ids, sums, squares, above), columns
+    return FurtherPartials(values, ids, sums, squares, above)
 
 
 def _largest_of_ranks(

@@ -72,7 +72,6 @@ class _Product(NamedTuple):
 
     sums: RowSums  # S, Q and further partials over the columns of all ranks, R over this rank's
     target: Target
-    columns: int | torch.Tensor  # V, of all ranks
 
 
 class FirstProduct:
@@ -80,6 +79,8 @@ class FirstProduct:
 
     def __init__(self, tiles: TileOps, head: Head, token_losses: TokenLosses, options: Options) -> None:
         self.tiles, self.head, self.token_losses, self.options = tiles, head, token_losses, options
+        # V of all ranks, of which a mean is asked for
+        self.columns = vocab_parallel.all_columns(head.weight, options.group) if options.asked.mean else len(head.weight)
 
     def vectors(self, chunk: Chunk, exps: torch.Tensor | None, terms: TokenTerms, anchors: torch.Tensor | None) -> RowVectors:
         """The vectors of a chunk for any objective, in PyTorch (`anchored_loss` has them for named ones)."""
@@ -101,7 +102,7 @@ class FirstProduct:
             # nothing can be recomputed: NaN shows a row that has left the range
             lost = ~(total < LARGEST_SUM) if factor is None else ~(total < LARGEST_SUM) | ~factor.isfinite()
             t, logprobs = (torch.where(lost, torch.nan, x) for x in (t, logprobs))
-            found = _Product(_without_lost_squares(found.sums, log_anchor), *found[1:])
+            found = _Product(_without_lost_squares(found.sums, log_anchor), found.target)
             factor = None if factor is None else terms.kept(torch.where(lost, torch.nan, factor))
         elif factor is not None and anchors is None:
             factor = factor.masked_fill(flagged, 0)
@@ -122,7 +123,7 @@ class FirstProduct:
         if is_further(asked):
             partials = running.closed(FurtherPartials(*(None if x is None else x[:size] for x in further)), total)
             tokens = chunk.tokens[:size] + self.options.first_column
-            further = finish_further(partials, statistics, tokens, found.columns, asked)
+            further = finish_further(partials, statistics, tokens, self.columns, asked)
         else:
             further = Further()
         return RowResults(RowStatistics(logprobs, entropy, None, logsumexp, None), further)
@@ -138,7 +139,7 @@ class FirstProduct:
         local = Asked(*asked[:-1], min(asked.top_k, columns))
         sums = self.tiles.anchored_exp(chunk, head, log_anchor, target, exps, local)
         if group is None:
-            return _Product(sums, target, columns)
+            return _Product(sums, target)
         whole = vocab_parallel.sum_over_ranks(torch.stack([x for x in sums[:2] if x is not None]), group)
         residual = sums.residual
         if exps is not None:
@@ -153,14 +154,11 @@ class FirstProduct:
                 # the entry that is replaced was rounded too: its error leaves R, the new entry's enters
                 once = torch.where(places == tokens.clamp(0, columns - 1), -before * slope, 0)
                 residual = residual - (once - once.to(exps.dtype).to(once.dtype)) + taken
-        further, all_columns = vocab_parallel.combine_further(
-            sums.further, chunk.tokens, columns, group, largest_kept(asked), self.options.first_column
-        )  # fmt: skip
+        further = vocab_parallel.combine_further(sums.further, group, largest_kept(asked), self.options.first_column)
         if further.squares is not None:
             squares = vocab_parallel.sum_over_ranks(further.squares, group)
             further = FurtherPartials(*further[:3], squares, further.above)
-        sums = RowSums(whole[0], whole[1] if asked.entropy else None, residual, further)
-        return _Product(sums, target, columns if all_columns is None else all_columns)
+        return _Product(RowSums(whole[0], whole[1] if asked.entropy else None, residual, further), target)
 
     def _row_factor(self, g: torch.Tensor, denominator: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
         """u = -g logit_scale / (T D)."""

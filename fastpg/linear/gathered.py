@@ -74,10 +74,9 @@ def _partials(rows: Rows, entries: Entries, asked: Asked, target: torch.Tensor |
         return torch.segment_reduce(values, reduce, offsets=edges, axis=0, initial=initial)
 
     is_target = entries.column == rows.tokens[row]
+    # the last place takes the logits of all other tokens: to leave them out, the host would have to wait
     own = z.new_full((count + 1,), torch.nan)
-    own[torch.where(is_target, row, count)] = (
-        z  # the last place takes all others: to leave them out the host would have to wait
-    )
+    own[torch.where(is_target, row, count)] = z
     own = own[:count].clone()  # results of an operator share no memory
     others = torch.where(is_target, -torch.inf, z)
     maximum = over_rows(others, "max", -torch.inf)

@@ -12,7 +12,18 @@ from ..distributed import vocab_parallel
 from ..distributed.agreement import Facts, one_outcome
 from ..lm_head import LMHead
 from ..tiles.host_read import HostRead
-from ..tiles.structures import Asked, Entries, Further, Gradients, Head, Incoming, RowResults, RowStatistics, Wanted, is_further
+from ..tiles.structures import (
+    Asked,
+    Entries,
+    Further,
+    Gradients,
+    Head,
+    Incoming,
+    RowResults,
+    RowStatistics,
+    Wanted,
+    beyond_entropy,
+)
 from . import operators
 from .call import (
     counted,
@@ -128,10 +139,11 @@ def linear_logprobs(
             `fastpg.kept` makes of it before the model runs, saves the wait for the number of rows.
         support: a `Support`, the set of tokens that each position's softmax is over: those that the sampler kept. Sums over v
             are then over the set, V in mean_logits is its size, and all others have gradient 0. In top_k, what a set has too
-            few of has the log-probability -inf and the id -1. Rows with small sets (at most V / 8 tokens on a CPU, V / 256 on
-            accelerators) cost dot products with gathered rows of the weight, and rows whose set is their token alone cost
-            nothing. Other rows take the products of the whole vocabulary, and a bit for each logit, V / 8 bytes a row, until
-            backward; with check=False, where the host does not look at sizes, all rows do.
+            few of has the log-probability -inf and the id -1. Rows with small sets (at most V / 256 tokens on accelerators, on
+            a CPU V / 32, or V / 64 of a 16-bit weight) cost dot products with gathered rows of the weight, and beside the
+            workspace about 70 bytes of memory for each of their tokens. Rows whose set is their token alone cost nothing.
+            Other rows take the products of the whole vocabulary, and a bit for each logit, V / 8 bytes a row, until backward;
+            with check=False, where the host does not look at sizes, all rows do.
         temperature: > 0, a number or per token (...); divides the logits, as in the sampler.
         entropy: also return the entropy of each row, in nats.
         outputs: any of the names above, as a tuple or a list.
@@ -172,7 +184,7 @@ def linear_logprobs(
         )
     with without_autocast(inputs.hidden.device):
         rows = rows_of(inputs, tokens_that_count)
-        sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=not (is_further(asked) or asked.logsumexp))
+        sets = sets_of(support, rows, inputs, agreed.vocab_size, skips=not beyond_entropy(asked))
         if sets is None:
             found = rows_results(rows, inputs.head, asked, how)
         else:
@@ -197,7 +209,7 @@ def _over_sets(sets: RowSets, asked: Asked, how: How, head: LMHead) -> RowResult
     large = small = None
     if sets.large is not None:
         large = rows_results(sets.large, head, asked, how)
-        large = sets.over_their_sets(large, vocab_size_of(head, head.group) if asked.mean else 0)
+        large = sets.over_their_sets(large, vocab_parallel.all_columns(head.weight, head.group) if asked.mean else 0)
     if sets.small is not None:
         small = rows_results(sets.small, head, asked, how, sets.entries)
     return sets.together(large, small)
@@ -263,19 +275,15 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(statistics.logprobs)
         wanted, of_sum = Wanted(*ctx.needs_input_grad[:5]), None
         if grad_mean_logits is not None:
-            of_sum = grad_mean_logits / (vocab_size_of(call.head, call.group) if call.entries is None else call.entries.sizes)
+            of_sum = grad_mean_logits / (
+                vocab_parallel.all_columns(call.head.weight, call.group) if call.entries is None else call.entries.sizes
+            )
         incoming = Incoming(grad_logprobs, grad_entropy, grad_logsumexp, of_sum)
         return *gradients_of(call, statistics, incoming, wanted), None
 
 
 def _next(values: Iterator[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
     return tuple(itertools.islice(values, count))
-
-
-def vocab_size_of(head: Head | LMHead, group: vocab_parallel.Group) -> int | torch.Tensor:
-    """V, of all ranks."""
-    vocab = head.weight.shape[0]
-    return vocab if group is None else vocab_parallel.sum_over_ranks(torch.tensor([vocab], device=head.weight.device), group)
 
 
 def _with_gradient(rows: Rows, statistics: RowStatistics, incoming: Incoming) -> tuple[Rows, RowStatistics, Incoming]:

@@ -26,7 +26,7 @@ from ..loss.policy_loss import (
 from ..loss.reductions import Reduction, check_reduction, inverse_denominator, token_weights
 from ..loss.sequences import check_id_values, check_sequence_ids, sequences_of
 from ..tiles.products import accumulation_dtype
-from ..tiles.structures import Asked, TokenTerms, Wanted, is_further
+from ..tiles.structures import Asked, TokenTerms, Wanted, beyond_entropy
 from .call import (
     Counted,
     Inputs,
@@ -306,7 +306,7 @@ def _planned(
 def _options(given: LossInputs, inputs: Inputs, wanted: Wanted, asked: Asked, plan: Plan, skip_silenced: bool) -> Options:
     group, loss = inputs.head.group, None
     # where more is asked for, PyTorch completes the rows, and so it computes their losses too
-    if inputs.backend == "triton" and group is None and not (is_further(asked) or asked.logsumexp):
+    if inputs.backend == "triton" and group is None and not beyond_entropy(asked):
         loss = device_loss(given.objective, given.kl, show_lost=not inputs.host_reads)
     wide_weight = inputs.head.weight_grad is not None
     first_column = 0 if group is None else inputs.head.vocab_start
@@ -433,8 +433,8 @@ class LinearPolicyLoss(torch.nn.Module):
     LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
 
     See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, rollout_correction,
-    entropy, entropy_coef, skip_zero_weight, workspace, backend and check are held; mask, support, sequence_ids, denominator,
-    ref_logprobs, rollout_weights and rollout_logprobs are given to each call.
+    entropy, entropy_coef, outputs, top_k, skip_zero_weight, skip_silenced, workspace, backend and check are held; mask,
+    support, sequence_ids, denominator, ref_logprobs, rollout_weights and rollout_logprobs are given to each call.
     """
 
     def __init__(self, *, objective: Objective | ObjectiveFunction, **options: Unpack[ModuleOptions]) -> None:

@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import torch
 
+from ..distributed import vocab_parallel
 from ..lm_head import LMHead
 from ..tiles import gradient_rows, large_pages
 from ..tiles.backend import tiles_of
 from ..tiles.operator import is_opaque
 from ..tiles.products import accumulation_dtype
-from ..tiles.structures import Further, Gradients, Head, RowResults, RowStatistics, TokenTerms, is_further
+from ..tiles.structures import Further, Gradients, Head, RowResults, RowStatistics, TokenTerms, beyond_entropy
 from .anchored import kept_results, one_pass
 from .call import Inputs, differentiable, with_inputs
 from .first_product import Options, TokenLosses, loss_gradient
-from .linear_logprobs import How, rows_results, vocab_size_of
+from .linear_logprobs import How, rows_results
 from .rows import Rows
 from .support import RowSets, Support, sets_of
 
@@ -47,8 +48,8 @@ def over_sets(support: Support | None, vocab_size: int | None, call: Call, input
     is differentiated; where a set is the token alone the log-probability is 0.
     """
     options, terms, head = call.options, call.terms, inputs.head
-    asked, wants_more = options.asked, is_further(options.asked) or options.asked.logsumexp
-    sets = sets_of(support, call.rows, inputs, vocab_size, skips=not wants_more)
+    asked = options.asked
+    sets = sets_of(support, call.rows, inputs, vocab_size, skips=not beyond_entropy(asked))
     if sets is None:
         return loss_of(call, head)
     if sets.others is None:
@@ -69,8 +70,8 @@ def over_sets(support: Support | None, vocab_size: int | None, call: Call, input
 
 
 def _over_their_sets(sets: RowSets, found: RowResults, call: Call) -> RowResults:
-    mean = call.options.asked.mean
-    return sets.over_their_sets(found, vocab_size_of(call.head, call.options.group) if mean else 0)
+    mean, weight = call.options.asked.mean, call.head.weight
+    return sets.over_their_sets(found, vocab_parallel.all_columns(weight, call.options.group) if mean else 0)
 
 
 def loss_of(call: Call, head: LMHead) -> Result:
@@ -170,7 +171,7 @@ class OnePassLoss(torch.autograd.Function):
         ctx.weight_grad, ctx.backend = call.weight_grad, call.options.backend
         statistics, further = result.rows
         others = result.summary, result.again, *statistics[:2]
-        if is_further(call.options.asked) or call.options.asked.logsumexp:
+        if beyond_entropy(call.options.asked):
             others = *others, statistics.logsumexp, *further
         ctx.mark_non_differentiable(*(x for x in others if x is not None))
         ctx.set_materialize_grads(False)

@@ -423,7 +423,7 @@ def sets_of(support: Support | None, rows: Rows, inputs: Inputs, vocab_size: int
     sizes = sizes if rows.indices is None else sizes[rows.indices]
     if not inputs.host_reads:
         return RowSets(sizes, _large(support, rows, head), None, None, None, None, None)
-    is_large = (sizes == 0) | (sizes > most_gathered(vocab_size or head.vocab_size, sizes.device))
+    is_large = (sizes == 0) | (sizes > most_gathered(vocab_size or head.vocab_size, head.weight))
     is_small = ~is_large & (sizes > (1 if skips else 0))
     counts = torch.stack([is_large.sum(), is_small.sum(), torch.where(is_small, sizes, 0).sum()]).tolist()
     large, at_large = _chosen(rows, is_large, counts[0])
@@ -446,16 +446,16 @@ def _chosen(rows: Rows, wanted: torch.Tensor, count: int) -> tuple[Rows, torch.T
     return rows.select(places), places
 
 
-def most_gathered(vocab_size: int, device: torch.device) -> int:
+def most_gathered(vocab_size: int, weight: torch.Tensor) -> int:
     """The most tokens of a set for which gathered rows of the weight cost less than a product with all of them.
 
     It depends on nothing else of a batch, so that neither do a row's bits. A product reads the weight once for each tile of 128
     or 256 rows of hidden states: V / 256 rows of it, or more, for each row. That is the limit on accelerators, an estimate from
-    bytes: it was not measured. On a CPU products are slower beside memory, and few rows cost those of 256. For 2,048 tokens
-    that SmolLM2 sampled at top_p 0.95, on two cores of an AMD EPYC (AVX-512), a step took 0.56 s at V / 64, 0.46 s at V / 32,
-    0.49 s at V / 16 and 0.35 s at V / 8 in fp32, and 0.42, 0.48, 0.56 and 0.45 s in bf16. (No set had more than V / 8.)
+    bytes: it was not measured. On a CPU products are slower beside memory. With SmolLM2's head, on two cores of an AMD EPYC
+    (AVX-512), a row of the three bare products took as long as V / 30 gathered tokens in fp32, and V / 91 in bf16.
     """
-    return max(_FEWEST, vocab_size // (8 if device.type == "cpu" else 256))
+    share = 256 if weight.device.type != "cpu" else 64 if weight.dtype.itemsize == 2 else 32
+    return max(_FEWEST, vocab_size // share)
 
 
 def _large(support: Support, rows: Rows, head: LMHead) -> Rows:

@@ -91,6 +91,11 @@ def is_further(asked: Asked) -> bool:
     return largest_kept(asked) > 0 or asked.mean or asked.squares or asked.rank
 
 
+def beyond_entropy(asked: Asked) -> bool:
+    """Whether a caller gets more of a row than its log-probability and its entropy."""
+    return is_further(asked) or asked.logsumexp
+
+
 class FurtherPartials(NamedTuple):
     """Further partial statistics of each row over some columns, None where not asked for. `finish_further` completes them."""
 

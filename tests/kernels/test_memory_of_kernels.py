@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpg import CISPO, LMHead
-from fastpg.kernels import anchored_exp, dlogits, finish, gradient_rows, logsumexp, summary, target
+from fastpg.kernels import anchored_exp, dlogits, finish, gradient_rows, logsumexp, row_statistics, summary, target
 from fastpg.linear import online
 from fastpg.linear.anchored import Options, one_pass
 from fastpg.linear.call import head_of
@@ -69,7 +69,7 @@ def _without_kernels_and_products(monkeypatch):
     names = {
         anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finish: ["finish_kernel"],
         gradient_rows: ["gradient_rows_kernel"], logsumexp: ["logsumexp_kernel", "combine_kernel"],
-        summary: ["summary_kernel"], target: ["target_kernel"],
+        row_statistics: ["sum_further_kernel"], summary: ["summary_kernel"], target: ["target_kernel"],
     }  # fmt: skip
     for module, kernels in names.items():
         for name in kernels:
@@ -110,21 +110,25 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=s
 @DTYPES
 @GATHER
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("objective", [CISPO(), lambda logp, old, a: logp * a], ids=["fused", "any"])
+@pytest.mark.parametrize(
+    ("objective", "asked"),
+    [(CISPO(), Asked()), (lambda logp, old, a: logp * a, Asked()), (lambda logp, old, a: logp * a, Asked(*(True,) * 6, 8))],
+    ids=["fused", "any", "statistics"],
+)
 @pytest.mark.parametrize("workspace", [GIB, 24 * GIB], ids=["default", "one-chunk"])
-def test_one_pass(shape, dtype, gather, objective, workspace):
+def test_one_pass(shape, dtype, gather, objective, asked, workspace):
     rows, head, vector = problem(shape, dtype, gather)
     terms = TokenTerms(rows.masked, vector(), vector(), vector(), None, None)
     loss = device_loss(objective, None, show_lost=True)
     plan = plan_policy_loss(
-        head, len(rows.tokens), asked=Asked(), wanted=WANTED, wide_weight=False, workspace=workspace, backend="triton"
+        head, len(rows.tokens), asked=asked, wanted=WANTED, wide_weight=False, workspace=workspace, backend="triton"
     )  # fmt: skip
-    options = Options(WANTED, Asked(), plan, False, False, "triton", loss)
+    options = Options(WANTED, asked, plan, False, False, "triton", loss)
     losses = partial(token_losses, objective=objective, kl=None)
     inputs = [*(x for x in terms if x is not None), *([rows.indices] if gather else [])]
     used = beyond_results(lambda: one_pass(rows, head, terms, losses, options), rows, head, inputs)
     several = plan.sweep_rows < len(rows.tokens)
-    assert several == (workspace == GIB)
+    assert several == (workspace == GIB) or asked.top_k  # whose keys may not leave room for one chunk
     copy = head.weight.numel() * 4 if several and dtype != torch.float32 else 0
     vectors = 40 * 4 * len(rows.tokens)
     assert 0.4 * workspace * several < used <= workspace + copy + vectors

@@ -8,7 +8,7 @@ import torch
 from operations import counted
 from problems import opcheck, random_problem
 from schedules import BACKENDS, KERNEL_DEVICE
-from token_statistics import check, oracle, whole_numbers
+from token_statistics import EVERYTHING, ON_EACH, check, oracle, whole_numbers
 
 from fastpg import (
     CISPO,
@@ -30,16 +30,6 @@ from fastpg.tiles.structures import Asked, Chunk
 from fastpg.tools.memory import transient_bytes
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-EVERYTHING = {
-    "bias": True, "softcap": 9.0, "logit_scale": 0.7, "temperature": "per-token", "masked": True, "lora": 5,
-}  # fmt: skip
-ON = [
-    (backend, dtype)
-    for backend in ("torch", "triton")
-    for dtype in (f64, f32, bf16, f16)
-    if (backend, dtype) != ("triton", f64)
-]
-ON_EACH = pytest.mark.parametrize(("backend", "dtype"), ON, ids=[f"{b}-{str(d)[6:]}" for b, d in ON])
 
 
 def loss_of(x: Inputs, backend: str, **options) -> PolicyLossStatistics:

@@ -458,7 +458,7 @@ def test_rows_that_are_recomputed(schedule):
     old = torch.where(low, 0.0, logprobs_over(x, members)[0].float())
     got = check_over(replace(x, old_logprobs=old), members, schedule, Reinforce())
     again = (
-        low & (members & others).any(1) & (members.sum(1) > most_gathered(200, x.tokens.device))
+        low & (members & others).any(1) & (members.sum(1) > most_gathered(200, x.head.weight))
     )  # gathered rows have no anchor
     assert got.metrics["recomputed_tokens"] == again.sum() > 5
     assert (~again & (members.sum(1) > 1)).sum() > 10

@@ -124,7 +124,7 @@ def test_sets_of_one_read_nothing(reads_of, backend, function, dtype):
 @FUNCTIONS
 def test_beside_large_sets_small_ones_are_gathered(reads_of, function):
     """Large ones are multiplied with all of the weight; of it, their products gather each row's own token alone."""
-    large, rows = most_gathered(1000, torch.device("cpu")) + 1, []
+    large, rows = most_gathered(1000, torch.empty(0)) + 1, []
     for sizes in ([large] * 4, [1, 4, large, 15]):
         step = Step(function, f32, 40, 1000, sizes, "hidden weight", "torch")
         reads = reads_of(step.weight, step)

@@ -314,9 +314,9 @@ MUTATIONS = [
     ),
     Mutation(
         "mean_logits: its gradient is not divided by the columns of all ranks",
-        "fastpg/linear/linear_logprobs.py",
-        "return vocab if group is None else",
-        "return vocab if True else",
+        "fastpg/distributed/vocab_parallel.py",
+        "return len(weight) if group is None else",
+        "return len(weight) if True else",
         "vocab_parallel_outputs",
         "like_one_process",
     ),

@@ -1,5 +1,6 @@
 """Further statistics of tokens beside those of full logits in float64."""
 
+import pytest
 import torch
 from schedules import KERNEL_DEVICE
 
@@ -8,7 +9,17 @@ from fastpg.crosscheck.accuracy import logprob_tolerance
 from fastpg.crosscheck.cases import Inputs
 from fastpg.linear.outputs import OUTPUTS
 
-f32, f64 = torch.float32, torch.float64
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+EVERYTHING = {
+    "bias": True, "softcap": 9.0, "logit_scale": 0.7, "temperature": "per-token", "masked": True, "lora": 5,
+}  # fmt: skip
+ON = [
+    (backend, dtype)
+    for backend in ("torch", "triton")
+    for dtype in (f64, f32, bf16, f16)
+    if (backend, dtype) != ("triton", f64)
+]
+ON_EACH = pytest.mark.parametrize(("backend", "dtype"), ON, ids=[f"{b}-{str(d)[6:]}" for b, d in ON])
 
 
 def logits_of(x: Inputs) -> torch.Tensor:
