@@ -12,11 +12,12 @@ EXTRAS ?= dev
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test bench gpu lint format wheel clean
+.PHONY: help demo test frameworks bench gpu lint format wheel clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores; on a GPU if there is one)"
 	@echo "make test    run the test suite (no GPU needed)"
+	@echo "make frameworks   install the frameworks that adapters are compared with, for make test"
 	@echo "make bench   time and memory against the bare products and against peers (9 minutes on two cores; on an idle machine)"
 	@echo "make gpu     on a machine with a GPU: kernel tests, a check of a large head, the bench of three heads (4 minutes)"
 	@echo "make lint    ruff: rules and formatting"
@@ -38,6 +39,10 @@ demo: $(VENV)/.installed
 # Tests are single-threaded: one process per core.
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+
+# verl, SkyRL and others, without their dependencies: what the adapters' tests compare with is imported alone.
+frameworks: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps -r .ci/frameworks.txt
 
 # bench/ is a folder of programs: Python must find the modules beside run.py.
 bench: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Every block of GUIDES.md and DISTRIBUTED.md runs as printed: in a process of its own, in an empty directory."""
+"""Every block of GUIDES.md, FRAMEWORKS.md and DISTRIBUTED.md runs as printed, in a process and a directory of its own."""
 
 import os
 import re
@@ -15,6 +15,18 @@ FOLDER = Path(fastpg.__file__).parent
 GUIDES = (FOLDER / "GUIDES.md").read_text()
 TEXTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDES, re.DOTALL | re.MULTILINE))
 SECTIONS = {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in TEXTS.items()}
+FRAMEWORKS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (FOLDER / "FRAMEWORKS.md").read_text(), re.DOTALL | re.MULTILINE))
+# What the block of a section imports; without it the block is not run. None: it imports nothing of the framework's.
+IMPORTED = {
+    "verl": "verl",
+    "SkyRL": "skyrl",
+    "OpenRLHF": "openrlhf",
+    "NeMo-RL": None,
+    "prime-rl": None,
+    "torchtitan": "torchtitan",
+    "axolotl": None,
+    "ms-swift": None,
+}
 TWO_RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
@@ -39,6 +51,23 @@ def test_guide_runs(title, tmp_path):
         pytest.importorskip("trl")
     launcher = TWO_RANKS if "torchrun --nproc-per-node 2" in TEXTS[title] else ()
     run(tmp_path, code, *launcher)
+
+
+@pytest.mark.parametrize("title", IMPORTED)
+def test_guide_of_a_framework_runs(title, tmp_path):
+    """Each block on its own; there may be none."""
+    if IMPORTED[title]:
+        pytest.importorskip(IMPORTED[title])
+    for code in re.findall(r"```python\n(.*?)```", FRAMEWORKS[title], re.DOTALL):
+        run(tmp_path, code)
+
+
+def test_every_section_of_the_frameworks_says_what_was_tested():
+    listed = re.findall(r"^- \[(.*?)\]\(#(.*?)\)", (FOLDER / "FRAMEWORKS.md").read_text(), re.MULTILINE)
+    assert [title for title, _ in listed] == list(FRAMEWORKS) == list(IMPORTED)
+    for title, anchor in listed:
+        assert anchor == title.lower().replace(" ", "-")
+        assert re.search(r"Tested against|Formula only|Tried with", FRAMEWORKS[title]), title
 
 
 def test_every_guide_is_in_the_list_of_contents():
