@@ -1,10 +1,6 @@
 """Log-probabilities and policy losses of transformers causal language models, straight from token ids.
 
-The model runs its own forward, so that position ids, images, routers, autocast and the hooks of FSDP, DDP and PEFT work as
-always. Only its lm_head is replaced, by two hooks. One takes all hidden states and gives the layer a single row of them. The
-other returns a row of known numbers, the probe, in place of the logits. The model then applies its own softcap and scale to the
-probe. The result must agree with the softcap and scale that `LMHead.from_model` read from the configuration. A model that does
-anything else is refused rather than trained on other logits.
+The model runs its own forward, but for its lm_head: headless.py says how.
 
 All tensors have the shape of input_ids, (B, T). Each value stands at the token it belongs to: logprobs[b, t] is the
 log-probability of input_ids[b, t] given the tokens before it. Masks, advantages and old log-probabilities are read in the same
@@ -16,37 +12,27 @@ TRL and verl. A token is kept if it has a prediction and is asked for:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .. import validation
-from ..linear.kept import Kept, kept
+from ..linear.kept import kept
 from ..linear.linear_logprobs import linear_logprobs
 from ..linear.linear_policy_loss import kept_of, linear_policy_loss
 from ..linear.support import Support, predicting
-from ..lm_head import LMHead, is_elsewhere, other_logits
+from ..lm_head import LMHead
 from ..loss.mismatch import Mismatch, RolloutCorrection, decoupled_weights
 from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
 from ..loss.policy_loss import PolicyLossOutput, refuse_in_one_pass
 from ..loss.reductions import Reduction, mean_of_kept
-from .deepspeed import gather_for_backward
-from .peft import causal_lm, check_labels_are_ours, shortcuts, states_before
-
-# (hidden states (B, T, H), the head, arguments of the loss such as `labels`) -> fields of a HeadlessOutput
-_Compute = Callable[[torch.Tensor, LMHead, dict[str, Any]], dict[str, Any]]
-
-_SCALED_BEFORE_THE_HEAD = ("minicpm3",)  # models that divide hidden states, and not logits, by config.logits_scaling
-_OURS = "_fastpg_patched"  # attribute that marks a forward which replaces a model's own
-_REFUSED = {"labels", "num_items_in_batch", "logits_to_keep", "past_key_values", "inputs_embeds", "return_dict"}
+from .headless import Compute, Headless, HeadlessOutput, place, router_coefficient, run_headless, until_backward
+from .peft import causal_lm, check_labels_are_ours
+from .placed import Placed
+from .token_layout import Batch, all_to_states, mask_and_targets, on_device_of, to_states, to_tokens
 
 
 class CausalLMLogprobs(NamedTuple):
@@ -63,26 +49,6 @@ class CausalLMLogprobs(NamedTuple):
     entropy: torch.Tensor | None
     mask: torch.Tensor
     aux_loss: torch.Tensor | None
-
-
-@dataclass
-class HeadlessOutput(ModelOutput):
-    """The output of a model under `patched`. logits are always None.
-
-    loss: () if there are labels. log_probs, entropy: (B, T) for each label, 0 where it is -100.
-    policy: for `causal_lm_policy_loss`. last_hidden_state: (B, T, H), the input of the lm_head. The others are the model's own.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: None = None
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    policy: PolicyLossOutput | None = None
-    last_hidden_state: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def token_logprobs(
@@ -123,21 +89,21 @@ def token_logprobs(
 
     Raises TypeError or ValueError for models and arguments that do not fit, those of `LMHead.from_model` included.
     """
-    batch = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
-    mask, tokens = _targets(batch)
+    batch = Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head)
+    mask, tokens = mask_and_targets(batch)
     support = predicting(support, tokens, check)
     rows = kept(tokens != validation.IGNORED_TOKEN) if check else None  # the host waits before the model runs
-    temperature = _ahead(input_ids, "temperature", temperature)
+    temperature = to_states(input_ids, "temperature", temperature)
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
+        there = functools.partial(on_device_of, like=hidden)
         out = linear_logprobs(
-            hidden, _until_backward(head, arguments), tokens.to(hidden.device), mask=_on(rows, hidden),
-            support=_on(support, hidden), temperature=_on(temperature, hidden), entropy=entropy, workspace=workspace,
-            backend=backend, check=check,
+            hidden, until_backward(head, arguments), there(tokens), mask=there(rows), support=there(support),
+            temperature=there(temperature), entropy=entropy, workspace=workspace, backend=backend, check=check,
         )  # fmt: skip
-        return {"log_probs": _back(out.logprobs), "entropy": _back(out.entropy)}
+        return {"log_probs": to_tokens(out.logprobs), "entropy": to_tokens(out.entropy)}
 
-    out = _run(model, compute, batch, model_inputs)
+    out = run_headless(model, compute, batch, model_inputs)
     return CausalLMLogprobs(out.log_probs, out.entropy, mask, out.aux_loss)
 
 
@@ -190,25 +156,25 @@ def causal_lm_policy_loss(
     Returns PolicyLossOutput: the loss (), logprobs (B, T) detached, metrics.
     """
     refuse_in_one_pass(objective, entropy_coef, old_logprobs, rollout_logprobs)
-    batch, packed = _Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head), sequence_ids is not None
-    counts, tokens = _targets(batch)
+    batch, packed = Batch(input_ids, attention_mask, completion_mask, position_ids, check, fp32_head), sequence_ids is not None
+    counts, tokens = mask_and_targets(batch)
     support = predicting(support, tokens, check)
-    temperature, ids, old, ref_logprobs = _at_states(input_ids, packed, {
+    temperature, ids, old, ref_logprobs = all_to_states(input_ids, packed, {
         "temperature": temperature, "sequence_ids": sequence_ids, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
     })  # fmt: skip
     rollout = old_logprobs, rollout_logprobs, rollout_correction, rollout_weights
     validation.check_rollout("input_ids", input_ids, *rollout)
     weights, mismatch = decoupled_weights(*rollout, counts, sequence_ids, check=check)
-    (weights,), targets = _at_states(input_ids, packed, {"rollout_weights": weights}), tokens.flatten() if packed else tokens
+    (weights,), targets = all_to_states(input_ids, packed, {"rollout_weights": weights}), tokens.flatten() if packed else tokens
     if getattr(advantages, "shape", None) == input_ids.shape:
-        (advantages,) = _at_states(input_ids, packed, {"advantages": advantages})
+        (advantages,) = all_to_states(input_ids, packed, {"advantages": advantages})
     rows = kept_of(targets, ids, skip_zero_weight, old, advantages, objective, kl, ref_logprobs, weights) if check else None
     if add_aux_loss:
-        coefficient, model_inputs = _router_coefficient(causal_lm(model)), {**model_inputs, "output_router_logits": True}
+        coefficient, model_inputs = router_coefficient(causal_lm(model)), {**model_inputs, "output_router_logits": True}
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
-        states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(_on, like=hidden)
-        head = _until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
+        states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(on_device_of, like=hidden)
+        head = until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
         out = linear_policy_loss(
             states, head, there(targets), there(old), there(advantages), objective=objective, mask=there(rows),
             support=there(support), sequence_ids=there(ids), temperature=there(temperature), reduction=reduction,
@@ -217,7 +183,7 @@ def causal_lm_policy_loss(
         )  # fmt: skip
         return {"policy": _at_tokens(out, input_ids, there(mismatch))}
 
-    out = _run(model, compute, batch, model_inputs)
+    out = run_headless(model, compute, batch, model_inputs)
     return _plus_aux_loss(out, coefficient) if add_aux_loss else out.policy
 
 
@@ -225,6 +191,53 @@ def _plus_aux_loss(out: HeadlessOutput, coefficient: float) -> PolicyLossOutput:
     loss, logprobs, metrics = out.policy
     loss = loss + coefficient * out.aux_loss.to(loss.device)
     return PolicyLossOutput(loss, logprobs, metrics | {"aux_loss": out.aux_loss.detach()})
+
+
+class Patch:
+    """What `patch` did to a model. `undo()`, or the end of a `with` statement, takes it back."""
+
+    def __init__(self, placed: Placed) -> None:
+        self._placed = placed
+
+    def undo(self) -> None:
+        """Gives the model its own forward back. Further calls do nothing."""
+        self._placed.undo()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def patch(
+    model: torch.nn.Module,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    fp32_head: bool = False,
+    workspace: int | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> Patch:
+    """Makes calls of the model with labels compute their loss without the logits, until `undo()`. For any architecture.
+
+        patch(model)  # where others have a function for each architecture, such as Liger's apply_liger_kernel_to_llama
+        trainer = transformers.Trainer(model, ...)
+
+    With labels, or shift_labels, the model returns a `HeadlessOutput`, in training and in evaluation: loss and log_probs as
+    `patched` gives them, no logits, no last_hidden_state. Calls without labels run the model's own forward, with logits, so
+    that `generate` works.
+
+    Only this instance is changed. What wraps it before or after (PEFT, DDP, FSDP, accelerate's mixed precision) runs as always.
+    A copy of the model (copy.deepcopy) is patched too, with its own weights, and undone with it. `token_logprobs` and
+    `causal_lm_policy_loss` take a patched model.
+
+    Arguments, and errors raised, as of `patched`.
+    """
+    check_labels_are_ours(model)
+    compute = _loss_of_labels(temperature, entropy, fp32_head, workspace, backend, check)
+    return Patch(place(model, Headless(compute, check, fp32_head, lasting=True)))
 
 
 @contextmanager
@@ -243,7 +256,7 @@ def patched(
         with patched(model):
             out = model(input_ids=ids, attention_mask=mask, labels=labels)  # loss, log_probs, entropy; logits is None
 
-    It is for trainers that call the model themselves. Other losses can be written on log_probs.
+    It is for training loops that call the model themselves. Other losses can be written on log_probs.
     labels: (B, T) as in transformers: not shifted, -100 is ignored. log_probs and entropy stand at their label. shift_labels
         (B, T) take their place where they are given: each stands at the state that predicts it.
     loss: as in transformers: the mean of -log_probs over labels, or their sum divided by num_items_in_batch. Without a label it
@@ -256,21 +269,34 @@ def patched(
     Only the `forward` of this instance is patched. Hooks and wrappers (DDP, FSDP, PEFT) run as always, and all is restored
     when the context ends, also by an exception. Raises as `token_logprobs` does, and RuntimeError if the model is patched.
     """
+    check_labels_are_ours(model)
+    compute = _loss_of_labels(temperature, entropy, fp32_head, workspace, backend, check)
+    placed = place(model, Headless(compute, check, fp32_head))
+    try:
+        yield model
+    finally:
+        placed.undo()
+
+
+def _loss_of_labels(
+    temperature: float, entropy: bool, fp32_head: bool, workspace: int | None, backend: str | None, check: bool
+) -> Compute:
+    """transformers' own loss of labels, and the log-probabilities it is made of."""
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
         labels, shifted = arguments["labels"], arguments["shift_labels"]
         if labels is None and shifted is None:
             return {}
         if shifted is None:
-            tokens = _targets(_Batch(labels, None, None, None, check, fp32_head))[1]
+            tokens = mask_and_targets(Batch(labels, None, None, None, check, fp32_head))[1]
         else:  # already at the states that predict them, as under sequence parallelism
             tokens, shape = shifted, tuple(hidden.shape[:-1])
             if tuple(shifted.shape) != shape:
                 of_peft = "; states of PEFT's virtual tokens come first, give them -100"
                 raise ValueError(f"shift_labels must have one label a state, {shape}; got {tuple(shifted.shape)}{of_peft}")
-        tokens, back = tokens.to(hidden.device), _back if shifted is None else lambda x: x
+        tokens, back = tokens.to(hidden.device), to_tokens if shifted is None else lambda x: x
         out = linear_logprobs(
-            hidden, _until_backward(head, arguments), tokens, temperature=temperature, entropy=entropy, workspace=workspace,
+            hidden, until_backward(head, arguments), tokens, temperature=temperature, entropy=entropy, workspace=workspace,
             backend=backend, check=check,
         )  # fmt: skip
         count = arguments["num_items_in_batch"]  # 0 on a rank without labels
@@ -278,220 +304,8 @@ def patched(
         loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)
         return {"loss": loss, "log_probs": back(out.logprobs), "entropy": back(out.entropy)}
 
-    check_labels_are_ours(model)
-    with _intercepted(model, compute, check, fp32_head):
-        yield model
-
-
-@contextmanager
-def _intercepted(model: torch.nn.Module, compute: _Compute, check: bool, fp32_head: bool) -> Iterator[None]:
-    """Within the context, the forward of the causal language model is replaced, on the instance."""
-    lm = causal_lm(model)
-    original = lm.forward
-    holders = [lm, *shortcuts(model, lm)]
-    replaced = [vars(holder).get("forward") for holder in holders]
-    if hasattr(original, _OURS):
-        raise RuntimeError(f"this {type(lm).__name__} is patched already; leave that context before")
-    if not is_elsewhere(lm.get_output_embeddings()):
-        LMHead.from_model(lm, fp32_head=fp32_head)  # for its errors; it is built anew where the weights are whole
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> HeadlessOutput:
-        return _headless_forward(lm, fp32_head, original, compute, check, args, kwargs)
-
-    forward = torch.compiler.disable(forward)  # a compiled model would trace hooks that every call has anew
-    setattr(forward, _OURS, True)
-    for holder in holders:
-        holder.forward = forward
-    try:
-        yield
-    finally:
-        for holder, before in zip(holders, replaced, strict=True):
-            del holder.forward
-            if before is not None:
-                holder.forward = before
-
-
-def _headless_forward(
-    lm: PreTrainedModel,
-    fp32_head: bool,
-    original: Callable,
-    compute: _Compute,
-    check: bool,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> HeadlessOutput:
-    """Runs the model's own forward, with `compute` in place of its lm_head.
-
-    The head is read inside the layer's own call, where FSDP and ZeRO-3 have gathered its weight.
-    """
-    arguments, inputs = _loss_arguments(original, args, kwargs)
-    layer = lm.get_output_embeddings()
-    before = [*layer.parameters()]  # which FSDP2 replaces for the layer's call
-    gather_for_backward(lm, before)  # its own never runs, as its output, the probe, is a constant
-    calls: list[tuple] = []  # (hidden states, fields computed from them, the head, the probe)
-    scaled_before = lm.config.get_text_config().model_type in _SCALED_BEFORE_THE_HEAD
-
-    def take(_: torch.nn.Module, inputs: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict]:
-        if calls or keywords or len(inputs) != 1 or inputs[0].dim() != 3:
-            raise ValueError(f"{type(lm).__name__} must call its output embeddings once, with hidden states (B, T, H) alone")
-        head = LMHead.from_model(lm, fp32_head=fp32_head)
-        head = dataclasses.replace(head, logit_scale=1.0) if scaled_before else head
-        parameters = [*layer.parameters()]
-        arguments["gathered"] = any(p is not q for p, q in zip(parameters, before, strict=True))
-        hidden = inputs[0].to(head.weight.device)  # as accelerate's hook does where the model is split across devices
-        probe = torch.linspace(-100, 100, head.vocab_size, device=head.weight.device)[None, None]  # (1, 1, V)
-        calls.append((hidden, compute(hidden, head, arguments), head, probe))
-        return (inputs[0][:1, :1].detach(),), {}
-
-    handles = [
-        layer.register_forward_pre_hook(take, with_kwargs=True),  # after existing hooks, so that it sees the layer's input
-        layer.register_forward_hook(lambda *_: calls[0][3], prepend=True),  # the probe, before existing hooks
-    ]
-    try:
-        out = original(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not calls:
-        raise ValueError(f"{type(lm).__name__}.forward does not call its output embeddings")
-    hidden, fields, head, probe = calls[0]
-    _check_logits(lm, out, head, probe, check)
-    names = ("aux_loss", "router_logits", "hidden_states", "attentions")
-    result = HeadlessOutput(last_hidden_state=hidden, **fields, **{name: getattr(out, name, None) for name in names})
-    if result.loss is not None and result.aux_loss is not None:
-        result.loss = result.loss + _router_coefficient(lm) * result.aux_loss.to(result.loss.device)
-    return result
-
-
-def _until_backward(head: LMHead, arguments: dict[str, Any], one_pass: bool = False) -> LMHead:
-    """The head of two passes, whose backward multiplies by the weight again: a copy, if it was gathered for the call alone."""
-    if not arguments["gathered"] or not torch.is_grad_enabled() or one_pass:
-        return head
-    bias = None if head.bias is None else head.bias.clone()
-    return dataclasses.replace(head, weight=head.weight.clone(), bias=bias)
-
-
-def _on(x: Any, like: torch.Tensor) -> Any:
-    """x on the device of `like`, where it is a tensor, a `Kept`, a `Support` or a `Mismatch`."""
-    if isinstance(x, (Support, Mismatch)):
-        return x.to(like.device)
-    if isinstance(x, Kept):
-        return x if x.mask.device == like.device else x.mask.to(like.device)
-    return x.to(like.device) if isinstance(x, torch.Tensor) and x.dim() else x
-
-
-def _loss_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments of the loss, remaining arguments for the model's own forward)"""
-    given = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
-    loss = {name: given.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
-    kept = given.get("logits_to_keep")
-    if isinstance(kept, torch.Tensor) or kept:
-        raise ValueError("logits_to_keep is not understood; pass labels (B, T), -100 where unwanted")
-    return loss, given
-
-
-def _check_logits(lm: PreTrainedModel, out: Any, head: LMHead, probe: torch.Tensor, check: bool) -> None:
-    """Checks that the model scaled and capped the probe as fastpg does with logits."""
-    logits = getattr(out, "logits", None)
-    if logits is None or logits.shape != probe.shape:
-        raise ValueError(f"{type(lm).__name__} must return a ModelOutput, with logits of the shape that its lm_head returns")
-    want = head.logit_scale * probe
-    want = want if head.softcap is None else head.softcap * torch.tanh(want / head.softcap)
-    error, tolerance = (logits - want).abs(), max(1e-5, 2 * torch.finfo(logits.dtype).eps)
-    if check:
-        agrees = error <= tolerance * (1 + want.abs())
-        validation.require(agrees, lambda: other_logits(lm, head, bool((logits == probe).all())))
-
-
-class _Batch(NamedTuple):
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    completion_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
-    check: bool
-    fp32_head: bool
-
-
-def _run(model: torch.nn.Module, compute: _Compute, batch: _Batch, model_inputs: dict[str, Any]) -> HeadlessOutput:
-    """Calls the model once, wrappers included."""
-    if refused := _REFUSED & model_inputs.keys():
-        raise ValueError(f"{sorted(refused)} cannot be handed on: the model is run once, on all of input_ids")
-    lm = causal_lm(model)
-    accepted = inspect.signature(lm.forward).parameters
-    name = "_prepare_position_ids_for_generation"  # models with positions of their own, such as M-RoPE's, override it
-    plain = getattr(type(lm), name, None) is getattr(GenerationMixin, name, None)
-    attention_mask, position_ids = batch.attention_mask, batch.position_ids
-    first = states_before(model, lm, position_ids)  # beside which PEFT leaves positions to the model
-    if position_ids is None and attention_mask is not None and "position_ids" in accepted and plain and not first:
-        position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
-    if "use_cache" in accepted or (takes_any and hasattr(lm.config.get_text_config(), "use_cache")):
-        inputs["use_cache"] = False
-    inputs = {name: value for name, value in inputs.items() if value is not None} | model_inputs
-    of_tokens = (lambda hidden, *others: compute(hidden[:, first:], *others)) if first else compute
-    with _intercepted(model, of_tokens, batch.check, batch.fp32_head):
-        return model(**inputs)
-
-
-def _targets(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) bool: tokens with a prediction that are asked for. (B, T): these, at the states that predict them, else -100."""
-    ids, attention_mask, completion_mask, position_ids, check, _ = batch
-    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
-        shape = tuple(getattr(ids, "shape", ()))
-        raise TypeError(f"input_ids and labels must be integer tensors (B, T); got {validation.kind(ids)} {shape}")
-    shape = tuple(ids.shape)
-    if attention_mask is not None and attention_mask.shape != shape:
-        raise ValueError(f"attention_mask must be (B, T) = {shape}, 0 for padding; got {tuple(attention_mask.shape)}")
-    if attention_mask is not None and attention_mask.dtype != torch.bool and check:
-        said = (
-            "attention_mask must hold 0 and 1; other numbers, such as those of packed segments, are not understood: pass "
-            "position_ids that begin anew in each sequence"
-        )
-        validation.require((attention_mask == 0) | (attention_mask == 1), lambda: said)
-    validation.check_mask(completion_mask, "input_ids", ids)
-    mask = torch.ones_like(ids, dtype=torch.bool) if completion_mask is None else completion_mask.clone()
-    mask[:, :1] = False
-    real = torch.ones_like(mask) if attention_mask is None else attention_mask != 0
-    follows = real[:, 1:] & real[:, :-1]
-    if position_ids is not None and position_ids.dim() == 2:
-        if position_ids.shape not in (shape, (1, shape[1])):
-            raise ValueError(f"position_ids must be (B, T) = {shape} or (1, T); got {tuple(position_ids.shape)}")
-        next_of = position_ids.diff(dim=1) == 1
-        if attention_mask is not None and check:
-            said = "position_ids begin a second sequence in a row; with an attention_mask it sees the first: leave the mask out"
-            validation.require(next_of | ~follows, lambda: said)
-        follows = follows & next_of
-    mask[:, 1:] &= follows
-    return mask, ids.masked_fill(~mask, validation.IGNORED_TOKEN).roll(-1, 1)
-
-
-def _router_coefficient(lm: PreTrainedModel) -> float:
-    coefficient = getattr(lm, "router_aux_loss_coef", getattr(lm.config.get_text_config(), "router_aux_loss_coef", None))
-    if coefficient is None:
-        raise ValueError(f"{type(lm).__name__} has no router_aux_loss_coef: there is no router loss to add")
-    return coefficient
-
-
-def _ahead(input_ids: torch.Tensor, name: str, value: Any) -> Any:
-    """Moves values (B, T) from tokens to the hidden states that predict them. Numbers stay as they are."""
-    if not isinstance(value, torch.Tensor) or value.dim() == 0:
-        return value
-    if value.shape != input_ids.shape:
-        raise ValueError(f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}; got {tuple(value.shape)}")
-    return value.roll(-1, 1)
-
-
-def _at_states(input_ids: torch.Tensor, packed: bool, given: dict[str, Any]) -> list[Any]:
-    """Values by name, moved to the hidden states, where packed tokens are (N,)."""
-    ahead = [_ahead(input_ids, name, value) for name, value in given.items()]
-    return [x.flatten() if packed and isinstance(x, torch.Tensor) and x.dim() == 2 else x for x in ahead]
+    return compute
 
 
 def _at_tokens(out: PolicyLossOutput, input_ids: torch.Tensor, mismatch: Mismatch | None) -> PolicyLossOutput:
-    return PolicyLossOutput(out.loss, _back(out.logprobs.view(input_ids.shape)), out.metrics.beside(mismatch))
-
-
-def _back(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.roll(1, 1)
+    return PolicyLossOutput(out.loss, to_tokens(out.logprobs.view(input_ids.shape)), out.metrics.beside(mismatch))

@@ -14,10 +14,8 @@ PEFT wants.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +29,7 @@ from ..lm_head import LMHead, is_elsewhere, left_out
 from ..loss.reductions import mean_of_kept
 from ..validation import IGNORED_TOKEN
 from .deepspeed import gather_for_backward, gathered, gathered_by_layer
+from .placed import Placed, layers, placed_on
 
 _NEEDED = "fastpg.integrations.trl needs trl >= 1.16, the first whose trainers call the model with fused_lm_head=True"
 _TESTED = "1.16.0"  # the versions of TRL that the tests have run on, the oldest and the newest of them being one
@@ -45,7 +44,7 @@ class FastpgHeads:
 
     def __init__(self) -> None:
         self.models: list[nn.Module] = []
-        self._placed: list[_Placed] = []
+        self._placed: list[Placed] = []
 
     def undo(self) -> None:
         """Lets TRL's own heads answer again. Further calls do nothing.
@@ -54,9 +53,7 @@ class FastpgHeads:
         Warns if the lm_head has an adapter, because TRL's own head ignores it.
         """
         for placed in self._placed:
-            placed.switch.on = False
-            if vars(placed.model).get("forward") is placed.forward:
-                placed.model.forward = placed.below
+            placed.undo()
             if _has_adapter(placed.model):
                 warnings.warn(
                     "TRL's own head computes from lm_head.weight alone: the adapter on the lm_head is ignored from here on",
@@ -178,26 +175,13 @@ class _Scorer(NamedTuple):
         )
 
 
-class _Placed(NamedTuple):
-    model: nn.Module
-    forward: types.MethodType
-    below: Any  # the forward that was there before
-    switch: types.SimpleNamespace  # on=True: fused calls are answered; False: all are passed on
-
-
-def _place(model: nn.Module, scorer: _Scorer, output: type) -> _Placed:
-    below, switch = model.forward, types.SimpleNamespace(on=True)
-
-    @functools.wraps(getattr(below, "__func__", below))  # `generate` reads the model's arguments from the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (switch.on and kwargs.pop("fused_lm_head", False)):
+def _place(model: nn.Module, scorer: _Scorer, output: type) -> Placed:
+    def answer(model: nn.Module, below: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not kwargs.pop("fused_lm_head", False):
             return below(*args, **kwargs)
-        return _answer(self, scorer, output, args, kwargs)
+        return _answer(model, scorer, output, args, kwargs)
 
-    forward.fastpg_switch = switch
-    bound = types.MethodType(forward, model)
-    model.forward = bound
-    return _Placed(model, bound, below, switch)
+    return Placed(model, answer)
 
 
 def _answer(model: nn.Module, scorer: _Scorer, output: type, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -289,21 +273,11 @@ def _fused_models(trainer: Any, name: str) -> Iterator[tuple[nn.Module, _Setting
     for module in () if wrapped is None else wrapped.modules():
         if "forward" not in vars(module):
             continue
-        layers = list(_layers(module.forward))
-        switched_on = any(layer.fastpg_switch.on for layer in layers if hasattr(layer, "fastpg_switch"))
-        if switched_on or any(hasattr(layer, "_fastpg_patched") for layer in layers):  # the latter by integrations.transformers
+        if placed_on(module.forward):  # by use_fastpg, or by integrations.transformers
             raise ValueError(f"the trainer's {name} has fastpg's head already; undo that one before placing another")
-        settings = next((s for s in map(_settings_of, layers) if s is not None), None)
+        settings = next((s for s in map(_settings_of, layers(module.forward)) if s is not None), None)
         if settings is not None:
             yield module, settings
-
-
-def _layers(forward: Any) -> Iterator[Any]:
-    """The function and the functions it wraps, outermost first."""
-    while forward is not None:
-        forward = getattr(forward, "__func__", forward)
-        yield forward
-        forward = getattr(forward, "__wrapped__", None)
 
 
 def _settings_of(function: Any) -> _Settings | None:

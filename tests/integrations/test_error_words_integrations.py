@@ -364,7 +364,7 @@ def test_arguments_that_the_loss_refuses(changes, words):
 
 def test_patched_models():
     model = llama()
-    again = "RuntimeError: this LlamaForCausalLM is patched already; leave that context before"
+    again = "RuntimeError: this LlamaForCausalLM is patched already; leave that context, or undo() that patch, before"
     with patched(model):
         assert said(lambda: enter(model)) == again
         assert said(lambda: token_logprobs(model, IDS)) == again

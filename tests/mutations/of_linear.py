@@ -330,7 +330,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gathered heads: two passes keep no copy of the weight",
-        "fastpg/integrations/transformers.py",
+        "fastpg/integrations/headless.py",
         'if not arguments["gathered"] or not torch.is_grad_enabled() or',
         "if True or",
         "transformers",
@@ -346,7 +346,7 @@ MUTATIONS = [
     ),
     Mutation(
         "prompt tuning: the states of virtual tokens are cut from the end",
-        "fastpg/integrations/transformers.py",
+        "fastpg/integrations/headless.py",
         "compute(hidden[:, first:], *others)",
         "compute(hidden[:, :-first], *others)",
         "prompt_tuning",

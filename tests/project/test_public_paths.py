@@ -32,7 +32,7 @@ PATHS = {
     "fastpg.crosscheck": "assert_matches_oracle",
     "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.transformers": """
-        CausalLMLogprobs HeadlessOutput causal_lm_policy_loss patched token_logprobs
+        CausalLMLogprobs HeadlessOutput Patch causal_lm_policy_loss patch patched token_logprobs
     """,
     "fastpg.integrations.trl": "FastpgHeads build_trainer use_fastpg",
     "fastpg.integrations.verl": "linear_cross_entropy",
