@@ -13,7 +13,7 @@ TRL and verl. A token is kept if it has a prediction and is asked for:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from ..linear.linear_policy_loss import kept_of, linear_policy_loss
 from ..linear.support import Support, predicting
 from ..lm_head import LMHead
 from ..loss.mismatch import Mismatch, RolloutCorrection, decoupled_weights
-from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction
+from ..loss.objectives import KLPenalty, Objective, ObjectiveFunction, Reinforce
 from ..loss.policy_loss import PolicyLossOutput, refuse_in_one_pass
 from ..loss.reductions import Reduction, mean_of_kept
 from .headless import Compute, Headless, HeadlessOutput, place, router_coefficient, run_headless, until_backward
@@ -226,8 +226,9 @@ def patch(
         trainer = transformers.Trainer(model, ...)
 
     With labels, or shift_labels, the model returns a `HeadlessOutput`, in training and in evaluation: loss and log_probs as
-    `patched` gives them, no logits, no last_hidden_state. Calls without labels run the model's own forward, with logits, so
-    that `generate` works.
+    `patched` gives them, no logits, no last_hidden_state. The gradients of the loss are computed in the same pass over the
+    vocabulary (three matrix products), so log_probs and entropy are constants here; `patched` takes two passes (four products),
+    and they have gradients. Calls without labels run the model's own forward, with logits, so that `generate` works.
 
     Only this instance is changed. What wraps it before or after (PEFT, DDP, FSDP, accelerate's mixed precision) runs as always.
     A copy of the model (copy.deepcopy) is patched too, with its own weights, and undone with it. `token_logprobs` and
@@ -236,7 +237,7 @@ def patch(
     Arguments, and errors raised, as of `patched`.
     """
     check_labels_are_ours(model)
-    compute = _loss_of_labels(temperature, entropy, fp32_head, workspace, backend, check)
+    compute = _one_pass(temperature, entropy, {"workspace": workspace, "backend": backend, "check": check})
     return Patch(place(model, Headless(compute, check, fp32_head, lasting=True)))
 
 
@@ -270,7 +271,7 @@ def patched(
     when the context ends, also by an exception. Raises as `token_logprobs` does, and RuntimeError if the model is patched.
     """
     check_labels_are_ours(model)
-    compute = _loss_of_labels(temperature, entropy, fp32_head, workspace, backend, check)
+    compute = _two_passes(temperature, entropy, {"workspace": workspace, "backend": backend, "check": check})
     placed = place(model, Headless(compute, check, fp32_head))
     try:
         yield model
@@ -278,33 +279,55 @@ def patched(
         placed.undo()
 
 
-def _loss_of_labels(
-    temperature: float, entropy: bool, fp32_head: bool, workspace: int | None, backend: str | None, check: bool
-) -> Compute:
-    """transformers' own loss of labels, and the log-probabilities it is made of."""
+def _one_pass(temperature: float, entropy: bool, options: dict[str, Any]) -> Compute:
+    """transformers' own loss of labels, with its gradients computed in the same pass."""
 
     def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
-        labels, shifted = arguments["labels"], arguments["shift_labels"]
-        if labels is None and shifted is None:
-            return {}
-        if shifted is None:
-            tokens = mask_and_targets(Batch(labels, None, None, None, check, fp32_head))[1]
-        else:  # already at the states that predict them, as under sequence parallelism
-            tokens, shape = shifted, tuple(hidden.shape[:-1])
-            if tuple(shifted.shape) != shape:
-                of_peft = "; states of PEFT's virtual tokens come first, give them -100"
-                raise ValueError(f"shift_labels must have one label a state, {shape}; got {tuple(shifted.shape)}{of_peft}")
-        tokens, back = tokens.to(hidden.device), to_tokens if shifted is None else lambda x: x
-        out = linear_logprobs(
-            hidden, until_backward(head, arguments), tokens, temperature=temperature, entropy=entropy, workspace=workspace,
-            backend=backend, check=check,
+        tokens, back, count = _labels_at_states(hidden, arguments, options["check"])
+        head = until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
+        ones = torch.ones_like(tokens, dtype=torch.float32)
+        if count is not None:  # 0 on a rank without labels, whose loss is 0
+            count = torch.where((tokens != validation.IGNORED_TOKEN).any(), count, 1)
+        found = linear_policy_loss(
+            hidden, head, tokens, None, ones, objective=Reinforce(), denominator=count, temperature=temperature,
+            outputs=("entropy",) * entropy, skip_zero_weight=False, **options,
         )  # fmt: skip
-        count = arguments["num_items_in_batch"]  # 0 on a rank without labels
-        count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
+        of_rows = found.statistics.entropy if entropy else None
+        return {"loss": found.loss, "log_probs": back(found.logprobs), "entropy": back(of_rows)}
+
+    return compute
+
+
+def _two_passes(temperature: float, entropy: bool, options: dict[str, Any]) -> Compute:
+    """transformers' own loss of labels, as a function of log-probabilities that have gradients themselves."""
+
+    def compute(hidden: torch.Tensor, head: LMHead, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["labels"] is None and arguments["shift_labels"] is None:
+            return {}
+        tokens, back, count = _labels_at_states(hidden, arguments, options["check"])
+        head = until_backward(head, arguments)
+        out = linear_logprobs(hidden, head, tokens, temperature=temperature, entropy=entropy, **options)
         loss = mean_of_kept(-out.logprobs, tokens != validation.IGNORED_TOKEN, count)
         return {"loss": loss, "log_probs": back(out.logprobs), "entropy": back(out.entropy)}
 
     return compute
+
+
+def _labels_at_states(
+    hidden: torch.Tensor, arguments: dict[str, Any], check: bool
+) -> tuple[torch.Tensor, Callable[[torch.Tensor | None], torch.Tensor | None], Any]:
+    """Labels at the states that predict them, a function that moves results to where the labels stood, num_items_in_batch."""
+    count, shifted = arguments["num_items_in_batch"], arguments["shift_labels"]
+    count = count.to(hidden.device).reshape(()) if isinstance(count, torch.Tensor) else count
+    if shifted is None:
+        tokens = mask_and_targets(Batch(arguments["labels"], None, None, None, check, False))[1]
+        return tokens.to(hidden.device), to_tokens, count
+    # already at the states that predict them, as under sequence parallelism
+    shape = tuple(hidden.shape[:-1])
+    if tuple(shifted.shape) != shape:
+        of_peft = "; states of PEFT's virtual tokens come first, give them -100"
+        raise ValueError(f"shift_labels must have one label a state, {shape}; got {tuple(shifted.shape)}{of_peft}")
+    return shifted.to(hidden.device), lambda x: x, count
 
 
 def _at_tokens(out: PolicyLossOutput, input_ids: torch.Tensor, mismatch: Mismatch | None) -> PolicyLossOutput:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from fastpg import CISPO
@@ -187,6 +188,54 @@ def test_the_output_has_what_was_asked_for():
     assert torch.allclose(out.log_probs[:, 1:], log_p.gather(-1, IDS[:, 1:, None])[..., 0], atol=1e-5)
     assert torch.allclose(out.entropy[:, 1:], -(log_p.exp() * log_p).sum(-1), atol=1e-5)
     assert not out.log_probs[:, 0].any()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("count", [None, 11, torch.tensor(11), torch.tensor([11])])
+def test_gradients_are_those_of_the_models_own_loss(count, shifted):
+    model = build()
+    labels = IDS.where(torch.arange(7) > 1, -100)
+    given = {"labels": labels} | ({} if count is None else {"num_items_in_batch": count})
+    if shifted:
+        given["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    (own := model(input_ids=IDS, **given)).loss.backward()
+    want = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with patch(model):
+        (out := model(input_ids=IDS, **given)).loss.backward()
+    assert torch.allclose(out.loss, own.loss.reshape(()), rtol=1e-5)
+    assert not out.log_probs.requires_grad  # constants
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, want[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0), 5])
+def test_a_rank_without_labels(count):
+    model = build()
+    with patch(model):
+        out = model(input_ids=IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=count)
+        out.loss.backward()
+        assert out.loss == 0
+        assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+        with pytest.raises(ValueError, match="denominator must be positive"):
+            model(input_ids=IDS, labels=IDS, num_items_in_batch=0)
+
+
+def test_three_products():
+    """The gradients are computed with the loss: the backward multiplies nothing by the head."""
+    model, products = build(), []
+    with patch(model):
+        loss = model(input_ids=IDS, labels=IDS).loss
+
+        class Counted(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if any(getattr(x, "shape", None) in ((V, 16), (16, V)) for x in args) and "mm" in function.__name__:
+                    products.append(function)
+                return function(*args, **kwargs or {})
+
+        with Counted():
+            loss.backward()
+    assert not products
 
 
 def test_a_copy_of_the_model_has_weights_of_its_own():

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fastpg
 from fastpg import CISPO, GSPO, LMHead
-from fastpg.integrations.transformers import causal_lm_policy_loss, patched, token_logprobs
+from fastpg.integrations.transformers import causal_lm_policy_loss, patch, patched, token_logprobs
 
 peft = pytest.importorskip("peft")
 
@@ -427,6 +427,8 @@ def wrapped_gradients(rank: int) -> dict[str, float]:
         ids, old = torch.randint(3, V, (2, 6)), -3 * torch.rand(2, 6)
         with patched(model):
             nll = model(input_ids=ids, labels=ids).loss
+        with patch(model):
+            nll = nll + model(input_ids=ids, labels=ids).loss
         return nll + causal_lm_policy_loss(model, ids, None, old, torch.tensor([1.0, -2.0]), objective=CISPO()).loss
 
     errors = {}
