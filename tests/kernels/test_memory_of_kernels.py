@@ -1,19 +1,16 @@
 """The memory promise at the sizes of real models, on the Triton backend, without a GPU.
 
 The schedules run as they are on tensors of the meta device, which have sizes and no memory, with the kernels and the products
-left out; what is allocated at a time is counted as it would be there.
+left out; what is allocated at a time is counted as it would be there (bench/on_meta.py).
 """
 
-import weakref
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from on_meta import Allocations, as_on_a_gpu
 
 from fastpg import CISPO, LMHead
-from fastpg.kernels import anchored_exp, dlogits, finish, gradient_rows, logsumexp, row_statistics, summary, target
 from fastpg.linear import online
 from fastpg.linear.anchored import Options, one_pass
 from fastpg.linear.call import head_of
@@ -21,7 +18,7 @@ from fastpg.linear.rows import Rows
 from fastpg.linear.workspace import plan_logprobs, plan_policy_loss
 from fastpg.loss.objectives import device_loss
 from fastpg.loss.policy_loss import token_losses
-from fastpg.tiles import products, triton_tiles
+from fastpg.tiles import triton_tiles
 from fastpg.tiles.structures import Asked, Incoming, RowStatistics, TokenTerms, Wanted
 
 GIB = 2**30
@@ -34,54 +31,10 @@ SHAPES = {  # N, H, V
 }
 
 
-class Allocations(TorchDispatchMode):
-    """The largest number of bytes alive at a time, of tensors made inside."""
-
-    def __init__(self, inputs):
-        super().__init__()
-        self.known = {x.untyped_storage()._cdata for x in inputs}
-        self.alive = self.peak = 0
-
-    def _free(self, key, size):
-        self.known.discard(key)
-        self.alive -= size
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        out = function(*arguments, **(named or {}))
-        for x in tree_leaves(out):
-            if not isinstance(x, torch.Tensor) or x.untyped_storage()._cdata in self.known:
-                continue
-            storage = x.untyped_storage()
-            self.known.add(storage._cdata)
-            self.alive += storage.nbytes()
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-            self.peak = max(self.peak, self.alive)
-        return out
-
-
-class NoKernel:
-    def __getitem__(self, grid):
-        return lambda *arguments, **named: None
-
-
 @pytest.fixture(autouse=True)
-def _without_kernels_and_products(monkeypatch):
-    names = {
-        anchored_exp: ["anchored_exp_kernel"], dlogits: ["dlogits_kernel"], finish: ["finish_kernel"],
-        gradient_rows: ["gradient_rows_kernel"], logsumexp: ["logsumexp_kernel", "combine_kernel"],
-        row_statistics: ["sum_further_kernel"], summary: ["summary_kernel"], target: ["target_kernel"],
-    }  # fmt: skip
-    for module, kernels in names.items():
-        for name in kernels:
-            monkeypatch.setattr(module, name, NoKernel())
-        if hasattr(module, "tile_arguments"):
-            monkeypatch.setattr(module, "tile_arguments", lambda *arguments: (None,) * 5)
-    monkeypatch.setattr(triton_tiles, "target_of", lambda device: "cuda:90")
-
-    def no_product(a, b, out=None, accumulate=False, dtype=None):
-        return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
-
-    monkeypatch.setattr(products, "_multiply", no_product)
+def _without_kernels_and_products():
+    with as_on_a_gpu():
+        yield
 
 
 def problem(shape, dtype, gather):
