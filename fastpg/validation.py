@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # TRL's values of loss_type and importance_sampling_level, as arguments here. Other libraries mean other bounds and reductions
-# by these names, so no name is an objective. A test holds these to the dialects of OBJECTIVES.md.
+# by these names, so no name is an objective. A test holds these to the dialects of docs/pages/objectives.md.
 _CLIP, _STEP, _ROWS = (
     "PPOClip(epsilon, epsilon_high)",
     "step_tokens / num_processes",
@@ -293,7 +293,7 @@ def check_policy_inputs(
 
 def _instead_of(name: str) -> str:
     """What to pass in the place of another library's name of a loss."""
-    where = '"Dialects" in fastpg/OBJECTIVES.md has the names of other libraries'
+    where = '"Dialects" in docs/pages/objectives.md has the names of other libraries'
     known = _TRL_LOSSES.get(name.lower())
     if known is None:
         return f"pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2); {where}"

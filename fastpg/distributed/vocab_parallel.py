@@ -15,7 +15,7 @@ The gradient of hidden is complete on every rank when backward returns. No furth
 `copy_to_tensor_model_parallel_region` would double it. Gradients of weight, bias and B are those of the rank's own rows.
 
 A loss has no other collectives than these and the table of `agreement`; heads with DTensors (`dtensor`) have their own.
-DISTRIBUTED.md has the bytes and the memory.
+docs/pages/distributed.md has the bytes and the memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The names under which TRL and verl log numbers that `Metrics` has too. (OBJECTIVES.md has the table, with what is left out.)
+"""The names under which TRL and verl log numbers that `Metrics` has too. (docs/pages/objectives.md has the table.)
 
 A name stands here only if the library computes that very number. Many names that look alike are of other numbers: TRL's
 `clip_ratio/region_mean` and verl's `actor/pg_clipfrac` of PPO, for one, count the tokens that the clip silences, which depends

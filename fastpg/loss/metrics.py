@@ -142,7 +142,7 @@ class Metrics(Mapping):
     def named(self, library: Library) -> NamedMetrics:
         """The same numbers under the names that a trainer of this library logs them by: "trl" or "verl".
 
-        It has the metrics that the library computes in the same way, and no others (OBJECTIVES.md has the table).
+        It has the metrics that the library computes in the same way, and no others (docs/pages/objectives.md).
         """
         step = self._step
         return NamedMetrics(self, library, names_in(library, step and step.objective, known=step is not None))

@@ -1,4 +1,4 @@
-"""Ranks with some tokens of every sequence, as GUIDES.md describes it, against one process. The model attends across ranks.
+"""Ranks with some tokens of every sequence, as guides.md describes it, against one process. The model attends across ranks.
 
 Also hidden states that are sharded along the tokens before a vocab-parallel head.
 """

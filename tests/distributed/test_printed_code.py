@@ -12,6 +12,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+from pages import PAGES
 from ranks import results_of, run_jobs, run_on_ranks
 from torch import nn
 
@@ -20,7 +21,6 @@ from fastpg.distributed import global_count
 
 pytestmark = pytest.mark.xdist_group("data-parallel ranks")
 
-FOLDER = Path(fastpg.__file__).parent
 RANKS = 2
 FACTORS = ("mask", "old_logprobs", "advantages")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -31,9 +31,9 @@ def blocks(text: str) -> list[str]:
 
 
 README = blocks((Path(__file__).resolve().parents[2] / "README.md").read_text())
-GUIDES = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (FOLDER / "GUIDES.md").read_text(), re.DOTALL | re.MULTILINE))
+GUIDES = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (PAGES / "guides.md").read_text(), re.DOTALL | re.MULTILINE))
 WRAP = re.search(r"`(model = [\w.]*DistributedDataParallel\(model\))`", GUIDES["A plain PyTorch loop"])[1]
-WITH_BUFFER = blocks((FOLDER / "DISTRIBUTED.md").read_text())[1]
+WITH_BUFFER = blocks((PAGES / "distributed.md").read_text())[1]
 
 
 def changed(code: str, old: str, new: str) -> str:

@@ -1,11 +1,11 @@
-"""What crosses ranks, counted: the first table of DISTRIBUTED.md, and that no rank exchanges anything with V entries."""
+"""What crosses ranks, counted: the first table of distributed.md, and that no rank exchanges anything with V entries."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from pages import PAGES
 from ranks import run_on_ranks
 
 from fastpg import LMHead, linear_cispo_loss, linear_logprobs
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("data-parallel ranks")  # its ranks are sta
 
 N, MASKED, H, V, RANK = 300, 40, 24, 101, 3
 AGREEMENT = 192
-PAGE = (Path(__file__).resolve().parents[2] / "fastpg" / "DISTRIBUTED.md").read_text()
+PAGE = (PAGES / "distributed.md").read_text()
 LARGEST = 12  # bytes of a row for each of the largest logits that is kept
 FURTHER = {  # outputs and top_k: (bytes of a row, bytes in all, bytes of the backward) beyond those of log-probabilities
     (("logsumexp",), 0): (0, 0, 0),

@@ -4,11 +4,11 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from pages import PAGES
 
 pytest.importorskip("trl.trainer.utils", reason="needs the extra [trl]")
 peft = pytest.importorskip("peft")
@@ -23,7 +23,7 @@ from fastpg.integrations.trl import build_trainer, use_fastpg
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
 STEPS = 3
-GUIDES = Path(__file__).resolve().parents[2] / "fastpg" / "GUIDES.md"
+GUIDES = PAGES / "guides.md"
 PROMPTS = ["w3 w4 w5", "w6 w7", "w8", "w9 w10 w11 w12", "w13 w14", "w15"]
 GOOD = [" w16 w17 <eos>", " w18", " w19 w20 w21", " w22 <eos>", " w23 w24", " w25 w26 w27 <eos>"]
 BAD = [" w30", " w31 w32 <eos>", " w33", " w34 w35 w36", " w37 <eos>", " w38 w39"]

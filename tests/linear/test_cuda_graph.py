@@ -1,4 +1,4 @@
-"""A step in a CUDA graph, which `fastpg/GUIDES.md` shows. Needs a GPU."""
+"""A step in a CUDA graph, which `docs/pages/guides.md` shows. Needs a GPU."""
 
 import pytest
 import torch

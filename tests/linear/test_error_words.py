@@ -211,19 +211,20 @@ POLICY = {
         {"objective": "cispo"},
         "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
         "'cispo': what this name means differs between libraries; in TRL it is objective=fastpg.CISPO(ratio_max=epsilon_high), "
-        'denominator=step_tokens / num_processes; "Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
+        'denominator=step_tokens / num_processes; "Dialects" in docs/pages/objectives.md has the names of other libraries',
     ),
     "objective-and-reduction-of-a-name": (
         {"objective": "LUSPO"},
         "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
         "'LUSPO': what this name means differs between libraries; in TRL it is objective=fastpg.GSPO(epsilon, epsilon_high), "
-        'reduction="seq-mean-token-sum", denominator=B; "Dialects" in fastpg/OBJECTIVES.md has the names of other libraries',
+        'reduction="seq-mean-token-sum", denominator=B; "Dialects" in docs/pages/objectives.md has the names of other '
+        "libraries",
     ),
     "objective-unknown-name": (
         {"objective": "vanilla"},
         "TypeError: objective must be an instance of an objective or a function of (logprobs, old_logprobs, advantages); got "
         "'vanilla': pass an instance, such as fastpg.CISPO(ratio_max=5.0) or fastpg.PPOClip(0.2, 0.2); \"Dialects\" in "
-        "fastpg/OBJECTIVES.md has the names of other libraries",
+        "docs/pages/objectives.md has the names of other libraries",
     ),
     "objective-tensor": (
         {"objective": torch.ones(2)},

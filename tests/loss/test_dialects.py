@@ -1,19 +1,19 @@
-"""The dialect tables of OBJECTIVES.md, row by row: the call written there against the framework's formula in `dialects`."""
+"""The dialect tables of objectives.md, row by row: the call written there against the framework's formula in `dialects`."""
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from dialects import F64, PER_SEQUENCE, THEIRS, batch
 from dialects_of_advantages import THEIR_ADVANTAGES
+from pages import PAGES
 from trl_cases import GRPO_LOSSES
 
 import fastpg
 import fastpg.advantages
 
-PAGE = (Path(__file__).resolve().parents[2] / "fastpg" / "OBJECTIVES.md").read_text()
+PAGE = (PAGES / "objectives.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # | id | setting | `call` |, of the tables whose last column is called CALL
 TABLES = [

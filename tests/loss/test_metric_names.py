@@ -7,19 +7,18 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
 from operations import counted
+from pages import PAGES
 
-import fastpg
 from fastpg import CISPO, GSPO, SAPO, ClipCov, KLCov, PPOClip, Reinforce, linear_policy_loss, policy_loss
 from fastpg.loss.metric_names import Library
 from fastpg.rollout import mismatch_metrics
 
 F64 = torch.float64
-PAGE = (Path(fastpg.__file__).parent / "OBJECTIVES.md").read_text()
+PAGE = (PAGES / "objectives.md").read_text()
 SECTION = re.search(r"^## Names in logs.*?\n(.*?)^## ", PAGE, re.DOTALL | re.MULTILINE)[1]
 ROWS = re.findall(r"^\| (trl|verl) \| `(\S+)` \| `(\w+)` \|", SECTION, re.MULTILINE)
 LEVELS = pytest.mark.parametrize("level", ["token", "sequence"])  # what verl calls rollout_is

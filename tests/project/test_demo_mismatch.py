@@ -4,13 +4,12 @@ one is corrected."""
 import csv
 import math
 import re
-from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from pages import PAGES
 
-import fastpg
 from fastpg.__main__ import main
 from fastpg.demo import engines, mismatch
 from fastpg.demo import train as demo
@@ -195,6 +194,6 @@ def test_an_unknown_engine(capsys):
 
 
 def test_the_guide_has_a_measured_row_for_every_engine():
-    guide = (Path(fastpg.__file__).parent / "GUIDES.md").read_text()
+    guide = (PAGES / "guides.md").read_text()
     table = re.search(r"<!-- mismatch -->\n(.*?)<!-- /mismatch -->", guide, re.DOTALL)[1]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(engines.ENGINES)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES
 
 import fastpg
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     path
-    for folder in (".", "fastpg", "kernels", "bench/results")
+    for folder in (".", "docs/pages", "kernels", "bench/results")
     for path in (ROOT / folder).glob("*.md")
     if path.name != "LICENSE.md"
 )
@@ -73,7 +74,7 @@ def test_the_blocks_of_the_page_of_objectives():
         "old_logprobs": -torch.rand(2, 3), "advantages": torch.randn(2, 3), "mask": torch.rand(2, 3) > 0.3,
         "rewards": torch.tensor([0.0, 1.0]), "group_ids": torch.zeros(2, dtype=torch.int64),
     }  # fmt: skip
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "fastpg" / "OBJECTIVES.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (PAGES / "objectives.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(block, names)

@@ -1,4 +1,4 @@
-"""Every block of GUIDES.md, FRAMEWORKS.md and DISTRIBUTED.md runs as printed, in a process and a directory of its own."""
+"""Every block of guides.md, frameworks.md and distributed.md runs as printed, in a process and a directory of its own."""
 
 import os
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES
 
 import fastpg
 
-FOLDER = Path(fastpg.__file__).parent
-GUIDES = (FOLDER / "GUIDES.md").read_text()
+GUIDES = (PAGES / "guides.md").read_text()
 TEXTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDES, re.DOTALL | re.MULTILINE))
 SECTIONS = {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in TEXTS.items()}
-FRAMEWORKS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (FOLDER / "FRAMEWORKS.md").read_text(), re.DOTALL | re.MULTILINE))
+FRAMEWORKS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (PAGES / "frameworks.md").read_text(), re.DOTALL | re.MULTILINE))
 # What the block of a section imports; without it the block is not run. None: it imports nothing of the framework's.
 IMPORTED = {
     "verl": "verl",
@@ -63,7 +63,7 @@ def test_guide_of_a_framework_runs(title, tmp_path):
 
 
 def test_every_section_of_the_frameworks_says_what_was_tested():
-    listed = re.findall(r"^- \[(.*?)\]\(#(.*?)\)", (FOLDER / "FRAMEWORKS.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^- \[(.*?)\]\(#(.*?)\)", (PAGES / "frameworks.md").read_text(), re.MULTILINE)
     assert [title for title, _ in listed] == list(FRAMEWORKS) == list(IMPORTED)
     for title, anchor in listed:
         assert anchor == title.lower().replace(" ", "-")
@@ -93,7 +93,7 @@ def test_the_loss_of_the_liger_guide_is_ligers():
 
 def test_the_blocks_of_the_distributed_page():
     """On one process; tests/distributed/test_printed_code.py has two."""
-    blocks = re.findall(r"```python\n(.*?)```", (FOLDER / "DISTRIBUTED.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (PAGES / "distributed.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     weight = torch.randn(20, 8, requires_grad=True)
     batch = {

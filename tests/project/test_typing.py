@@ -96,7 +96,7 @@ def test_what_is_in_the_wheel(wheel):
         *(f"fastpg/{p.relative_to(ROOT / 'fastpg').as_posix()}" for p in (ROOT / "fastpg").rglob("*") if is_shipped(p)),
         *(f"fastpg/kernels/{p.name}" for p in (ROOT / "kernels").iterdir() if is_shipped(p)),
     }
-    assert {"fastpg/py.typed", "fastpg/GUIDES.md", "fastpg/kernels/README.md", "fastpg/integrations/trl.py"} <= names
+    assert {"fastpg/py.typed", "fastpg/HELP.md", "fastpg/kernels/README.md", "fastpg/integrations/trl.py"} <= names
 
 
 def is_shipped(path: Path) -> bool:

@@ -1,20 +1,20 @@
-"""The dialect table of ROLLOUT.md, row by row: the call written there against the library's formula in `rollout_dialects`."""
+"""The dialect table of rollout-corrections.md, row by row: the call written there against the formula in `rollout_dialects`."""
 
 import re
 from contextlib import suppress
 from functools import partial
 from math import exp
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pages import PAGES
 from rollout_dialects import F64, OPTIONS, THEIRS, batch, lengths
 
 import fastpg
 from fastpg import rollout
 
-PAGE = (Path(fastpg.__file__).parent / "ROLLOUT.md").read_text()
+PAGE = (PAGES / "rollout-corrections.md").read_text()
 CALLS = dict(re.findall(r"^\| ([\w-]+) \| .* \| `([^`]+)` \|$", PAGE.partition("| id | setting | CALL |")[2], re.MULTILINE))
 FUNCTIONS = ["icepop", "masked_weights", "mismatch_metrics", "token_veto", "truncated_weights", "within_band"]
 
