@@ -99,6 +99,22 @@ MUTATIONS = [
         "scores_that_are_left",
     ),
     Mutation(
+        "NeMo-RL: each rank takes the gradient of the first one's positions",
+        "fastpg/integrations/nemo_rl.py",
+        "grad.narrow(0, dist.get_rank(ctx.group) * ctx.length, ctx.length)",
+        "grad.narrow(0, 0, ctx.length)",
+        "nemo_rl",
+        "two_ranks_have",
+    ),
+    Mutation(
+        "NeMo-RL: inference keeps a gradient",
+        "fastpg/integrations/nemo_rl.py",
+        "torch.is_grad_enabled() and not inference_only",
+        "torch.is_grad_enabled()",
+        "nemo_rl",
+        "inference",
+    ),
+    Mutation(
         "demo: the engine's log-probabilities as the old ones",
         "fastpg/demo/train.py",
         "rollouts = rollouts._replace(hidden=hidden_states(model, rollouts.prompts, rollouts.tokens))",
