@@ -115,6 +115,14 @@ MUTATIONS = [
         "inference",
     ),
     Mutation(
+        "prime-rl: Gemma's softcap is forgotten",
+        "fastpg/integrations/prime_rl.py",
+        'softcap=getattr(layer, "softcap", None)',
+        "softcap=None",
+        "prime_rl",
+        "set_up_by",
+    ),
+    Mutation(
         "demo: the engine's log-probabilities as the old ones",
         "fastpg/demo/train.py",
         "rollouts = rollouts._replace(hidden=hidden_states(model, rollouts.prompts, rollouts.tokens))",

@@ -31,6 +31,7 @@ PATHS = {
     """,
     "fastpg.crosscheck": "assert_matches_oracle",
     "fastpg.integrations.nemo_rl": "from_parallel_hidden_states_to_logprobs use_fastpg",
+    "fastpg.integrations.prime_rl": "FastpgOutputLinear use_fastpg",
     "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.transformers": """
         CausalLMLogprobs HeadlessOutput Patch causal_lm_policy_loss patch patched token_logprobs
