@@ -123,6 +123,14 @@ MUTATIONS = [
         "set_up_by",
     ),
     Mutation(
+        "OpenRLHF: prompts are computed too",
+        "fastpg/integrations/openrlhf.py",
+        "labels = sequences.masked_fill(left_out, IGNORED_TOKEN)",
+        "pass",
+        "openrlhf",
+        "only_actions",
+    ),
+    Mutation(
         "demo: the engine's log-probabilities as the old ones",
         "fastpg/demo/train.py",
         "rollouts = rollouts._replace(hidden=hidden_states(model, rollouts.prompts, rollouts.tokens))",

@@ -31,6 +31,7 @@ PATHS = {
     """,
     "fastpg.crosscheck": "assert_matches_oracle",
     "fastpg.integrations.nemo_rl": "from_parallel_hidden_states_to_logprobs use_fastpg",
+    "fastpg.integrations.openrlhf": "use_fastpg",
     "fastpg.integrations.prime_rl": "FastpgOutputLinear use_fastpg",
     "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.transformers": """
@@ -49,7 +50,7 @@ PATHS = {
 }
 NEEDS = {
     "fastpg.integrations.sampling": "transformers", "fastpg.integrations.transformers": "transformers",
-    "fastpg.integrations.trl": "trl",
+    "fastpg.integrations.openrlhf": "transformers", "fastpg.integrations.trl": "trl",
 }  # fmt: skip
 
 
