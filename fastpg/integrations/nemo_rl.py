@@ -6,6 +6,7 @@ use_fastpg(policy_config)     # in the process of each policy worker, before the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from ..lm_head import LMHead
 from ..validation import IGNORED_TOKEN
 from .versions import check_version
 
-OLDEST = NEWEST = "0.7.0"  # of nemo-rl; its main branch of August 2026, which bears the same number, has the same contract
+# Of nemo-rl. Its main branch of August 2026 calls itself 0.6.0, as does a release whose function has another argument.
+OLDEST, NEWEST = "0.6.0", "0.7.0"
 
 
 def use_fastpg(policy_config: Mapping[str, Any]) -> None:
@@ -29,18 +31,20 @@ def use_fastpg(policy_config: Mapping[str, Any]) -> None:
     policy_config: the `policy` of NeMo-RL's configuration, from which settings are read that fused log-probabilities cannot
         express.
 
-    Raises ImportError where nemo-rl is absent or has no such function, and ValueError where the setting is off that makes
-    NeMo-RL call it, or where temperature, top_k, top_p or context parallelism ask for something else. Warns (UserWarning) of
-    a version that was not tested.
+    Raises ImportError where nemo-rl is absent or has no such function with these arguments. Raises ValueError where the setting
+    is off that makes NeMo-RL call it, or where temperature, top_k, top_p or context parallelism ask for something else. Warns
+    (UserWarning) of a version that was not tested.
     """
     _check(policy_config)
     check_version("nemo-rl", OLDEST, NEWEST)
     from nemo_rl.distributed import model_utils
 
-    if not hasattr(model_utils, "from_parallel_hidden_states_to_logprobs"):
+    ours = inspect.signature(from_parallel_hidden_states_to_logprobs).parameters
+    theirs = getattr(model_utils, "from_parallel_hidden_states_to_logprobs", None)
+    if theirs is None or list(inspect.signature(theirs).parameters) != list(ours):
         raise ImportError(
-            "nemo_rl.distributed.model_utils has no from_parallel_hidden_states_to_logprobs; this adapter was tested with "
-            f"nemo-rl {NEWEST}"
+            f"nemo_rl.distributed.model_utils must have from_parallel_hidden_states_to_logprobs({', '.join(ours)}); the "
+            "installed nemo-rl has not. Release 0.7.0 and the main branch of August 2026 have"
         )
     model_utils.from_parallel_hidden_states_to_logprobs = from_parallel_hidden_states_to_logprobs
 

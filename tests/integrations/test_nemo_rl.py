@@ -206,7 +206,7 @@ def test_settings_that_are_refused(changes, words):
 def test_nemo_rl_is_absent(monkeypatch):
     monkeypatch.setattr(metadata, "version", mock.Mock(side_effect=metadata.PackageNotFoundError))
     assert said(lambda: use_fastpg(POLICY)) == (
-        "ImportError: nemo-rl is not installed; this adapter was tested with nemo-rl 0.7.0"
+        "ImportError: nemo-rl is not installed; this adapter was tested with nemo-rl 0.6.0 to 0.7.0"
     )
 
 
@@ -222,16 +222,31 @@ def installed(monkeypatch, **names):
     return utils
 
 
+def theirs(
+    tensor_parallel_hidden_states, output_weight_layer, runtime_gather_output, target, vocab_start_index, vocab_end_index,
+    tp_group, inference_only=False, cp_group=None, chunk_size=None,
+):  # fmt: skip
+    """The signature of NeMo-RL's function, in 0.7.0 and in its main branch."""
+
+
+def of_release_0_6(tensor_parallel_hidden_states, output_weight_layer, output_weight, runtime_gather_output, *others):
+    """The beginning of that of 0.6.0."""
+
+
 @pytest.mark.parametrize("name", ["use_fused_linear_logprobs", "use_linear_ce_fusion_loss"])
 def test_its_function_is_replaced(monkeypatch, name):
-    utils = installed(monkeypatch, from_parallel_hidden_states_to_logprobs=None)
-    use_fastpg({"megatron_cfg": {"enabled": True, name: True}})
-    assert utils.from_parallel_hidden_states_to_logprobs is from_parallel_hidden_states_to_logprobs
+    utils = installed(monkeypatch, from_parallel_hidden_states_to_logprobs=theirs)
+    for _ in range(2):
+        use_fastpg({"megatron_cfg": {"enabled": True, name: True}})
+        assert utils.from_parallel_hidden_states_to_logprobs is from_parallel_hidden_states_to_logprobs
 
 
-def test_a_nemo_rl_without_the_function(monkeypatch):
-    installed(monkeypatch)
+@pytest.mark.parametrize("names", [{}, {"from_parallel_hidden_states_to_logprobs": of_release_0_6}])
+def test_a_nemo_rl_without_the_function(monkeypatch, names):
+    installed(monkeypatch, **names)
     assert said(lambda: use_fastpg(POLICY)) == (
-        "ImportError: nemo_rl.distributed.model_utils has no from_parallel_hidden_states_to_logprobs; this adapter was tested "
-        "with nemo-rl 0.7.0"
+        "ImportError: nemo_rl.distributed.model_utils must have from_parallel_hidden_states_to_logprobs("
+        "tensor_parallel_hidden_states, output_weight_layer, runtime_gather_output, target, vocab_start_index, "
+        "vocab_end_index, tp_group, inference_only, cp_group, chunk_size); the installed nemo-rl has not. Release 0.7.0 and "
+        "the main branch of August 2026 have"
     )
