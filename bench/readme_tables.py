@@ -129,6 +129,38 @@ def _cell(milliseconds: float, ratio: float, peak_bytes: int, method: str) -> st
     return f"{time}, {peak_bytes / 2**30:.2f} GiB"
 
 
+_FIRST = {
+    "bare products": "three bare products",
+    "one chunk": "**fastpg**, one pass",
+    "full logits, compiled": "full logits, `torch.compile`",
+}
+_PEERS = {
+    "full logits": "full logits",
+    "TRL": "TRL's chunked head",
+    "verl": "verl's kernel",
+    "CCE": "CCE (cut cross entropy), exact",
+    "Liger": "Liger's fused linear GRPO",
+}
+
+
+def first_table(step: dict, series: dict) -> str:
+    """The head of Qwen3-8B alone: milliseconds, over the bare products of the same run, and peak memory."""
+    _, head, hidden = _HEADS[0]
+    of_series = {(r["section"], r["name"]): r for r in series["runs"]["third"] if r.get("H") == hidden}
+    rows = [
+        (name, statistics.median(of_series["proto", key]["ms"]), of_series["proto", key]["x"], of_series["peak", key]["peak"])
+        for key, name in _FIRST.items()
+    ]
+    of_step = {r["method"]: r for r in step["rows"] if r["name"].startswith(head)}
+    rows += [
+        (name, of_step[key]["seconds"] * 1e3, of_step[key]["over_products"], of_step[key]["peak_bytes"])
+        for key, name in _PEERS.items()
+    ]
+    lines = ["| | milliseconds | over the bare products | peak memory, gradients included |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {ms:,.0f} | {ratio:.2f} x | {peak / 2**30:.2f} GiB |" for name, ms, ratio, peak in rows]
+    return "\n".join(lines) + "\n"
+
+
 def accuracy_table(series: dict) -> str:
     """Largest errors of log-probabilities on the H100, beside the promise for its logits, which are up to about 12."""
     errors = {(r["H"], r["name"]): r["logp"] for run in series["runs"].values() for r in run if r.get("section") == "errors"}
@@ -146,7 +178,9 @@ def main() -> None:
     print(loss_table(results))
     print(goals_table(results))
     series = json.loads(H100_SERIES.read_text())
-    print(h100_table(json.loads(H100_STEP.read_text()), series))
+    step = json.loads(H100_STEP.read_text())
+    print(first_table(step, series))
+    print(h100_table(step, series))
     print(accuracy_table(series))
 
 
