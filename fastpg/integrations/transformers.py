@@ -131,6 +131,7 @@ def causal_lm_policy_loss(
     entropy_coef: float = 0.0,
     add_aux_loss: bool = False,
     skip_zero_weight: bool = True,
+    skip_silenced: bool | None = None,
     fp32_head: bool = False,
     workspace: int | None = None,
     backend: str | None = None,
@@ -179,7 +180,8 @@ def causal_lm_policy_loss(
             states, head, there(targets), there(old), there(advantages), objective=objective, mask=there(rows),
             support=there(support), sequence_ids=there(ids), temperature=there(temperature), reduction=reduction,
             denominator=denominator, kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(weights),
-            entropy=entropy, skip_zero_weight=skip_zero_weight, workspace=workspace, backend=backend, check=check,
+            entropy=entropy, skip_zero_weight=skip_zero_weight, skip_silenced=skip_silenced, workspace=workspace,
+            backend=backend, check=check,
         )  # fmt: skip
         return {"policy": _at_tokens(out, input_ids, there(mismatch))}
 

@@ -419,6 +419,16 @@ def test_arguments_that_do_not_fit(options, said):
     assert_untouched(model)
 
 
+def test_silenced_tokens_are_asked_for():
+    model, ids = build("llama"), torch.randint(3, V, (2, 6))
+    old = token_logprobs(model, ids).logprobs.detach() - 1  # ratios of e: beyond the clip where the advantage is positive
+    given = {"model": model, "input_ids": ids, "attention_mask": None, "old_logprobs": old}
+    options = {"advantages": torch.tensor([1.0, -1.0]), "objective": fastpg.PPOClip()}
+    saved = [causal_lm_policy_loss(**given, **options, skip_silenced=s).metrics["work_saved"] for s in (True, False)]
+    assert saved[0] > 0.3
+    assert saved[1] == 0
+
+
 def wrapped_gradients(rank: int) -> dict[str, float]:
     """Largest difference of DDP's and FSDP's gradients from the mean over ranks of a plain model's."""
 
