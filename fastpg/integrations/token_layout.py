@@ -68,6 +68,13 @@ def all_to_states(input_ids: torch.Tensor, packed: bool, given: dict[str, Any]) 
     return [x.flatten() if packed and isinstance(x, torch.Tensor) and x.dim() == 2 else x for x in ahead]
 
 
+def advantages_at_states(input_ids: torch.Tensor, packed: bool, advantages: Any) -> Any:
+    """Advantages of tokens as `all_to_states` gives them. Those of sequences stay as they are."""
+    if getattr(advantages, "shape", None) != input_ids.shape:
+        return advantages
+    return all_to_states(input_ids, packed, {"advantages": advantages})[0]
+
+
 def to_tokens(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.roll(1, 1)
 

@@ -32,7 +32,7 @@ from ..loss.reductions import Reduction, mean_of_kept
 from .headless import Compute, Headless, HeadlessOutput, place, router_coefficient, run_headless, until_backward
 from .peft import causal_lm, check_labels_are_ours
 from .placed import Placed
-from .token_layout import Batch, all_to_states, mask_and_targets, on_device_of, to_states, to_tokens
+from .token_layout import Batch, advantages_at_states, all_to_states, mask_and_targets, on_device_of, to_states, to_tokens
 
 
 class CausalLMLogprobs(NamedTuple):
@@ -167,8 +167,7 @@ def causal_lm_policy_loss(
     validation.check_rollout("input_ids", input_ids, *rollout)
     weights, mismatch = decoupled_weights(*rollout, counts, sequence_ids, check=check)
     (weights,), targets = all_to_states(input_ids, packed, {"rollout_weights": weights}), tokens.flatten() if packed else tokens
-    if getattr(advantages, "shape", None) == input_ids.shape:
-        (advantages,) = all_to_states(input_ids, packed, {"advantages": advantages})
+    advantages = advantages_at_states(input_ids, packed, advantages)
     rows = kept_of(targets, ids, skip_zero_weight, old, advantages, objective, kl, ref_logprobs, weights) if check else None
     if add_aux_loss:
         coefficient, model_inputs = router_coefficient(causal_lm(model)), {**model_inputs, "output_router_logits": True}
@@ -177,11 +176,10 @@ def causal_lm_policy_loss(
         states, there = hidden.flatten(0, 1) if packed else hidden, functools.partial(on_device_of, like=hidden)
         head = until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
         out = linear_policy_loss(
-            states, head, there(targets), there(old), there(advantages), objective=objective, mask=there(rows),
+            states, head, there(targets), there(old), there(advantages), objective=objective, mask=there(rows), check=check,
             support=there(support), sequence_ids=there(ids), temperature=there(temperature), reduction=reduction,
             denominator=denominator, kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(weights),
-            entropy=entropy, skip_zero_weight=skip_zero_weight, skip_silenced=skip_silenced, workspace=workspace,
-            backend=backend, check=check,
+            entropy=entropy, skip_zero_weight=skip_zero_weight, skip_silenced=skip_silenced, workspace=workspace, backend=backend,
         )  # fmt: skip
         return {"policy": _at_tokens(out, input_ids, there(mismatch))}
 
