@@ -177,9 +177,9 @@ def causal_lm_policy_loss(
         head = until_backward(head, arguments, one_pass=head.weight.dtype != torch.float16)
         out = linear_policy_loss(
             states, head, there(targets), there(old), there(advantages), objective=objective, mask=there(rows), check=check,
-            support=there(support), sequence_ids=there(ids), temperature=there(temperature), reduction=reduction,
-            denominator=denominator, kl=kl, ref_logprobs=there(ref_logprobs), rollout_weights=there(weights),
-            entropy=entropy, skip_zero_weight=skip_zero_weight, skip_silenced=skip_silenced, workspace=workspace, backend=backend,
+            support=there(support), sequence_ids=there(ids), temperature=there(temperature), reduction=reduction, kl=kl,
+            denominator=denominator, ref_logprobs=there(ref_logprobs), rollout_weights=there(weights), entropy=entropy,
+            skip_zero_weight=skip_zero_weight, skip_silenced=skip_silenced, workspace=workspace, backend=backend,
         )  # fmt: skip
         return {"policy": _at_tokens(out, input_ids, there(mismatch))}
 
