@@ -38,7 +38,7 @@ PATHS = {
         CausalLMLogprobs HeadlessOutput Patch causal_lm_policy_loss patch patched token_logprobs
     """,
     "fastpg.integrations.trl": "FastpgHeads build_trainer use_fastpg",
-    "fastpg.integrations.verl": "linear_cross_entropy",
+    "fastpg.integrations.verl": "linear_cross_entropy replace_fused_kernels use_fastpg",
     "fastpg.kernels": "",
     "fastpg.kernels.anchored_exp": "anchored_exp anchored_exp_kernel",
     "fastpg.kernels.dlogits": "dlogits dlogits_kernel",
