@@ -5,8 +5,8 @@
 
 verl calls a model with `temperature`, and takes log_probs and entropy from what it returns. `use_fastpg` puts a forward in
 front of one model's, which answers such calls and passes all others on. It runs inside the wrappers of PEFT and FSDP, which
-verl puts around the model later. `replace_fused_kernels` does so for every model for which verl would place its own forward. Under
-Megatron verl's forwards stay, and call the `linear_cross_entropy` of this file.
+verl puts around the model later. `replace_fused_kernels` does so for every model that verl would give a forward of its own.
+Under Megatron verl's forwards stay, and call the `linear_cross_entropy` of this file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ..linear.linear_logprobs import linear_logprobs
 from ..lm_head import LMHead
+from .megatron import share_of_rank
 from .versions import check_version
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -170,8 +171,7 @@ def linear_cross_entropy(
     head = LMHead(weight)
     if dist_process_group is not None:
         start = dist.get_rank(dist_process_group) * len(weight)
-        head = LMHead(weight, group=dist_process_group, vocab_start=start)
-        hidden = _ShareOfGradient.apply(hidden, dist.get_world_size(dist_process_group))
+        hidden, head = share_of_rank(hidden, weight, dist_process_group, start)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
         temperature = temperature.reshape(-1)
@@ -181,16 +181,3 @@ def linear_cross_entropy(
         return logprobs, entropy
     total = logprobs.sum()
     return total if reduction == "sum" else total / max(len(logprobs), 1), entropy
-
-
-class _ShareOfGradient(torch.autograd.Function):
-    """The identity, whose gradient is divided by the number of ranks that will sum it."""
-
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad / ctx.ranks, None

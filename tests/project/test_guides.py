@@ -1,5 +1,6 @@
 """Every block of guides.md, frameworks.md and distributed.md runs as printed, in a process and a directory of its own."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -56,8 +57,8 @@ def test_guide_runs(title, tmp_path):
 @pytest.mark.parametrize("title", IMPORTED)
 def test_guide_of_a_framework_runs(title, tmp_path):
     """Each block on its own; there may be none."""
-    if IMPORTED[title]:
-        pytest.importorskip(IMPORTED[title])
+    if IMPORTED[title] and not importlib.util.find_spec(IMPORTED[title]):  # importing some of them changes other libraries
+        pytest.skip(f"make frameworks installs {title}")
     for code in re.findall(r"```python\n(.*?)```", FRAMEWORKS[title], re.DOTALL):
         run(tmp_path, code)
 

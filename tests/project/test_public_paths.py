@@ -34,6 +34,7 @@ PATHS = {
     "fastpg.integrations.openrlhf": "use_fastpg",
     "fastpg.integrations.prime_rl": "FastpgOutputLinear use_fastpg",
     "fastpg.integrations.sampling": "Recording recorded_support",
+    "fastpg.integrations.skyrl": "fused_lm_head_logprob main replace_fused_lm_head use_fastpg with_fastpg",
     "fastpg.integrations.transformers": """
         CausalLMLogprobs HeadlessOutput Patch causal_lm_policy_loss patch patched token_logprobs
     """,
