@@ -114,7 +114,8 @@ def _headless_forward(lm: PreTrainedModel, original: Callable, headless: Headles
 
     handles = [
         layer.register_forward_pre_hook(take, with_kwargs=True),  # after existing hooks, so that it sees the layer's input
-        layer.register_forward_hook(lambda *_: calls[0][3], prepend=True),  # the probe, before existing hooks
+        # the probe, before existing hooks; a copy, since a model may write into its logits
+        layer.register_forward_hook(lambda *_: calls[0][3].clone(), prepend=True),
     ]
     try:
         out = original(**inputs)
@@ -169,12 +170,10 @@ def run_headless(model: torch.nn.Module, compute: Compute, batch: Batch, model_i
         raise ValueError(f"{sorted(refused)} cannot be handed on: the model is run once, on all of input_ids")
     lm = causal_lm(model)
     accepted = inspect.signature(lm.forward).parameters
-    name = "_prepare_position_ids_for_generation"  # models with positions of their own, such as M-RoPE's, override it
-    plain = getattr(type(lm), name, None) is getattr(GenerationMixin, name, None)
     attention_mask, position_ids = batch.attention_mask, batch.position_ids
     first = states_before(model, lm, position_ids)  # beside which PEFT leaves positions to the model
-    if position_ids is None and attention_mask is not None and "position_ids" in accepted and plain and not first:
-        position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
+    if position_ids is None and attention_mask is not None and "position_ids" in accepted and not first:
+        position_ids = _positions(lm, batch.input_ids, attention_mask, model_inputs)
     inputs = {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
     if "use_cache" in accepted or (takes_any and hasattr(lm.config.get_text_config(), "use_cache")):
@@ -186,6 +185,22 @@ def run_headless(model: torch.nn.Module, compute: Compute, batch: Batch, model_i
         return model(**inputs)
     finally:
         placed.undo()
+
+
+def _positions(
+    lm: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, model_inputs: dict[str, Any]
+) -> torch.Tensor | None:
+    """Positions as `generate` gives them. None: the model counts them itself.
+
+    Models with positions of their own, such as M-RoPE's, override a method for them. It may need more than is known here to
+    place an image, as the model's forward does by itself.
+    """
+    name = "_prepare_position_ids_for_generation"
+    if getattr(type(lm), name, None) is getattr(GenerationMixin, name, None):
+        return (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
+    if any(given.startswith(("pixel_values", "image_", "video_", "input_features")) for given in model_inputs):
+        return None
+    return getattr(lm, name)(input_ids, {"attention_mask": attention_mask})
 
 
 def router_coefficient(lm: PreTrainedModel) -> float:

@@ -3,7 +3,7 @@
 A family is a class that transformers lists for AutoModelForCausalLM or AutoModelForImageTextToText. A tiny random model of each
 is built and compared (`compare_family.py`). Families run in processes with a limit of time and of memory, so that one that
 crashes or hangs ends nothing else. Without names the results go to `bench/results/families.json` and, as a page, to
-`fastpg/FAMILIES.md`. Exit status 1 if a family is wrong. Minutes; needs no GPU. pytest does not collect this folder;
+`docs/pages/families.md`. Exit status 1 if a family is wrong. Minutes; needs no GPU. pytest does not collect this folder;
 `test_families` runs a few of the families.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE = ROOT / "bench" / "results" / "families.json", ROOT / "fastpg" / "FAMILIES.md"
+RESULTS, PAGE = ROOT / "bench" / "results" / "families.json", ROOT / "docs" / "pages" / "families.md"
 SECONDS, BYTES = 120, 8 * 2**30  # of one family
 SETTINGS = {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONSAFEPATH": "1",

@@ -1,4 +1,4 @@
-"""`fastpg/FAMILIES.md`, from `bench/results/families.json`; a test compares them."""
+"""`docs/pages/families.md`, from `bench/results/families.json`; a test compares them."""
 
 from __future__ import annotations
 

@@ -63,7 +63,6 @@ def test_families_that_are_refused(name):
     assert REFUSED[name] in row["reason"]
 
 
-@pytest.mark.xfail(strict=True, reason="positions beside padding, and a probe that the model changes")
 @pytest.mark.parametrize("name", ["HunYuanVLForConditionalGeneration", "ChameleonForConditionalGeneration"])
 def test_families_that_were_wrong(name):
     """Positions of text beside padding, where a model has positions of its own; logits that a model bans in place."""

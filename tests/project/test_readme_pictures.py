@@ -3,8 +3,8 @@
 import json
 
 import memory_over_tokens
-import pictures
 import pytest
+import readme_pictures as pictures
 from memory_over_tokens import COUNTED, METHODS, peak_bytes
 from readme_tables import H100_SERIES, H100_STEP
 

@@ -1,4 +1,4 @@
-"""The pictures of README.md, from the files in results/: `python bench/pictures.py` writes them there."""
+"""The pictures of README.md, from the files in results/: `python bench/readme_pictures.py` writes them there."""
 
 from __future__ import annotations
 
