@@ -234,8 +234,8 @@ def of_tests(said: str, status: int | None) -> tuple[bool, str]:
 def of_check(said: str, status: int | None) -> tuple[bool, str]:
     if status is None:
         return False, "no result"
-    counted = re.findall(r"^\d+ checks, \d+ with an error above 1$", said, re.MULTILINE)
-    return status == 0 and bool(counted), counted[-1] if counted else f"ended with {status}"
+    results = re.findall(r"^(?:all \d+ comparisons hold|FAILED: \d+ of \d+ comparisons) [^;\n]*", said, re.MULTILINE)
+    return status == 0 and bool(results), results[-1] if results else f"ended with {status}"
 
 
 def of_bench(ratios: dict[str, float], status: int | None) -> tuple[bool, str]:

@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from .crosscheck import command as check
 from .demo import command as demo
 from .tools import compile_report
+from .tools.about import about
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastpg", description="Policy-gradient losses that never build the logits.")
+    parser.add_argument(
+        "--version", action="store_true", help="versions of fastpg, torch and triton, and the device and backend here"
+    )
     commands = parser.add_subparsers(title="commands", metavar="command")
     demo.add_command(commands)
     compile_report.add_command(commands)
     check.add_command(commands)
     args = parser.parse_args(argv)
-    if hasattr(args, "run"):
+    if args.version:
+        print(about())  # noqa: T201
+    elif hasattr(args, "run"):
         args.run(args)
     else:
         parser.print_help()

@@ -139,6 +139,7 @@ class Case:
 
 
 ALL_FEATURES = ("bias", "per-token temperature", "mask", "LoRA")
+EVERYTHING = {"features": ALL_FEATURES, "softcap": 9.0, "logit_scale": 0.7}
 
 
 def cases(dtypes: list[torch.dtype], quick: bool, interpret: bool) -> Iterator[Case]:
@@ -147,16 +148,15 @@ def cases(dtypes: list[torch.dtype], quick: bool, interpret: bool) -> Iterator[C
     The interpreter is slow. It gets smaller sizes, and of the objectives with KL and rollout weights PPOClip alone.
     """
     sizes = (33, 301, 40) if quick or interpret else (65, 1037, 72)
-    everything = {"features": ALL_FEATURES, "softcap": 9.0, "logit_scale": 0.7}
     alone = [{"features": (f,)} for f in (*ALL_FEATURES, "frozen weight")] + [{"softcap": 5.0}, {"logit_scale": 0.25}]
     small = [(1, 1, 8), (3, 2, 33), (5, 17, 64)]
     for dtype in dtypes:
-        variants = [{}, everything] + ([] if quick or dtype != torch.float32 else alone)
+        variants = [{}, EVERYTHING] + ([] if quick or dtype != torch.float32 else alone)
         common = {"features": ("rows of W alike",)}
         for options in variants + ([common] if dtype == torch.bfloat16 else []):
             yield Case("linear_cispo_loss", dtype, *sizes, objective="CISPO", **options)
             yield Case("linear_logprobs", dtype, *sizes, **options)
-            if options in ({}, everything):
+            if options in ({}, EVERYTHING):
                 with_entropy = options | {"features": ("entropy", *options.get("features", ()))}
                 yield Case("linear_logprobs", dtype, *sizes, **with_entropy)
         objectives = ["PPOClip"] if quick else [name for name in OBJECTIVES if name != "GSPO"]
@@ -164,7 +164,7 @@ def cases(dtypes: list[torch.dtype], quick: bool, interpret: bool) -> Iterator[C
             backends = ("torch",) if interpret and objective != "PPOClip" else ("torch", "triton")
             features = ("KL", "rollout weights")
             yield Case("linear_policy_loss", dtype, *sizes, objective=objective, features=features, backends=backends)
-        yield Case("linear_policy_loss", dtype, *sizes, objective="ImportanceWeighted", **everything)
+        yield Case("linear_policy_loss", dtype, *sizes, objective="ImportanceWeighted", **EVERYTHING)
         for features in ((), ("entropy", "per-token temperature", "mask")):
             yield Case("selective_logprobs", dtype, *sizes, features=features)
         for shape in () if quick or dtype == torch.float16 else small:

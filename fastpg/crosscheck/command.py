@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import warnings
@@ -17,22 +15,29 @@ from pathlib import Path
 import torch
 
 from .. import lm_head
-from ..tiles.backend import tiles_of
+from ..tiles.backend import BACKENDS, tiles_of
+from ..tools import compile_report
+from ..tools.about import device_name, install_command, versions
+from ..tools.compiling import Compiled
 from ..tools.threads import one_thread
-from . import cases, compile_ahead
+from ..tools.variants import TARGETS
+from . import cases, compile_ahead, report
 from .cases import Case
-from .judge import Checked, Deviation, check
+from .judge import Checked, check
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}
 
 
 def add_command(commands) -> None:
     """Adds `fastpg check` to the parser in __main__."""
-    from ..tools.compile_report import TARGETS
-
-    parser = commands.add_parser("check", help="every operation on every backend here against the float64 oracle, for CI")
+    parser = commands.add_parser(
+        "check",
+        help="every operation on every backend here against the float64 oracle, for CI",
+        epilog="Exit status: 0 if every error is within its tolerance; 1 if one is not; 2 if nothing could be checked.",
+    )
     parser.add_argument("--interpret", action="store_true", help="the Triton kernels too, in Triton's interpreter on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the backends of this device alone; default: all")
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable; default: all")
     parser.add_argument("--operation", action="append", choices=cases.OPERATIONS, help="repeatable; default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="small inputs, all features at once only")
@@ -43,7 +48,9 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--compile", nargs="+", choices=TARGETS, default=[], metavar="TARGET", help=f"compile report for {', '.join(TARGETS)}"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--verbose", action="store_true", help="a line for every case, beside plain code with full logits")
+    form.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -62,18 +69,38 @@ def run(args: argparse.Namespace) -> None:
             compile_ahead.fill_cache(chosen)
         for case in _progress(chosen):
             checked += check(case, places)
-    compiled, compile_failed = _compile_report(args.compile)
-    misses = [line for c in checked for line in c.misses()] + compile_failed
-    versions = _versions()
+    compiled, faults = _compile_report(args.compile)
     if args.json:
-        found = [c.as_json() for c in checked]
-        print(json.dumps({"checked": found, "misses": misses, "compiled": compiled, "versions": versions}, indent=1))  # noqa: T201
+        _print_json(checked, compiled, faults)
     else:
-        _print_tables(checked, compiled, versions)
-        for line in misses:
-            print(f"MISS {line}", file=sys.stderr)  # noqa: T201
-    if misses:
+        _print_report(checked, compiled, faults, places, args)
+    if faults or any(any(c.misses()) for c in checked):
         raise SystemExit(1)
+
+
+def _print_json(checked: list[Checked], compiled: list[dict], faults: list[str]) -> None:
+    misses = [line for c in checked for line in c.misses()] + faults
+    found = {"checked": [c.as_json() for c in checked], "misses": misses, "compiled": compiled}
+    print(json.dumps(found | {"versions": versions() | {"device": device_name()}}, indent=1))  # noqa: T201
+
+
+def _print_report(
+    checked: list[Checked], compiled: list[dict], faults: list[str], places: dict[str, str], args: argparse.Namespace
+) -> None:
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))  # noqa: T201
+    report.print_table(checked, args.verbose)
+    variants = [Compiled(**c) for c in compiled]
+    if variants:
+        compile_report.print_tables(variants, args.verbose)
+    for line in [*report.misses(checked, args.verbose), *faults]:
+        print(f"MISS {line}", file=sys.stderr, flush=True)  # noqa: T201
+    if places == {"torch cpu": "cpu"} and not args.backend and not args.device:
+        print("not checked: the Triton kernels, which need a GPU, or --interpret")  # noqa: T201
+    devices = dict.fromkeys("the CPU" if device == "cpu" else device_name() for device in places.values())
+    of_compiler = ""
+    if args.compile:
+        of_compiler = compile_report.last_line(variants, faults) if variants else f"FAILED: {faults[0]}"
+    print(report.last_line(checked, devices, of_compiler))  # noqa: T201
 
 
 def _progress(chosen: list[Case]):
@@ -99,9 +126,11 @@ def _cases(args: argparse.Namespace, places: dict[str, str]) -> list[Case]:
         found = cases.cases(chosen_dtypes, args.quick, "triton interpreter" in places)
     else:
         found = cases.head_cases(chosen_dtypes, args.tokens or 64, hidden, vocab, softcap, scale)
-    chosen = [case for case in found if not args.operation or case.operation in args.operation]
+    backends = {name.split()[0] for name in places}
+    chosen = [case for case in found if any(map(case.runs_on, backends))]
+    chosen = [case for case in chosen if not args.operation or case.operation in args.operation]
     if not chosen:
-        error("no case of these operations with these dtypes and sizes")
+        error(f"no case of these operations with these dtypes and sizes on {' and '.join(places)}")
     return chosen
 
 
@@ -111,7 +140,7 @@ def _read_model(args: argparse.Namespace) -> tuple[int, int, float | None, float
     if not (args.model / "config.json").is_file():
         error(f"--model must be a directory with a config.json; got {args.model}")
     if importlib.util.find_spec("transformers") is None:
-        error("--model needs transformers, which is not installed: pip install transformers")
+        error(f"--model needs transformers, which is not installed: {install_command('transformers')}")
     from transformers import AutoConfig
 
     try:
@@ -130,7 +159,16 @@ def _read_model(args: argparse.Namespace) -> tuple[int, int, float | None, float
 
 
 def _places(args: argparse.Namespace) -> dict[str, str]:
-    """The backends that can run here, each with its device."""
+    """The backends that can run here and are asked for, each with its device."""
+    places = _backends_here(args)
+    if args.backend:
+        places = {name: device for name, device in places.items() if name.split()[0] in args.backend}
+    if not places:
+        args.parser.error("--backend triton needs triton and a GPU that torch finds, or --interpret")
+    return places
+
+
+def _backends_here(args: argparse.Namespace) -> dict[str, str]:
     triton = importlib.util.find_spec("triton") is not None
     if args.device == "cuda" and (args.interpret or not torch.cuda.is_available()):
         args.parser.error("--device cuda: " + ("--interpret is of the CPU" if args.interpret else "torch finds no GPU"))
@@ -164,52 +202,3 @@ def _compile_report(targets: list[str]) -> tuple[list[dict], list[str]]:
         return json.loads(done.stdout), done.stderr.splitlines() if done.returncode else []
     except json.JSONDecodeError:
         return [], [f"compile-report: {(done.stderr.splitlines() or ['no output'])[-1]}"]
-
-
-def _versions() -> dict[str, str]:
-    from .. import __version__
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    others = {name: version(name) for name in ("triton", "transformers")}
-    return {"fastpg": __version__, "python": platform.python_version(), "torch": torch.__version__, **others, "device": device}
-
-
-def _print_tables(checked: list[Checked], compiled: list[dict], versions: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from ..tools import compile_report
-
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    table = Table(
-        "operation", "backend", "dtype", "tokens x H x V, features", title="fastpg check: worst errors, in tolerances"
-    )
-    columns = {"logp": ("logp",), "loss": ("loss",), "dX": ("dX, a row", "dlogits, a row", "dlogp"), "dW": ("dW",)}
-    columns["others"] = ("entropy", "db", "dA", "dB")
-    for name in (*columns, "full logits: logp", "dX"):
-        table.add_column(name, justify="right")
-    for c in checked:
-        numbers = [_multiple(c.deviations, names) for names in columns.values()]
-        beside = [_multiple(c.full_logits, columns[name]) for name in ("logp", "dX")]
-        style = "bold red" if any(c.misses()) else None
-        table.add_row(c.case.operation, c.backend, c.dtype, c.case.describe(), *numbers, *beside, style=style)
-    console.print(table)
-    if compiled:
-        compile_report._print_table([compile_report.Compiled(**c) for c in compiled])
-    console.print(", ".join(f"{name} {version}" for name, version in versions.items()), highlight=False)
-    lines = sum(any(c.misses()) for c in checked)
-    console.print(f"{len(checked)} checks, {lines} with an error above 1", highlight=False)
-
-
-def _multiple(found: list[Deviation], names: tuple[str, ...]) -> str:
-    values = [d.multiple for d in found if d.quantity in names]
-    if not values:
-        return ""
-    worst = max(values)
-    return f"{worst:.2f}" if worst < 100 else f"{worst:.0e}"

@@ -12,7 +12,6 @@ gain on a machine with a GPU is not measured.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ from multiprocessing import get_context
 
 import torch
 
+from ..tools.threads import cores
 from . import cases
 from .cases import Case
 
@@ -55,6 +55,5 @@ def workers(tasks: int) -> int:
     """The number of processes that the cores and the free GPU memory allow; 0 for few cases."""
     if tasks < _FEW:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free, _ = torch.cuda.mem_get_info()
-    return min(cores, tasks, _LARGEST_POOL, free // _BYTES_OF_A_WORKER)
+    return min(cores(), tasks, _LARGEST_POOL, free // _BYTES_OF_A_WORKER)

@@ -217,9 +217,12 @@ class Checked:
     def dtype(self) -> str:
         return str(self.case.dtype).removeprefix("torch.")
 
+    @property
+    def name(self) -> str:
+        return f"{self.case.operation}, {self.backend}, {self.dtype} ({self.case.describe()})"
+
     def misses(self) -> Iterator[str]:
-        name = f"{self.case.operation}, {self.backend}, {self.dtype} ({self.case.describe()})"
-        yield from (f"{name}: {d}" for d in self.deviations if not d.multiple <= 1)
+        yield from (f"{self.name}: {d}" for d in self.deviations if not d.multiple <= 1)
 
     def as_json(self) -> dict:
         case = self.case

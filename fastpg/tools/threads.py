@@ -1,11 +1,18 @@
-"""One thread for small work: a second thread costs more time than it saves, and many times more on a busy machine."""
+"""How many cores there are, and one thread for small work: a second thread costs more time than it saves, and many times more
+on a busy machine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,12 +57,24 @@ def test_every_operation_passes_on_every_backend(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_table_for_people(tmp_path):
-    done = check("--quick", "--dtype", "fp32", folder=tmp_path)
+def test_lines_for_people(tmp_path):
+    """As in the log of a CI: no colours, 100 columns but for the last line, and nothing on stderr."""
+    done = check("--quick", "--dtype", "fp32", folder=tmp_path, FORCE_COLOR="", COLUMNS="40")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for words in ("linear_cispo_loss", "torch cpu", "full logits", "LoRA", "fastpg 0", "0 with an error above 1"):
-        assert words in done.stdout
+    versions, *lines, last = done.stdout.splitlines()
+    assert versions.startswith("fastpg 0")
+    assert "\x1b" not in done.stdout
+    assert all(len(line) <= 100 for line in lines)
+    for operation in cases.OPERATIONS:
+        assert len([line for line in lines if line.startswith(f"{operation} ")]) == 1
+    assert re.match(
+        r"all \d\d comparisons hold on the CPU; the closest to its tolerance: 0\.\d\d of it, \w+ of \w+, torch cpu, ", last
+    )
+    verbose = check("--quick", "--dtype", "fp32", "--operation", "linear_cispo_loss", "--verbose", folder=tmp_path)
+    assert verbose.returncode == 0, verbose.stderr
+    for words in ("full logits", "LoRA", "comparisons hold on the CPU; the closest"):
+        assert words in verbose.stdout
 
 
 def test_a_head_of_given_sizes_and_the_head_of_a_model(tmp_path):
@@ -94,7 +107,11 @@ def test_the_compile_report_follows(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--operation", "linear"], "invalid choice"),
+        (["--operation", "linear"], "'linear' (choose from"),
+        (["--dtype", "int8"], "'int8' (choose from"),
+        (["--backend", "cuda"], "'cuda' (choose from"),
+        (["--backend", "triton", "--interpret", "--operation", "policy_loss"], "on triton interpreter"),
+        (["--verbose", "--json"], "not allowed with"),
         (["--hidden", "64"], "--hidden and --vocab go together"),
         (["--hidden", "0", "--vocab", "8"], "must be a whole number >= 1"),
         (["--tokens", "8"], "--tokens needs --hidden and --vocab"),
@@ -103,11 +120,14 @@ def test_the_compile_report_follows(monkeypatch, capsys):
         (["--operation", "policy_loss", "--dtype", "bf16"], "no case"),
         (["--compile", "cuda:12"], "invalid choice"),
         (["--interpret", "--device", "cuda"], "--interpret is of the CPU"),
+        pytest.param(["--backend", "triton", "--device", "cpu"], "--backend triton needs", marks=WITHOUT_GPU),
         pytest.param(["--device", "cuda"], "--device cuda: torch finds no GPU", marks=WITHOUT_GPU),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_misuse(arguments, said, capsys):
+def test_misuse(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(command, "check", None)  # it comes before any work
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as stopped:
         fastpg_main(["check", *arguments])
     assert stopped.value.code == 2

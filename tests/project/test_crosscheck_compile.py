@@ -9,6 +9,7 @@ import torch
 
 from fastpg.__main__ import main
 from fastpg.crosscheck import cases, command, compile_ahead, judge
+from fastpg.tools import threads
 
 ALL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CASES = list(cases.cases(ALL, quick=False, interpret=False))
@@ -19,16 +20,16 @@ def pool(monkeypatch):
     """Threads in the place of processes; what they ran, and with how many workers."""
     seen = SimpleNamespace(ran=[], workers=None)
 
-    def threads(count, *, mp_context, initializer, initargs):
+    def in_threads(count, *, mp_context, initializer, initargs):
         assert mp_context.get_start_method() == "spawn"  # a fork of a process that uses CUDA cannot use it
         assert (initializer, initargs) == (torch.set_num_threads, (1,))
         seen.workers = count
         return ThreadPoolExecutor(count)
 
-    monkeypatch.setattr(compile_ahead, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(compile_ahead, "ProcessPoolExecutor", in_threads)
     monkeypatch.setattr(compile_ahead, "run_case", lambda case, device: seen.ran.append((case, device)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(compile_ahead.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     return seen
 
 
@@ -46,7 +47,7 @@ def test_every_case_of_the_kernels_is_run_once(pool):
 )
 def test_workers_are_bounded(pool, monkeypatch, tasks, cores, gib, count):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30, 80 * 2**30))
-    monkeypatch.setattr(compile_ahead.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     assert compile_ahead.workers(tasks) == count
     if count < 2:
         kernels = [c for c in CASES if c.runs_on("triton")]
@@ -119,7 +120,7 @@ def test_only_a_check_of_many_small_cases_on_a_gpu_compiles_first(monkeypatch, c
     monkeypatch.setattr(command, "_places", lambda args: places)
     monkeypatch.setattr(command, "check", lambda case, places: order.append(case) or [])
     monkeypatch.setattr(compile_ahead, "fill_cache", lambda chosen: order.append(list(chosen)))
-    main(["check", "--dtype", "fp32", *arguments])
+    main(["check", "--dtype", "fp32", "--json", *arguments])
     first, *rest = order
     assert isinstance(first, list) == compiles
     assert first == rest if compiles else len(rest) > 2

@@ -12,6 +12,10 @@ import gpu as program
 import pytest
 import torch
 
+from fastpg.crosscheck.cases import Case
+from fastpg.crosscheck.judge import Checked, Deviation
+from fastpg.crosscheck.report import last_line
+
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = {"gpu": "a stand-in", "torch": "2.11.0", "triton": "3.6.0", "missing": [], "xdist": False}
 CELLS = [
@@ -56,8 +60,14 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
+def result(*multiples: float) -> str:
+    """The last line of `fastpg check` with errors so many times their tolerance."""
+    case = Case("linear_cispo_loss", torch.bfloat16, 64, 151936, 4096)
+    return last_line([Checked(case, "triton gpu", [Deviation("logp", m, 1.0) for m in multiples], [])], ["a stand-in"], "")
+
+
 TESTS = stand_in("tests", f"print({lines('PASSED', 'PASSED', 'SKIPPED (no)')!r})")
-CHECK = stand_in("check", "print('12 checks, 0 with an error above 1')")
+CHECK = stand_in("check", f"print({result(0.5, 0.2)!r})")
 BENCH = stand_in("bench", "pass")
 
 
@@ -66,7 +76,7 @@ def test_all_parts_pass(run):
     assert status == 0
     assert line == (
         "PASS: a stand-in, torch 2.11.0, triton 3.6.0, fastpg 12db879: tests: 2 passed, 0 failed, 1 skipped; "
-        "check: 12 checks, 0 with an error above 1; "
+        "check: all 2 comparisons hold on a stand-in; "
         "bench: one pass over the bare products: smollm2-135m 3.26 x, llama3.2-1b 1.29 x, qwen3-8b 1.16 x"
     )
     assert [part["passed"] for part in whole["parts"]] == [True] * 3
@@ -74,11 +84,11 @@ def test_all_parts_pass(run):
 
 def test_parts_that_fail(run):
     tests = stand_in("tests", f"import sys; print({lines('PASSED', 'FAILED', 'ERROR')!r}); sys.exit(1)")
-    check = stand_in("check", "import sys; print('12 checks, 2 with an error above 1'); sys.exit(1)")
+    check = stand_in("check", f"import sys; print({result(0.5, 2, 3)!r}); sys.exit(1)")
     status, line, _ = run(tests, check, BENCH, rows=CELLS[:2])
     assert status == 1
     assert line.startswith("FAIL (tests, check, bench): ")
-    assert "tests: 1 passed, 2 failed, 0 skipped; check: 12 checks, 2 with an error above 1; bench: " in line
+    assert "tests: 1 passed, 2 failed, 0 skipped; check: FAILED: 2 of 3 comparisons on a stand-in are above their" in line
     assert line.endswith("llama3.2-1b 1.29 x, qwen3-8b not measured")
 
 
@@ -120,7 +130,7 @@ def test_a_judge_that_fails_is_no_end(run):
 
     status, line, _ = run(TESTS._replace(judge=judge), CHECK, BENCH)
     assert status == 1
-    assert "tests: KeyError: 'rows'; check: 12 checks" in line
+    assert "tests: KeyError: 'rows'; check: all 2 comparisons" in line
 
 
 def test_outcomes_are_counted_in_parallel_too():
