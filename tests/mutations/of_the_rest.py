@@ -35,6 +35,22 @@ MUTATIONS = [
         "crosscheck_compile",
     ),
     Mutation(
+        "check: errors above their tolerance pass",
+        "fastpg/crosscheck/command.py",
+        "if faults or any(any(c.misses()) for c in checked):",
+        "if faults:",
+        "crosscheck_report",
+        "errors_above_tolerance",
+    ),
+    Mutation(
+        "compile report: in the order in which the processes end",
+        "fastpg/tools/compiling.py",
+        "return [found[place] for place in range(len(chosen))]",
+        "return list(found.values())",
+        "compile_report_output",
+        "asked_for",
+    ),
+    Mutation(
         "small work: as many threads as there are",
         "fastpg/tools/threads.py",
         "torch.set_num_threads(1)",
