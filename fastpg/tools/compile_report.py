@@ -97,13 +97,13 @@ def worst_of(of_kernel: list[Compiled]) -> tuple[str, str, str, str]:
     most = max(of_kernel, key=lambda c: c.registers)
     spills = [c.spill_bytes for c in of_kernel if c.spill_bytes]
     fullest = max(of_kernel, key=lambda c: c.shared_bytes / c.shared_limit)
-    used, limit = (f"{size / 1024:.0f}" for size in (fullest.shared_bytes, fullest.shared_limit))
+    used, limit = fullest.shared_bytes / 1024, fullest.shared_limit / 1024
     products = [c for c in of_kernel if c.multiplies_16_bits()]
     without = sum(not c.mma_instructions for c in products)
     return (
         f"{most.registers}, {most.target}",
         f"{len(spills)} of {len(of_kernel)}, {max(spills)} bytes" if spills else "none",
-        f"{used}/{limit} KiB, {fullest.target}" if fullest.shared_bytes else "none",
+        f"{'<1' if used < 1 else f'{used:.0f}'}/{limit:.0f} KiB, {fullest.target}" if fullest.shared_bytes else "none",
         (f"not in {without} of {len(products)}" if without else "yes") if products else "no products",
     )
 

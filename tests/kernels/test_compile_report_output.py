@@ -20,6 +20,7 @@ from fastpg.tools.variants import KERNELS, Variant, variants
 
 GOOD = [
     Compiled("keep", "cuda:80", "float32", [], 56, 0, 0, 166_912, 0),
+    Compiled("combine", "cuda:90", "float32", [], 64, 0, 128, 232_448, 0),
     Compiled("dlogits", "cuda:90", "bfloat16", [], 200, 0, 131_072, 232_448, 4),
     Compiled("dlogits", "hip:gfx942", "bfloat16", ["bias"], 150, 0, 65_536, 65_536, 48),
     Compiled("dlogits", "cuda:80", "float32", ["bias"], 168, 0, 8192, 166_912, 0),
@@ -51,8 +52,9 @@ def test_a_line_for_every_kernel_and_the_result(report):
     lines = [re.split(r"  +", line.strip()) for line in said.out.splitlines()]
     assert lines[1:] == [
         ["keep", "1", "56, cuda:80", "none", "none", "no products"],
+        ["combine", "1", "64, cuda:90", "none", "<1/227 KiB, cuda:90", "no products"],
         ["dlogits", "3", "200, cuda:90", "none", "64/64 KiB, hip:gfx942", "yes"],
-        ["4 variants, no spills; each fits into shared memory; 16-bit products use tensor cores"],
+        ["5 variants, no spills; each fits into shared memory; 16-bit products use tensor cores"],
     ]
     assert max(map(len, said.out.splitlines())) <= 100
     assert (said.status, said.err) == (0, "")
@@ -67,14 +69,14 @@ def test_a_fault_is_named_and_is_the_result(report):
     assert re.split(r"  +", kernel.strip())[2:] == [
         "255, cuda:90", "1 of 4, 8 bytes", "64/64 KiB, hip:gfx942", "not in 1 of 3"
     ]  # fmt: skip
-    assert last == f"FAILED: 1 of 5 variants; the first: {fault}"
+    assert last == f"FAILED: 1 of 6 variants; the first: {fault}"
 
 
 def test_every_variant_if_verbose(report):
     said = report(GOOD, "--verbose").out
     assert len(re.findall(r"dlogits", said)) == 3
     assert "166912" in said
-    assert said.splitlines()[-1].startswith("4 variants, no spills")
+    assert said.splitlines()[-1].startswith("5 variants, no spills")
 
 
 @pytest.mark.parametrize("compiled", [GOOD, BAD], ids=["good", "bad"])
