@@ -1,4 +1,4 @@
-"""torchtitan's chunked-loss contract: `FastpgLoss` beside torchtitan's `ChunkedLossWrapper`, on one process and on two ranks."""
+"""torchtitan's chunked-loss contract: `FastpgLoss` beside its own `ChunkedLossWrapper`, on one process and on two ranks."""
 
 # ruff: noqa: E402 (imports behind importorskip)
 

@@ -35,6 +35,9 @@ PATHS = {
     "fastpg.integrations.prime_rl": "FastpgOutputLinear use_fastpg",
     "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.skyrl": "fused_lm_head_logprob main replace_fused_lm_head use_fastpg with_fastpg",
+    "fastpg.integrations.axolotl": "FastpgArgs FastpgPlugin",
+    "fastpg.integrations.sampling": "Recording recorded_support",
+    "fastpg.integrations.swift": "FastpgCallback",
     "fastpg.integrations.torchtitan": "FastpgLoss",
     "fastpg.integrations.transformers": """
         CausalLMLogprobs HeadlessOutput Patch causal_lm_policy_loss patch patched token_logprobs
@@ -53,6 +56,8 @@ PATHS = {
 NEEDS = {
     "fastpg.integrations.sampling": "transformers", "fastpg.integrations.transformers": "transformers",
     "fastpg.integrations.openrlhf": "transformers", "fastpg.integrations.trl": "trl",
+    "fastpg.integrations.axolotl": "axolotl.integrations.base", "fastpg.integrations.sampling": "transformers",
+    "fastpg.integrations.swift": "swift.callbacks", "fastpg.integrations.transformers": "transformers",
     "fastpg.integrations.torchtitan": "torchtitan", "fastpg.integrations.trl": "trl",
 }  # fmt: skip
 
