@@ -6,8 +6,8 @@ torchtitan's trainers leave the lm_head out of the model's forward where the los
 to the loss (`set_lm_head`). The loss is called as `(hidden states, labels, global_valid_tokens, **loss_inputs)` and returns
 `(loss, metrics)`. `FastpgLoss` is a subclass so that they do the same for it. It keeps nothing of the wrapper's computation.
 
-The layer is called once, with the loss in the place of its forward: FSDP2's hooks gather its weight before, and reduce its
-gradient after the backward. The gradients wait for the trainer's `backward`, in one autograd graph with the decoder's.
+The layer is called once, with the loss in the place of its forward, for the hooks of FSDP2 that reduce its gradient after the
+backward. The gradients wait for the trainer's `backward`, in one autograd graph with the decoder's.
 """
 
 # ruff: noqa: E402 (torchtitan is imported behind check_version, whose error names the versions)
@@ -96,6 +96,8 @@ class FastpgLoss(ChunkedLossWrapper):
             if hasattr(layer, "unshard"):  # by FSDP2; explicitly, as torchtitan does for the sake of CUDA graphs
                 layer.unshard()
             loss, *metrics = layer(pred)
+            if hasattr(layer, "reshard") and not loss.requires_grad:  # else FSDP2 does after the backward
+                layer.reshard()
         return loss, dict(zip(self._compute.metrics, metrics, strict=True))
 
 
@@ -144,7 +146,7 @@ class _ClippedSurrogate:
         mask = loss_mask & generator_logprobs.isfinite()
         out = linear_policy_loss(
             hidden, head, labels, generator_logprobs, advantages, objective=self._objective, mask=mask, denominator=count,
-            outputs=("entropy",), skip_zero_weight=False, **options,
+            outputs=("entropy",), **options,
         )  # fmt: skip
         difference = (out.logprobs - generator_logprobs).masked_fill(~mask, 0)
         ratio = self._ratio(difference)

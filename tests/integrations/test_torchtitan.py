@@ -182,11 +182,12 @@ def test_no_token_counts():
 def test_a_head_that_torchtitan_casts_to_float32():
     cast = of_rl("models.cast_linear").CastLinear
     layer = cast.Config(in_features=H, out_features=V).build().to(bf16)
-    hidden, labels, loss_inputs = inputs_of("GRPO", (2, 8), layer, bf16)
+    hidden, labels, loss_inputs = inputs_of("GRPO", (2, 8), layer)  # in float32, beside a weight in bfloat16
     config = config_of("GRPO")
-    want = outcome(ChunkedLossWrapper.Config(num_chunks=2, loss_fn=config), layer, hidden, labels, 9, loss_inputs)
+    want = outcome(ChunkedLossWrapper.Config(num_chunks=1, loss_fn=config), layer, hidden, labels, 9, loss_inputs)
     got = outcome(FastpgLoss.Config(loss_fn=config), layer, hidden, labels, 9, loss_inputs)
     check(got, want, bf16)
+    assert relative_error(got.hidden, want.hidden) < 1e-5
     layer.compute_dtype = bf16
     with pytest.raises(ValueError, match="or a CastLinear in float32; got"):
         FastpgLoss.Config().build().set_lm_head(layer)
@@ -380,8 +381,15 @@ def fsdp_case(rank, units, dtype):
         losses = []
         for step in range(2):
             value, _ = loss_fn(model(ids[step, rank]), labels[step, rank], count)
+            if units == "own":  # FSDP's hook has sharded the weight again
+                assert hasattr(model.lm_head.weight, "full_tensor")
             value.backward()
             losses.append(value.detach())
+            if step == 0:  # validation between steps
+                with torch.no_grad():
+                    again, _ = loss_fn(model(ids[step, rank]), labels[step, rank])
+                torch.testing.assert_close(again / count, losses[-1])
+                assert units == "kept" or hasattr(model.lm_head.weight, "full_tensor")
         outcomes.append((losses, {name: p.grad.full_tensor() for name, p in model.named_parameters()}))
     model = Decoder(tied)
     logits = model.lm_head(model(ids.flatten(0, 2)))
@@ -423,7 +431,7 @@ def test_fsdp2_with_gradient_accumulation(done, case):
 
 def test_a_weight_that_is_sharded_otherwise_is_refused():
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -431,5 +439,8 @@ def test_a_weight_that_is_sharded_otherwise_is_refused():
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
         with pytest.raises(ValueError, match="whole, or sharded along its rows on the tp dimension alone; got placements"):
             adapter._on_this_rank(torch.randn(3, H), layer, False)
+        layer.weight = nn.Parameter(distribute_tensor(linear().weight.detach(), mesh, [Shard(0)]))
+        _, head = adapter._on_this_rank(torch.randn(3, H), layer, False)
+        assert head.group is mesh.get_group()  # used in place, not gathered
     finally:
         dist.destroy_process_group()

@@ -102,8 +102,8 @@ def trainer_of(folder, trainer_class=transformers.Trainer, dtype=torch.float32, 
     labels = ids.masked_fill(torch.arange(12) < torch.arange(8)[:, None] + 2, -100)
     options = {
         "output_dir": str(folder), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
-        "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.5,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "seed": 3,
+        "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd",
+        "learning_rate": 0.5, "lr_scheduler_type": "constant", "logging_steps": 1, "seed": 3,
     }  # fmt: skip
     return trainer_class(
         model=model,
