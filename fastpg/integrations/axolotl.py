@@ -3,7 +3,7 @@
     plugins:
       - fastpg.integrations.axolotl.FastpgPlugin
 
-Fine-tuning (no `rl:`): the trainer's model computes its loss as under `fastpg.integrations.transformers.patched`, from the end
+Fine-tuning (no `rl:`): the trainer's model computes its loss as under `fastpg.integrations.transformers.patch`, from the end
 of the trainer's set-up to the end of training. With `rl:` the trainer is one of TRL's, and is given to `use_fastpg`.
 """
 
@@ -12,12 +12,11 @@ of the trainer's set-up to the end of training. With `rl:` the trainer is one of
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from .transformers import patched
+from .transformers import patch
 from .versions import check_version
 
 check_version("axolotl", "0.19.0", "0.19.0")
@@ -70,7 +69,7 @@ class FastpgPlugin(BasePlugin):
                 )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Raises what `patched` or `use_fastpg` raises, and ValueError for a trainer that computes its loss from logits."""
+        """Raises what `patch` or `use_fastpg` raises, and ValueError for a trainer that computes its loss from logits."""
         options = {"workspace": cfg.get("fastpg_workspace"), "backend": cfg.get("fastpg_backend")}
         self._restore()
         if cfg.get("rl"):
@@ -84,7 +83,7 @@ class FastpgPlugin(BasePlugin):
                     f"FastpgPlugin wants the loss of the model itself; {type(trainer).__name__} computes one from logits "
                     f"({name}={getattr(trainer, name)!r})"
                 )
-        self._undo = _patch(trainer.model, **options)
+        self._undo = patch(trainer.model, **options).undo
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
         """The model has logits again. axolotl calls it twice."""
@@ -94,10 +93,3 @@ class FastpgPlugin(BasePlugin):
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()
-
-
-def _patch(model: nn.Module, **options: Any) -> Callable[[], None]:
-    """Returns what takes the patch off the model again."""
-    stack = ExitStack()
-    stack.enter_context(patched(model, **options))
-    return stack.close

@@ -18,7 +18,7 @@ import torch
 
 from ..linear.linear_logprobs import linear_logprobs
 from ..validation import IGNORED_TOKEN
-from .megatron import share_of_rank
+from .tensor_parallel import share_of_rank
 from .versions import check_version
 
 _TESTED = "0.3.0", "0.3.0"

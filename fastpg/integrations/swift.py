@@ -2,17 +2,16 @@
 
     swift sft --external_plugins fastpg_plugin.py --callbacks fastpg ...      # the file: import fastpg.integrations.swift
 
-While its `Seq2SeqTrainer` trains, the model computes its loss as under `fastpg.integrations.transformers.patched`.
+While its `Seq2SeqTrainer` trains, the model computes its loss as under `fastpg.integrations.transformers.patch`.
 """
 
 # ruff: noqa: E402 (swift is imported behind check_version, whose error names the versions)
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
-from .transformers import patched
+from .transformers import Patch, patch
 from .versions import check_version
 
 check_version("ms-swift", "4.6.0", "4.6.0")
@@ -38,7 +37,7 @@ class FastpgCallback(TrainerCallback):
         from swift.trainers import Seq2SeqTrainer  # which cannot be imported while plugins are
 
         super().__init__(args, trainer)
-        self._stack = ExitStack()
+        self._patch: Patch | None = None
         if getattr(type(trainer), "compute_loss", None) is not Seq2SeqTrainer.compute_loss:
             raise ValueError(
                 "--callbacks fastpg wants the trainer of swift sft and swift pt, Seq2SeqTrainer; got "
@@ -51,7 +50,7 @@ class FastpgCallback(TrainerCallback):
         args.use_logits_to_keep = False  # None would cut the labels: fastpg's rows are those of the labels that count anyway
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises ValueError for a trainer that computes its loss from logits, and what `patched` raises."""
+        """Raises ValueError for a trainer that computes its loss from logits, and what `patch` raises."""
         trainer = self.trainer
         if getattr(trainer, "compute_loss_func", None) is not None:
             raise ValueError(
@@ -70,10 +69,11 @@ class FastpgCallback(TrainerCallback):
             raise ValueError(
                 f"--callbacks fastpg wants sequences that are whole on each rank; got --sequence_parallel_size {ranks}"
             )
-        self._stack.enter_context(patched(trainer.model))
+        self._patch = patch(trainer.model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stack.close()
+        if self._patch is not None:
+            self._patch.undo()
 
 
 callbacks_map["fastpg"] = FastpgCallback

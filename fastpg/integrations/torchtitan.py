@@ -27,6 +27,7 @@ from ..linear.linear_cross_entropy import linear_cross_entropy
 from ..linear.linear_policy_loss import linear_policy_loss
 from ..lm_head import LMHead
 from ..validation import is_dtensor
+from .tensor_parallel import share_of_gradient
 from .versions import check_version
 
 check_version("torchtitan", "0.3.0", "0.3.0")
@@ -233,18 +234,5 @@ def _on_this_rank(hidden: torch.Tensor, layer: torch.nn.Module, fp32_head: bool)
             f"FastpgLoss wants {share} rows of the lm_head's {layer.out_features} on each of {ranks} ranks, fewer on the last; "
             f"rank {rank} has {weight.shape[0]}"
         )
-    hidden = _ShareOfGradient.apply(hidden, ranks)
+    hidden = share_of_gradient(hidden, ranks)  # torchtitan sums over tp, and each rank has all of it
     return hidden, LMHead(weight, bias, group=group, vocab_start=share * rank, fp32_head=fp32_head)
-
-
-class _ShareOfGradient(torch.autograd.Function):
-    """The identity, whose gradient is divided by the ranks: torchtitan sums over tp, and each rank has all of it."""
-
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad / ctx.ranks, None

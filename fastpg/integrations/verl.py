@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ..linear.linear_logprobs import linear_logprobs
 from ..lm_head import LMHead
-from .megatron import share_of_rank
+from .tensor_parallel import share_of_rank
 from .versions import check_version
 
 REDUCTIONS = ("none", "sum", "mean")

@@ -36,7 +36,6 @@ PATHS = {
     "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.skyrl": "fused_lm_head_logprob main replace_fused_lm_head use_fastpg with_fastpg",
     "fastpg.integrations.axolotl": "FastpgArgs FastpgPlugin",
-    "fastpg.integrations.sampling": "Recording recorded_support",
     "fastpg.integrations.swift": "FastpgCallback",
     "fastpg.integrations.torchtitan": "FastpgLoss",
     "fastpg.integrations.transformers": """
@@ -54,12 +53,14 @@ PATHS = {
     "fastpg.__main__": "main",
 }
 NEEDS = {
-    "fastpg.integrations.sampling": "transformers", "fastpg.integrations.transformers": "transformers",
-    "fastpg.integrations.openrlhf": "transformers", "fastpg.integrations.trl": "trl",
-    "fastpg.integrations.axolotl": "axolotl.integrations.base", "fastpg.integrations.sampling": "transformers",
-    "fastpg.integrations.swift": "swift.callbacks", "fastpg.integrations.transformers": "transformers",
-    "fastpg.integrations.torchtitan": "torchtitan", "fastpg.integrations.trl": "trl",
-}  # fmt: skip
+    "fastpg.integrations.axolotl": "axolotl.integrations.base",
+    "fastpg.integrations.openrlhf": "transformers",
+    "fastpg.integrations.sampling": "transformers",
+    "fastpg.integrations.swift": "swift.callbacks",
+    "fastpg.integrations.torchtitan": "torchtitan",
+    "fastpg.integrations.transformers": "transformers",
+    "fastpg.integrations.trl": "trl",
+}
 
 
 @pytest.mark.parametrize("module", PATHS)

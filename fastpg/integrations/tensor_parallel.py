@@ -1,4 +1,4 @@
-"""The lm_head of a rank of Megatron's tensor parallelism."""
+"""Hidden states and the lm_head of a rank, for frameworks that sum the gradient of hidden states over the ranks themselves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def share_of_rank(
 
     fastpg's own gradient of hidden is complete on every rank. Megatron's regions around the call sum it over the group.
     """
-    share = _ShareOfGradient.apply(hidden, dist.get_world_size(group))
-    return share, LMHead(weight, group=group, vocab_start=vocab_start)
+    return share_of_gradient(hidden, dist.get_world_size(group)), LMHead(weight, group=group, vocab_start=vocab_start)
+
+
+def share_of_gradient(hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    """hidden, whose gradient is divided by the number of ranks that will sum it."""
+    return _ShareOfGradient.apply(hidden, ranks)
 
 
 class _ShareOfGradient(torch.autograd.Function):
-    """The identity, whose gradient is divided by the number of ranks that will sum it."""
-
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ranks: int) -> torch.Tensor:
         ctx.ranks = ranks
