@@ -123,6 +123,12 @@ def test_measurements_on_a_gpu_are_those_of_the_results():
     assert f"({small['full logits, compiled']} x against {small['one chunk']} x)" in " ".join(README.split())
 
 
+def test_the_families_are_those_of_the_results():
+    found = [row["result"] for row in json.loads((RESULTS.parent / "families.json").read_text())["families"]]
+    assert f"[{len(found)} model families](docs/pages/families.md)" in README
+    assert f"built small, {found.count('ok')} agree" in " ".join(README.split())
+
+
 def test_the_promise_is_that_of_the_code():
     formula = f"{UNIT[torch.bfloat16]:g} max({SMALLEST_RANGE}, |z|max)".replace("e-06", "e-6")
     on_gpus = f"{formula} max(1, H / {TENSOR_CORE_TERMS})"
