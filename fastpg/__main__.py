@@ -12,6 +12,7 @@ from .tools.about import about
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command `fastpg`. `argv` takes the place of the command line's arguments."""
     parser = argparse.ArgumentParser(prog="fastpg", description="Policy-gradient losses that never build the logits.")
     parser.add_argument(
         "--version", action="store_true", help="versions of fastpg, torch and triton, and the device and backend here"

@@ -113,10 +113,12 @@ class LMHead:
 
     @property
     def vocab_size(self) -> int:
+        """V, the number of rows of the weight. With a group, those of this rank."""
         return self.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """H, the size of a hidden state."""
         return self.weight.shape[1]
 
     @classmethod

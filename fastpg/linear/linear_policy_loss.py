@@ -129,7 +129,7 @@ def linear_policy_loss(
             reach hidden, weight and bias only, not tensors it closes over. Objectives that need other tokens need two passes:
             those of whole sequences (GSPO, VESPO) and those of the batch (ClipCov, KLCov).
         entropy: also report metrics["entropy"], the mean entropy in nats.
-        entropy_coef: 0. An entropy bonus takes two passes, `linear_logprobs` and `policy_loss`; anything else raises.
+        entropy_coef: must be 0. An entropy bonus takes two passes, `linear_logprobs` and `policy_loss`.
         outputs, top_k: statistics of each token's distribution, as in `linear_logprobs`, and out of the same sweep; here none
             of them is differentiable. The result is then a `PolicyLossStatistics`. A token that costs no work has none: its
             numbers are NaN, and -1 for ids and ranks. With log_sum_sq_probs also rows are recomputed whose old_logprobs are
@@ -430,7 +430,7 @@ def linear_cispo_loss(
 class LinearPolicyLoss(torch.nn.Module):
     """`linear_policy_loss` as a module that holds its options and has no parameters.
 
-    LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
+        LinearPolicyLoss(objective=..., **LossOptions)(hidden, head, tokens, old_logprobs, advantages, **CallOptions)
 
     See `linear_policy_loss` for the arguments: temperature (a number or 0-d tensor here), reduction, kl, rollout_correction,
     entropy, entropy_coef, outputs, top_k, skip_zero_weight, skip_silenced, workspace, backend and check are held; mask,
@@ -454,6 +454,7 @@ class LinearPolicyLoss(torch.nn.Module):
         advantages: torch.Tensor,
         **batch: Unpack[CallOptions],
     ) -> PolicyLossOutput | PolicyLossStatistics:
+        """`linear_policy_loss` with the options that the module holds."""
         return linear_policy_loss(hidden, head, tokens, old_logprobs, advantages, **batch, **self.options)
 
     def extra_repr(self) -> str:

@@ -66,9 +66,8 @@ class Support(NamedTuple):
             SamplingMask), or one list of ids per sampled token (SGLang's output_token_sampling_mask). An empty list, and None,
             stand for the whole vocabulary: the engine has recorded no set there. An entry of None is a sequence without sets.
         mask: (B, T) bool, True at the tokens that were sampled; those of row b are the tokens of outputs[b], in order. Or (N,)
-            for packed sequences, one after the other. Set n is put where token n itself is: shift both alike.
-
-        Positions outside the mask have the whole vocabulary.
+            for packed sequences, one after the other. Set n is put where token n itself is: shift both alike. Positions outside
+            the mask have the whole vocabulary.
         """
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() not in (1, 2):
             raise TypeError(f"mask must be a bool tensor (B, T) or (N,), True at sampled tokens; got {validation.kind(mask)}")
@@ -140,6 +139,7 @@ class Support(NamedTuple):
         return mask if self.whole is None else mask | self.whole[:, None]
 
     def to(self, device: torch.device | str) -> Support:
+        """The sets on another device."""
         return Support(*(None if x is None else x.to(device) for x in self))
 
     def shifted(self) -> Support:

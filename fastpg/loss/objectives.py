@@ -47,18 +47,22 @@ class Objective(ABC):
 
     @property
     def device_numbers(self) -> Numbers:
+        """What the device function is given."""
         return Numbers()
 
     @property
     def needs_sequences(self) -> bool:
+        """Whether its ratio is that of a whole sequence."""
         return False
 
     @property
     def needs_batch(self) -> bool:
+        """Whether it compares a token with the others of the batch."""
         return False
 
     @property
     def ratio_bounds(self) -> tuple[float | None, float | None]:
+        """(low, high) of the ratio; None for no bound."""
         return None, None
 
     def log_ratio(self, logprobs: torch.Tensor, old_logprobs: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Where users find what they import. A line that moves or goes missing here breaks somebody's program."""
 
 import importlib
+import inspect
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -73,6 +75,30 @@ def test_names_are_where_they_were(module):
 
 def test_all_lists_the_top_level():
     assert sorted(fastpg.__all__) == sorted(TOP_LEVEL.split())
+
+
+def own_docstring(found: object) -> str | None:
+    """None where Python has made one up: of a NamedTuple, of a dataclass, of the class that a value belongs to."""
+    text = vars(found).get("__doc__") if isinstance(found, type) else getattr(found, "__doc__", None)
+    made_up = text is None or (isinstance(found, type) and text.startswith(f"{found.__name__}("))
+    return None if made_up else text
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_every_public_object_has_a_docstring(module):
+    """And every public method and property of a class. The documentation shows nothing else of them."""
+    pytest.importorskip(NEEDS.get(module, "torch"))
+    found = importlib.import_module(module)
+    assert found.__doc__
+    for name in PATHS[module].split():
+        thing = getattr(found, name)
+        if not isinstance(thing, (type, types.FunctionType)):  # a kernel, whose launcher says what it does; a choice of words
+            continue
+        assert own_docstring(thing), f"{module}.{name}"
+        for member, value in vars(thing).items() if isinstance(thing, type) else ():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if not member.startswith("_") and inspect.isfunction(function):
+                assert inspect.getdoc(getattr(thing, member)), f"{module}.{name}.{member}"
 
 
 def test_submodules_that_are_used_as_attributes(tmp_path):
