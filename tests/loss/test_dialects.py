@@ -1,4 +1,4 @@
-"""The dialect tables of objectives.md, row by row: the call written there against the framework's formula in `dialects`."""
+"""The dialect tables of objectives.md and advantages.md: each call written there against the framework's own formula."""
 
 import re
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from trl_cases import GRPO_LOSSES
 import fastpg
 import fastpg.advantages
 
-PAGE = (PAGES / "objectives.md").read_text()
+PAGE = "\n".join((PAGES / name).read_text() for name in ("objectives.md", "advantages.md"))
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # | id | setting | `call` |, of the tables whose last column is called CALL
 TABLES = [

@@ -14,7 +14,7 @@ import fastpg
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     path
-    for folder in (".", "docs/pages", "kernels", "bench/results")
+    for folder in (".", "docs/pages", "docs/pages/api", "kernels", "bench/results")
     for path in (ROOT / folder).glob("*.md")
     if path.name != "LICENSE.md"
 )
@@ -68,13 +68,14 @@ def test_public_names_that_are_named_exist(document):
         resolved(dotted)
 
 
-def test_the_blocks_of_the_page_of_objectives():
+def test_the_blocks_of_the_pages_of_objectives_and_advantages():
     names = {
         "fastpg": fastpg, "hidden": torch.randn(2, 3, 8), "head": torch.randn(20, 8), "tokens": torch.randint(0, 20, (2, 3)),
         "old_logprobs": -torch.rand(2, 3), "advantages": torch.randn(2, 3), "mask": torch.rand(2, 3) > 0.3,
         "rewards": torch.tensor([0.0, 1.0]), "group_ids": torch.zeros(2, dtype=torch.int64),
     }  # fmt: skip
-    blocks = re.findall(r"```python\n(.*?)```", (PAGES / "objectives.md").read_text(), re.DOTALL)
+    pages = "\n".join((PAGES / name).read_text() for name in ("objectives.md", "advantages.md"))
+    blocks = re.findall(r"```python\n(.*?)```", pages, re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(block, names)

@@ -1,4 +1,5 @@
-"""Every block of guides.md, frameworks.md and distributed.md runs as printed, in a process and a directory of its own."""
+"""Every block of the start page, the guides, the supports, frameworks.md and distributed.md runs as printed, in a process and a
+directory of its own. Blocks of the guides that are part of a program of docs/examples/ run there (`test_examples`)."""
 
 import importlib.util
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import PAGES
+from pages import PAGES, blocks_in_examples
 
 import fastpg
 
@@ -48,10 +49,16 @@ def run(folder: Path, code: str, *launcher: str) -> None:
 @pytest.mark.parametrize("title", SECTIONS)
 def test_guide_runs(title, tmp_path):
     (code,) = SECTIONS[title]  # one block each
-    if title == "TRL":
-        pytest.importorskip("trl")
+    if code in blocks_in_examples():
+        return
     launcher = TWO_RANKS if "torchrun --nproc-per-node 2" in TEXTS[title] else ()
     run(tmp_path, code, *launcher)
+
+
+@pytest.mark.parametrize("page", ["index.md", "supports.md"])
+def test_block_of_a_page_runs(page, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
+    run(tmp_path, code)
 
 
 @pytest.mark.parametrize("title", IMPORTED)
