@@ -1,6 +1,8 @@
-# `make demo` and `make test` need only Python >= 3.10 and make; everything else is installed into .venv.
+# `make demo` and `make test` need only Python >= 3.10 and make; everything else is installed into .venv. `make docs` needs
+# Python >= 3.11, and installs into .venv-docs, which has no torch.
 PYTHON ?= python3
 VENV := .venv
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Pinned versions; `make CONSTRAINTS= ...` takes the newest that pyproject.toml allows.
@@ -12,7 +14,7 @@ EXTRAS ?= dev
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test frameworks bench gpu lint format wheel clean
+.PHONY: help demo test frameworks bench gpu lint format wheel docs clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores; on a GPU if there is one)"
@@ -23,6 +25,7 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make format  rewrite with ruff"
 	@echo "make wheel   build the wheel, install it into a fresh environment, import it from another directory"
+	@echo "make docs    build the documentation into site/ (no torch needed)"
 	@echo "make clean   remove everything these targets made"
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -67,5 +70,18 @@ wheel: $(VENV)/.installed
 	.wheel-check/bin/python -m pip --disable-pip-version-check install --no-compile --quiet $(PINS) dist/*.whl
 	cd .wheel-check && bin/python -c "import fastpg, fastpg.kernels; print('wheel', fastpg.__version__, fastpg.__file__)"
 
+# The list is that of the extra [docs]; the package itself, and so torch, is not installed: its sources are read.
+$(DOCS)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mkdocs-material needs Python >= 3.11; name one with: make PYTHON=python3.12 docs"; exit 1; }
+	$(PYTHON) -m venv $(DOCS)
+	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr ',' ' ' | \
+		xargs $(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet $(PINS)
+	@touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --config-file docs/mkdocs.yml $(ARGS)
+	@echo "open site/index.html, or with its search: $(PYTHON) -m http.server --directory site"
+
 clean:
-	rm -rf $(VENV) .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out gpu-out
+	rm -rf $(VENV) $(DOCS) site .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out gpu-out
