@@ -21,6 +21,8 @@ SHOWN = {
 }
 # README.md is none: what it has that documents point at stands on these pages
 IN_README = {"": "index.md", "on-a-gpu": "performance.md#on-a-gpu"}
+# a heading whose numbers no one searches for, and which would be found for every name of an objective
+NOT_SEARCHED = "## Compile report"
 _CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -82,6 +84,7 @@ def for_the_site(page: str, text: str) -> str:
     def change(part: str) -> str:
         part = _LINK.sub(lambda found: f"]({links.get(found[1], found[1])})", part)
         part = re.sub(r"^<!-- /?\w+ -->\n", "", part, flags=re.MULTILINE)
+        part = re.sub(rf"^{NOT_SEARCHED}$", f"{NOT_SEARCHED} {{ data-search-exclude }}", part, flags=re.MULTILINE)
         return re.sub(r"^((?!\s|[-*] |\d+\. ).+)\n(?=[-*] |\d+\. )", r"\1\n\n", part, flags=re.MULTILINE)  # lists
 
     return outside_code(text, change)

@@ -69,6 +69,11 @@ def test_documents_that_stand_elsewhere_link_to_the_site():
     assert hooks.for_the_site("results.md", "![a](over_tokens.png)") == "![a](bench/results/over_tokens.png)"
 
 
+def test_the_compile_report_is_not_searched():
+    shown = hooks.for_the_site("kernels.md", (ROOT / "kernels/README.md").read_text())
+    assert "\n## Compile report { data-search-exclude }\n" in shown
+
+
 def test_markdown_of_github_becomes_that_of_python():
     """A list after a sentence needs an empty line; code is left alone; the marks of tables go."""
     text = "Traps:\n- one\n  more\n- two\n\n<!-- trl -->\n| a |\n\n```\nx:\n- [a](b.md)\n```\n"
@@ -130,3 +135,12 @@ def test_a_definition_shows_the_shapes_beside_its_arguments():
     (node,) = ast.parse("\n".join(lines)).body
     assert docstrings._header(node, lines) == ["class Head:", "    weight: int  # (V, H)", "    bias: int = 0  # (V,)"]
     assert docstrings._header(node.body[-1], lines) == lines[6:9]
+
+
+def test_what_renders_the_site_is_pinned_and_is_what_make_docs_installs():
+    (listed,) = re.findall(r"^docs = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)  # the Makefile reads it so
+    pins = (ROOT / ".ci/constraints.txt").read_text()
+    names = re.findall(r'"([\w-]+)>=', listed)
+    assert names == ["mkdocs-material", "mkdocstrings-python"]
+    for name in [*names, "mkdocs", "mkdocstrings", "griffelib", "Markdown", "pymdown-extensions"]:
+        assert re.search(rf"^{name}==[\d.]+$", pins, re.MULTILINE), name
