@@ -20,7 +20,7 @@ SHOWN = {
     "CHANGELOG.md": "changelog.md",
 }
 # README.md is none: what it has that documents point at stands on these pages
-IN_README = {"": "index.md", "on-a-gpu": "performance.md#on-a-gpu"}
+IN_README = {"": "index.md"}
 # a heading whose numbers no one searches for, and which would be found for every name of an objective
 NOT_SEARCHED = "## Compile report"
 _CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)

@@ -129,7 +129,8 @@ def check_same(got, want, dtype):
 
 def logits_of(model):
     with torch.no_grad():
-        return model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits
+        ids = torch.ones(1, 3, dtype=torch.int64)
+        return model(input_ids=ids, labels=ids).logits
 
 
 class Seen(transformers.TrainerCallback):
@@ -179,7 +180,7 @@ def test_trainers_of_trl_are_given_to_use_fastpg(axolotl):
     of_trl = model.forward
     plugin.pre_model_load({"rl": "grpo", "generate_samples": True})
     plugin.post_trainer_create({"rl": "grpo", "fastpg_workspace": 1 << 24}, stub(model))
-    assert model.forward.fastpg_switch.on
+    assert model.forward.fastpg_placed.on
     plugin.post_train({"rl": "grpo"}, model)
     assert model.forward == of_trl
 

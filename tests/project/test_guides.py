@@ -22,7 +22,7 @@ FRAMEWORKS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (PAGES / "framework
 IMPORTED = {
     "verl": "verl",
     "SkyRL": "skyrl",
-    "OpenRLHF": "openrlhf.models",  # which needs flash_attn; `test_openrlhf` runs the block with a stand-in
+    "OpenRLHF": "flash_attn",  # which openrlhf.models imports; `test_openrlhf` runs the block with a stand-in
     "NeMo-RL": None,
     "prime-rl": None,
     "torchtitan": "torchtitan",

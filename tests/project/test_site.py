@@ -62,8 +62,8 @@ def test_a_link_that_leads_nowhere_or_to_no_page_is_an_error():
 
 
 def test_documents_that_stand_elsewhere_link_to_the_site():
-    text = "[a](../README.md#on-a-gpu) [b](../docs/pages/guides.md#trl) [c](../bench/results/README.md) [d](https://x.org)"
-    wanted = "[a](performance.md#on-a-gpu) [b](guides.md#trl) [c](results.md) [d](https://x.org)"
+    text = "[a](../README.md) [b](../docs/pages/guides.md#trl) [c](../bench/results/README.md) [d](https://x.org)"
+    wanted = "[a](index.md) [b](guides.md#trl) [c](results.md) [d](https://x.org)"
     assert hooks.for_the_site("kernels.md", text) == wanted
     assert hooks.for_the_site("api/head.md", "[a](../guides.md#trl)") == "[a](../guides.md#trl)"
     assert hooks.for_the_site("results.md", "![a](over_tokens.png)") == "![a](bench/results/over_tokens.png)"
@@ -81,12 +81,12 @@ def test_markdown_of_github_becomes_that_of_python():
     assert hooks.for_the_site("guides.md", text) == wanted
 
 
-def test_the_page_of_performance_has_the_tables_of_the_readme():
+def test_the_page_of_performance_has_the_tables_of_the_results():
     """Which `test_readme` holds to the files of results. The page has no ratio of its own."""
-    page, readme = (PAGES / "performance.md").read_text(), (ROOT / "README.md").read_text()
+    page, results = (PAGES / "performance.md").read_text(), (ROOT / "bench/results/README.md").read_text()
     shown = hooks.for_the_site("performance.md", page)
     for name in ("bench", "h100"):
-        rows = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", readme, re.DOTALL)[1]
+        rows = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", results, re.DOTALL)[1]
         assert rows in shown
     assert not re.search(r"\d+\.\d+ x\b", page)
 
