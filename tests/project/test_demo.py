@@ -20,6 +20,7 @@ from fastpg.demo import tasks as demo_tasks
 from fastpg.demo import train as demo
 from fastpg.demo import walk as demo_walk
 from fastpg.demo.estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
+from fastpg.demo.report import quarters
 from fastpg.demo.tasks import ALPHABET
 from fastpg.demo.walk import State
 
@@ -40,12 +41,12 @@ def trained() -> demo.Training:
 
 
 def test_accuracy_rises_with_group_advantages(trained):
-    first, last = command.quarters(trained.history)
+    first, last = quarters(trained.history)
     assert last >= first + 0.15
 
 
 def test_accuracy_does_not_rise_with_shuffled_advantages():
-    first, last = command.quarters(train_tiny(STEPS, "none").history)
+    first, last = quarters(train_tiny(STEPS, "none").history)
     assert last < first + 0.05
 
 
@@ -125,7 +126,7 @@ def test_walking():
 @pytest.mark.parametrize("advantage", ["group", "vineppo", "gigpo", "gae"])
 def test_the_walker_learns(advantage):
     task = demo_walk.Walk(prompts_per_step=4, rollouts_per_state=2)
-    first, last = command.quarters(train_tiny(48, advantage, task=task).history)
+    first, last = quarters(train_tiny(48, advantage, task=task).history)
     assert last >= first + 0.1
 
 
@@ -191,10 +192,11 @@ def test_with_top_p_a_policys_ratio_to_its_sampler_is_one(task, objective, monke
 
 
 def test_top_p_reaches_the_training(monkeypatch, tmp_path):
-    def train(*settings):
+    def train(*settings, **options):
         raise RuntimeError(f"settings: {settings[1:]}")
 
     monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "answers", lambda *given: [])
     for given, top_p in (([], 1.0), (["--top-p", "0.9"], 0.9)):
         with pytest.raises(RuntimeError, match=rf"'group', 'cispo', {top_p}\)"):
             main(["demo", "--model", "tiny", "--device", "cpu", "--out", str(tmp_path), *given])
@@ -258,7 +260,8 @@ def test_command_writes_curves_and_history(tmp_path, capsys):
     arguments = ["--model", "tiny", "--device", "cpu", "--steps", "2", "--seed", "3", "--advantage", "none"]
     main(["demo", *arguments, "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "answer accuracy, last quarter" in printed
+    assert "first 1 and last 1 of 2 steps" in printed
+    assert "before the training" in printed
     assert "full logits" in printed
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "out" / "history.csv").open(newline="") as file:
@@ -327,13 +330,14 @@ def test_the_device_of_the_command(has_gpu, asked, device, monkeypatch, tmp_path
             moved.append(device)
             return self
 
-    def train(model, *settings):
+    def train(model, *settings, **options):
         moved.append(model)
         raise KeyboardInterrupt
 
     model = Model()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(command, "tiny_model", lambda: model)
+    monkeypatch.setattr(command, "answers", lambda *given: [])
     monkeypatch.setattr(command, "train", train)
     with pytest.raises(KeyboardInterrupt):
         main(["demo", "--model", "tiny", "--out", str(tmp_path), *asked])
@@ -354,13 +358,16 @@ def test_tiny_models_train_on_one_thread(model, threads, monkeypatch, tmp_path):
     """The caller's setting is there again afterwards, also where the training fails."""
     seen = []
 
-    def train(*settings):
+    def train(*settings, **options):
         seen.append(torch.get_num_threads())
         raise RuntimeError("stop")
 
     monkeypatch.setattr(command, "train", train)
     monkeypatch.setattr(command, "check_packages", lambda model: None)
-    monkeypatch.setattr(command, "load_smollm2", lambda: (demo_tasks.tiny_model(), SimpleNamespace(decode=str, eos_token_id=0)))
+    monkeypatch.setattr(command, "answers", lambda *given: [])
+    monkeypatch.setattr(
+        command, "load_smollm2", lambda told: (demo_tasks.tiny_model(), SimpleNamespace(decode=str, eos_token_id=0))
+    )
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="stop"):
@@ -396,5 +403,11 @@ def test_missing_weights_name_the_command(monkeypatch):
 
 def test_missing_packages_name_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'needs transformers and matplotlib: run\s+pip install "fastpg-lm\[demo\]"'):
-        main(["demo", "--model", "tiny"])
+    with pytest.raises(SystemExit, match=r'needs transformers and matplotlib: run\s+pip install -e "\.\[demo\]"'):
+        main(["demo", "--model", "tiny"])  # the tests run in a checkout
+
+
+def test_outside_a_checkout_the_distribution_is_named(tmp_path):
+    assert demo_tasks.install_command(tmp_path) == 'pip install "fastpg-lm[demo]"'
+    (tmp_path / "pyproject.toml").touch()
+    assert demo_tasks.install_command(tmp_path) == 'pip install -e ".[demo]"'
