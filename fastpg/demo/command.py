@@ -55,7 +55,7 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="a copy of the model takes the same steps by full logits: the losses and rewards of both, side by side",
+        help="a copy of the model takes the same steps by full logits: losses and rewards of both, in twice the time",
     )
     parser.add_argument(
         "--mismatch",
