@@ -8,14 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Pinned versions; `make CONSTRAINTS= ...` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= .ci/constraints.txt
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# of pyproject.toml; `EXTRAS=dev,deepspeed` for the test under ZeRO-3 too
+# of pyproject.toml; `EXTRAS=dev,deepspeed,hub` for the tests under ZeRO-3 and those of the hub's layout too
 EXTRAS ?= dev
 comma := ,
 
 # kernels/ in this directory must not shadow Hugging Face's `kernels` for anything started from here.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test frameworks bench gpu lint format wheel docs clean
+.PHONY: help demo test frameworks bench gpu lint format wheel hub docs clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores; on a GPU if there is one)"
@@ -27,6 +27,7 @@ help:
 	@echo "make format  rewrite with ruff"
 	@echo "make wheel   build the wheel, install it into a fresh environment, import it from another directory"
 	@echo "make docs    build the documentation into site/ (no torch needed)"
+	@echo "make hub     build hub-out/, a repository for Hugging Face's kernels hub, from kernels/; nothing is uploaded"
 	@echo "make clean   remove everything these targets made"
 
 # The demo and the tests share .venv. Each has a file that says what was installed for it. The tests' packages include the
@@ -94,5 +95,9 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --config-file docs/mkdocs.yml $(ARGS)
 	@echo "open site/index.html, or with its search: $(PYTHON) -m http.server --directory site"
 
+# Needs only Python's own library.
+hub:
+	$(PYTHON) .ci/hub/build.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(DOCS) site .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out gpu-out
+	rm -rf $(VENV) $(DOCS) site .wheel-check dist build *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out bench-out gpu-out hub-out
