@@ -25,8 +25,8 @@ help:
 	@echo "make gpu     on a machine with a GPU: kernel tests, a check of a large head, the bench of three heads (4 minutes)"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make format  rewrite with ruff"
-	@echo "make wheel   build the wheel, install it into a fresh environment, import it from another directory"
 	@echo "make docs    build the documentation into site/ (no torch needed)"
+	@echo "make wheel   build the wheel, install it into a fresh environment, run a check and two steps of the demo there"
 	@echo "make hub     build hub-out/, a repository for Hugging Face's kernels hub, from kernels/; nothing is uploaded"
 	@echo "make clean   remove everything these targets made"
 
@@ -81,6 +81,9 @@ wheel: $(VENV)/.installed
 	$(PYTHON) -m venv .wheel-check
 	.wheel-check/bin/python -m pip --disable-pip-version-check install --no-compile --quiet $(PINS) dist/*.whl
 	cd .wheel-check && bin/python -c "import fastpg, fastpg.kernels; print('wheel', fastpg.__version__, fastpg.__file__)"
+	cd .wheel-check && bin/fastpg check --hidden 64 --vocab 500 --tokens 16
+	.wheel-check/bin/python -m pip --disable-pip-version-check install --no-compile --quiet $(PINS) "$$(echo dist/*.whl)[demo]"
+	cd .wheel-check && bin/fastpg demo --model tiny --steps 2
 
 # The list is that of the extra [docs]; the package itself, and so torch, is not installed: its sources are read.
 $(DOCS)/.installed: pyproject.toml $(CONSTRAINTS)

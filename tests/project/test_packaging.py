@@ -1,6 +1,7 @@
 """What may import what, and what importing fastpg does to other packages."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,17 @@ def test_version_is_the_distributions():
     from importlib.metadata import version
 
     assert version("fastpg-lm") == fastpg.__version__
+
+
+def test_the_changelog_tells_of_this_version_first():
+    """Below what is unreleased. A date only of a release: until then the heading says that it is none."""
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(fastpg.__version__)}\] - (not yet released|\d{{4}}-\d\d-\d\d)", headings[1])
+
+
+def test_the_citation_is_of_this_version():
+    assert f"version = {{{fastpg.__version__}}}" in (ROOT / "fastpg" / "OBJECTIVES.md").read_text()
 
 
 def test_every_public_name_exists_and_is_documented():
