@@ -177,6 +177,9 @@ def _operands(hidden, weight, tokens, bias, softcap, temperature) -> Operands:
         raise ValueError(f"tokens must be ({len(hidden)},), one for each row of hidden; got {tuple(tokens.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), one for each row of weight; got {tuple(bias.shape)}")
+    for name, value in (("weight", weight), ("tokens", tokens), ("bias", bias)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device}, as hidden is; got a tensor on {value.device}")
     scale = (softcap or 1.0) / _temperature(temperature, tokens)
     inner, bias = None if softcap is None else 1 / softcap, None if bias is None else bias.contiguous()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -187,6 +190,8 @@ def _ready(logits, tokens, temperature):
     _check_device("logits", logits)
     if logits.dim() != 2 or tokens.shape != logits.shape[:1]:
         raise ValueError(f"logits (N, V) and tokens (N,) must agree in N; got {tuple(logits.shape)} and {tuple(tokens.shape)}")
+    if tokens.device != logits.device:
+        raise ValueError(f"tokens must be on {logits.device}, as logits are; got a tensor on {tokens.device}")
     scale = 1 / _temperature(temperature, tokens)
     per_row = scale if isinstance(scale, torch.Tensor) else logits.new_full(tokens.shape, scale, dtype=torch.float32)
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -206,6 +211,8 @@ def _temperature(temperature, tokens) -> float | torch.Tensor:
 def _vector(name: str, values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     if values is not None and values.shape != like.shape:
         raise ValueError(f"{name} must be {tuple(like.shape)}, one for each token; got {tuple(values.shape)}")
+    if values is not None and values.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as the tokens are; got a tensor on {values.device}")
     return None if values is None else values.contiguous()
 
 

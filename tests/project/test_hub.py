@@ -123,6 +123,9 @@ for name, (bounds, values) in formulas.items():
 fields = {function.__name__: kind._fields for function, kind in k.launchers.objectives._BOUNDS.items()}
 error["bounds"] = float(any(len(fields.get(name, ())) != len(bounds) for name, bounds in k.OBJECTIVES.items()))
 
+empty = k.policy_loss(old[:0], old[:0], advantages[:0])  # no token: a loss of 0
+error["no token"] = abs(empty[0].item()) + empty[1].numel()
+
 def said(call):
     try:
         call()
@@ -136,6 +139,9 @@ errors = [
     said(lambda: k.linear_logprobs(hidden, weight, tokens[:3])),
     said(lambda: k.linear_logprobs(hidden, weight, tokens, bias=bias[:3])),
     said(lambda: k.linear_logprobs(hidden, weight, tokens, temperature=temperature[:3])),
+    said(lambda: k.linear_logprobs(hidden, weight.to("meta"), tokens)),
+    said(lambda: k.selective_logprobs(logits, tokens.to("meta"))),
+    said(lambda: k.policy_loss(old, old, advantages.to("meta"))),
     said(lambda: k.linear_dlogits(half, weight.half(), tokens, r, g, slice(8))),
     said(lambda: k.linear_dlogits(hidden, weight, tokens, r, g, slice(8), grad_entropies=h)),
     said(lambda: k.linear_dlogits(hidden, weight, tokens, r, g[:3], slice(8))),
@@ -155,6 +161,9 @@ ERRORS = [
     "tokens must be (19,), one for each row of hidden; got (3,)",
     "bias must be (70,), one for each row of weight; got (3,)",
     "temperature must be (19,), one for each token; got (3,)",
+    "weight must be on cpu, as hidden is; got a tensor on meta",
+    "tokens must be on cpu, as logits are; got a tensor on meta",
+    "advantages must be on cpu, as the tokens are; got a tensor on meta",
     "hidden must be float32 or bfloat16 for a gradient, whose range float16 lacks; got torch.float16",
     "rows must come from a call with entropy=True where grad_entropies is given; got none with entropies",
     "grad_logprobs must be (19,), one for each token; got (3,)",
