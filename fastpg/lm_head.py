@@ -192,7 +192,8 @@ def _mixed_dtypes(weight: torch.Tensor, fp32_head: bool) -> set[torch.dtype]:
 
 def _check_whole(weight: object, lora: object) -> None:
     factors = lora[:2] if isinstance(lora, tuple) else ()
-    for name, x in (("weight", weight), *zip(("lora's A", "lora's B"), factors, strict=False)):
+    names = ("weight", "lora's A", "lora's B")[: 1 + len(factors)]  # (Dynamo of torch 2.9 takes every zip for a strict one)
+    for name, x in zip(names, (weight, *factors), strict=True):
         if _is_sharded(x):
             raise ValueError(
                 f"head.{name} is sharded by FSDP1 (FullyShardedDataParallel) outside the forward of the module that it wraps; "

@@ -3,6 +3,7 @@
 Every schedule on every backend, for sets from the token alone to the whole vocabulary.
 """
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -423,8 +424,8 @@ def test_every_function_is_linear_policy_loss(backend):
 @pytest.mark.parametrize("check", [False, True])  # True: the host reads, which breaks the graph, and small sets are gathered
 @pytest.mark.parametrize("function", ["logprobs", "loss", "selective"])
 def test_under_torch_compile(function, check):
-    if check and function == "loss" and torch.__version__.startswith("2.9"):
-        pytest.skip("Dynamo of torch 2.9 cannot compile the loss with checks")
+    if check and torch.__version__.startswith("2.9") and (function == "loss" or sys.version_info < (3, 11)):
+        pytest.skip("Dynamo of torch 2.9 cannot compile the loss with checks, nor on Python 3.10 the others")
     x = random_problem(12, 40, f32, masked=True)
     support = Support.from_mask(random_sets(x.tokens, 40, MIXED))
     options = {"mask": x.mask, "check": check, "backend": "torch"}
