@@ -73,7 +73,7 @@ def test_the_changelog_tells_of_this_version_first():
 
 
 def test_the_citation_is_of_this_version():
-    assert f"version = {{{fastpg.__version__}}}" in (ROOT / "fastpg" / "OBJECTIVES.md").read_text()
+    assert f"version = {{{fastpg.__version__}}}" in (ROOT / "docs" / "pages" / "objectives.md").read_text()
 
 
 def test_every_public_name_exists_and_is_documented():
