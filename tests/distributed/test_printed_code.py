@@ -30,7 +30,7 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-README = blocks((Path(__file__).resolve().parents[2] / "README.md").read_text())
+BEFORE, AFTER = blocks((Path(__file__).resolve().parents[2] / "README.md").read_text())[-2:]
 GUIDES = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (PAGES / "guides.md").read_text(), re.DOTALL | re.MULTILINE))
 WRAP = re.search(r"`(model = [\w.]*DistributedDataParallel\(model\))`", GUIDES["A plain PyTorch loop"])[1]
 WITH_BUFFER = blocks((PAGES / "distributed.md").read_text())[1]
@@ -77,7 +77,7 @@ def readme(rank: int, wrapper: str, tied: bool, past_the_wrapper: bool = False) 
     else:
         exec(WRAP, names)
     names["denominator"] = global_count(names["mask"]).clamp(min=1) / RANKS
-    code = changed(README[1], "mask=mask)", "mask=mask, denominator=denominator)")
+    code = changed(AFTER, "mask=mask)", "mask=mask, denominator=denominator)")
     exec(changed(code, "model(input_ids)", "model.module(input_ids)") if past_the_wrapper else code, names)
     return gradients(names["model"])
 
@@ -93,7 +93,7 @@ def with_unused_parameters(rank: int) -> dict:
     causal_lm_policy_loss(names["model"], ids, None, old, advantages, objective=fastpg.CISPO(), **options).loss.backward()
     found = {name: x.clone() for name, x in gradients(names["model"]).items()}
     try:
-        exec(README[1], names)
+        exec(AFTER, names)
     except RuntimeError as error:
         return {"gradients": found, "error": str(error)}
     return {"gradients": found, "error": "none"}
@@ -101,7 +101,7 @@ def with_unused_parameters(rank: int) -> dict:
 
 def with_full_logits(tied: bool) -> dict:
     names = readme_names(llama(tied))
-    exec(README[0], names)
+    exec(BEFORE, names)
     return gradients(names["model"])
 
 

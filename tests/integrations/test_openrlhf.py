@@ -15,9 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
+from pages import PAGES
 from raising import said
 
-import fastpg
 from fastpg.crosscheck.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
 
 pytest.importorskip("transformers")
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.xdist_group("openrlhf")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of the two processes says, the block of FRAMEWORKS.md having run in them."""
+    """What each of the two processes says, the block of frameworks.md having run in them."""
     folder = tmp_path_factory.mktemp("openrlhf")
-    text = (Path(fastpg.__file__).parent / "FRAMEWORKS.md").read_text()
+    text = (PAGES / "frameworks.md").read_text()
     (section,) = re.findall(r"^## OpenRLHF\n(.*?)(?=^## )", text, re.DOTALL | re.MULTILINE)
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (folder / "block.py").write_text(block)

@@ -15,7 +15,7 @@ from fastpg.tiles.products import dense, has_gaps
 PACKAGE = Path(__file__).resolve().parents[2] / "fastpg"
 PRODUCTS = {"mm", "addmm", "addmm_", "matmul", "bmm", "baddbmm", "einsum", "mv", "addmv", "dot", "inner", "tensordot", "linear"}
 # plain code of the oracle, of what is compared with it, and of the demo; and three rows that a layer is asked about
-ON_FULL_LOGITS = {"cases", "train", "estimators", "casting_heads"}
+ON_FULL_LOGITS = {"cases", "compare", "train", "estimators", "casting_heads"}
 
 
 def test_nothing_else_calls_a_matrix_product():
