@@ -33,7 +33,7 @@ def add_command(commands) -> None:
         choices=("smollm2", "tiny", "walk"),
         default="smollm2",
         # two cores of an AMD EPYC without a GPU, while other work ran: 15 and 18 s of CPU time, imports included
-        help="tiny: a random Llama, about 15 s of one core; walk: the same in an environment of several steps, about 20 s",
+        help="tiny: a random Llama, about 12 s; walk: the same in an environment of several steps, about 13 s",
     )
     parser.add_argument("--steps", type=positive, help="batches of rollouts (default: 16 for smollm2, 100 for the others)")
     parser.add_argument("--seed", type=int, default=0)

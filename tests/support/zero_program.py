@@ -18,6 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastpg import CISPO
 from fastpg.integrations.transformers import causal_lm_policy_loss, token_logprobs
 
+# gloo serves here: this operation would be compiled in every fresh environment, for half a minute, and for this CPU alone
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 RANK, RANKS, VOCAB = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 61
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
