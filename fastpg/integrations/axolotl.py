@@ -57,7 +57,10 @@ class FastpgPlugin(BasePlugin):
         for names, why in (
             (_ANOTHER_CROSS_ENTROPY, "fastpg computes the cross entropy: leave one of the two out"),
             (() if cfg.get("rl") else _ANOTHER_LOSS, "fastpg computes the cross entropy, and this is another loss"),
-            (() if cfg.get("rl") else _LOGITS_WHILE_TRAINING, "it wants logits while the model trains, which has none"),
+            (
+                () if cfg.get("rl") else _LOGITS_WHILE_TRAINING,
+                "logits and generation while it trains were not tried",
+            ),
         ):
             for name in names:
                 if cfg.get(name):

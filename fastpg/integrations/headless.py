@@ -78,9 +78,11 @@ def place(model: torch.nn.Module, headless: Headless, over_lasting: bool = False
     if not is_elsewhere(lm.get_output_embeddings()):
         LMHead.from_model(lm, fp32_head=headless.fp32_head)  # for its errors; it is built anew where the weights are whole
 
+    names = tuple(inspect.signature(lm.forward).parameters)  # once, as `generate` calls the model for every token
+
     @torch.compiler.disable  # a compiled model would trace hooks that every call has anew
     def answer(lm: PreTrainedModel, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        given = dict(zip(inspect.signature(original).parameters, args, strict=False)) | kwargs
+        given = dict(zip(names, args, strict=False)) | kwargs
         if headless.lasting and given.get("labels") is None and given.get("shift_labels") is None:
             return original(*args, **kwargs)
         return _headless_forward(lm, original, headless, given)

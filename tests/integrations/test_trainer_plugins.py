@@ -200,10 +200,10 @@ CONFIGURATIONS = {
     f"kd_trainer: True; {ANOTHER}": {"kd_trainer": True},
     f"reward_model: True; {ANOTHER}": {"reward_model": True},
     f"process_reward_model: True; {ANOTHER}": {"process_reward_model": True},
-    "generate_samples: True; it wants logits while the model trains, which has none": {"generate_samples": True},
-    "do_causal_lm_eval: True; it wants logits while the model trains, which has none": {"do_causal_lm_eval": True},
-    "do_bench_eval: True; it wants logits while the model trains, which has none": {"do_bench_eval": True},
-    "eval_table_size: 5; it wants logits while the model trains, which has none": {"eval_table_size": 5},
+    "generate_samples: True; logits and generation while it trains were not tried": {"generate_samples": True},
+    "do_causal_lm_eval: True; logits and generation while it trains were not tried": {"do_causal_lm_eval": True},
+    "do_bench_eval: True; logits and generation while it trains were not tried": {"do_bench_eval": True},
+    "eval_table_size: 5; logits and generation while it trains were not tried": {"eval_table_size": 5},
 }  # fmt: skip
 
 

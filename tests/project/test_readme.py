@@ -1,5 +1,6 @@
 """Every Python block of the README runs, two of them are the same loss, and measurements are those in bench/results."""
 
+import csv
 import json
 import re
 import statistics
@@ -121,6 +122,15 @@ def test_measurements_on_a_gpu_are_those_of_the_results():
     assert said in (RESULTS.parents[2] / "kernels" / "README.md").read_text()
     small = {r["name"]: f"{r['x']:.2f}" for r in series["runs"]["third"] if r.get("H") == 576 and r["section"] == "proto"}
     assert f"({small['full logits, compiled']} x against {small['one chunk']} x)" in " ".join(README.split())
+
+
+def test_the_comparison_of_the_demo_is_that_of_the_results():
+    rows = list(csv.DictReader((RESULTS.parent / "demo-compare.csv").read_text().splitlines()))
+    page = " ".join((PAGES / "demo.md").read_text().split())
+    assert f"right equally often in all {len(rows)} steps" in page
+    assert all(row["reward"] == row["reward_full_logits"] for row in rows)
+    largest = max(float(row["loss_difference"]) for row in rows)
+    assert f"their losses differed by at most {largest:.0e}".replace("e-0", "e-") in page
 
 
 def test_the_families_are_those_of_the_results():
