@@ -12,6 +12,7 @@ from pathlib import Path
 # numpy and torch are imported, which read it then, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import interpreted_products
 import pairs
 import pytest
 import torch
@@ -21,6 +22,7 @@ torch.set_num_threads(1)  # also where a plugin has imported torch before
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreted_products.use_one_order()
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 from ..tiles import large_pages
 from ..tiles.backend import TileOps
-from ..tiles.products import accumulation_dtype, add_residual, product, skinny_product, weight_product
+from ..tiles.products import accumulation_dtype, add_residual, product, rounds, skinny_product, weight_product
 from ..tiles.structures import (
     Asked,
     Chunk,
@@ -190,10 +190,11 @@ class _Backward:
         columns = min(self.tiles.tile_shape(self.head).columns, weight.shape[0])
         buffer = self.tiles.weight_buffer(self.head)
         dlogits = torch.empty(self.spans[0].stop * columns, dtype=self.narrow, device=weight.device)
-        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit and several chunks add to it. So it is where
-        # fp16's scale has to be divided out, and where the caller's buffer has earlier sums, which the first chunk would
-        # overwrite.
-        is_sum = self.fp16 is not None or (weight.dtype != self.wide and len(self.spans) > 1)
+        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit, and several chunks add to it or the product does
+        # not round. So it is where fp16's scale has to be divided out, and where the caller's buffer has earlier sums, which
+        # the first chunk would overwrite.
+        is_single = len(self.spans) == 1 and rounds(weight.dtype, weight.device)
+        is_sum = self.fp16 is not None or (weight.dtype != self.wide and not is_single)
         by_tile = self.wanted.weight and (self.adds or is_sum)
         tile_of_dw = torch.empty(columns if by_tile else 0, weight.shape[1], dtype=self.wide, device=weight.device)
         for v in range(0, weight.shape[0], columns):
@@ -230,7 +231,7 @@ class _Backward:
             product(self.dhidden[span], d, w[:, : head.weight.shape[1]], into.start > 0, holds_bf16)
         if dw is not None:
             x = chunk.hidden if fp16 is None else (chunk.hidden * fp16.share[span, None]).to(self.narrow)
-            weight_product(dw, d, x, span.start > 0, holds_bf16, single=len(self.spans) == 1 and not self.adds)
+            weight_product(dw, d, x, span.start > 0, holds_bf16)
         if wanted.bias and fp16 is None:
             self.dbias[into] += d.sum(0, dtype=self.wide)
         elif wanted.bias:  # rows of D have different units, so they are summed as a product with their shares

@@ -13,12 +13,16 @@ never on the CPU. It is a process-wide switch of torch, set for the product alon
 that multiplies fp32 matrices at the same moment may see it. For fp32 operands torch's own precision settings apply, as for any
 product.
 
+Where a gradient is rounded to bf16 as soon as it is complete, a CPU with bf16 products (`has_bf16_products`) multiplies bf16
+operands as they are.
+
 Operands keep no foreign memory between their rows (`dense`). oneDNN's AMX kernels read past the end of a row and multiply the
 memory there by 0, which gives NaN where it holds NaN or infinity.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,6 +38,21 @@ WIDENED_ROWS = 512
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, statistics and gradient sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """Whether oneDNN multiplies bf16 matrices on this CPU: with AVX-512 or AMX it does.
+
+    Elsewhere torch multiplies them in loops of its own. Where this was measured (an AMD EPYC with AVX2, one core; 256 x 4096 x
+    576), such a product took 42 times as long as that of the same values in fp32.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def rounds(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product may be asked to round its sums to this 16-bit dtype. Otherwise they are asked for in fp32."""
+    return device.type != "cpu" or (dtype == torch.bfloat16 and has_bf16_products())
 
 
 def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
@@ -103,23 +122,21 @@ def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
     return x if x.shape[1] == size else F.pad(x, (0, size - x.shape[1]))
 
 
-def weight_product(
-    out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool, single: bool
-) -> None:
+def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
     """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
 
-    single: this product is the whole of the slice, so out has the head's dtype and is rounded at once. Then, on a CPU, operands
-    that hold bf16 values are multiplied as bf16 and give bf16: at that product's speed, and with a single rounding. (Not for
-    D @ W, where the component that all rows of W share cancels between slices: none of them may be rounded before that.)
+    Where this product is the whole of the slice, out may be bf16 (if `rounds`). On a CPU the operands, which then hold bf16
+    values, are multiplied as bf16: at that product's speed, and with a single rounding. (Not for D @ W, where the component
+    that all rows of W share cancels between slices: none of them may be rounded before that.)
     """
-    if single and holds_bf16 and out.device.type == "cpu":
+    if out.dtype == torch.bfloat16 and out.device.type == "cpu":
         _multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16), out)
     else:
         product(out, d.T, x, accumulate, holds_bf16)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in the accumulation dtype. On a CPU a bf16 product is oneDNN's: summed in fp32 and rounded to bf16 once."""
+    """a @ b in the accumulation dtype. On a CPU a bf16 product is oneDNN's (`rounds`): summed in fp32, rounded to bf16 once."""
     dtype = accumulation_dtype(a.dtype)
     return _multiply(a, b).to(dtype) if a.device.type == "cpu" else _multiply(a, b, dtype=dtype)
 
@@ -127,8 +144,8 @@ def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _tiled_product(exps: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """exps (C, V) @ weight (V, H) on a CPU, from tiles of both: in the accumulation dtype, and not rounded before.
 
-    For sums that other ranks' sums are added to, as the component that all rows of W share cancels only in the total; and for a
-    weight with gaps between its rows.
+    For sums that other ranks' sums are added to, as the component that all rows of W share cancels only in the total; for a
+    weight with gaps between its rows; and for a CPU without bf16 products.
     """
     dtype = accumulation_dtype(exps.dtype)
     columns, sums = tile_columns(weight.shape[1]), exps.new_empty(len(exps), weight.shape[1], dtype=dtype)
@@ -207,7 +224,7 @@ def gradient_products(
     """
     of_rows = weighted = None
     if sums.hidden is not None:
-        of_rows = _hidden_product(exps, head.weight, rounds=sums.hidden.dtype == exps.dtype)
+        of_rows = _hidden_product(exps, head.weight, is_last=sums.hidden.dtype == exps.dtype)
     if sums.weight is not None:
         weighted = chunk.hidden.new_empty(len(factor), head.weight.shape[1], dtype=exps.dtype)
     if sums.hidden is not None or sums.weight is not None:
@@ -216,8 +233,8 @@ def gradient_products(
     # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
     widens = exps.device.type == "cpu" and exps.dtype != factor.dtype
     if sums.weight is not None:
-        if widens and sums.weight.dtype != exps.dtype:
-            _widened_products(sums.weight, exps, weighted.to(sums.weight.dtype), add, holds_bf16=True)
+        if widens and not (sums.weight.dtype == exps.dtype and rounds(exps.dtype, exps.device)):
+            _widened_products(sums.weight, exps, weighted.to(factor.dtype), add, holds_bf16=True)
         else:
             product(sums.weight, exps.T, weighted, add, holds_bf16=False)
     if sums.bias is not None and widens:
@@ -233,13 +250,14 @@ def gradient_products(
         _store(sums.lora_weight, skinny_product(exps.T, z * factor[:, None]), add)
 
 
-def _hidden_product(exps: torch.Tensor, weight: torch.Tensor, rounds: bool) -> torch.Tensor:
+def _hidden_product(exps: torch.Tensor, weight: torch.Tensor, is_last: bool) -> torch.Tensor:
     """E @ W in the accumulation dtype.
 
-    rounds: dX is rounded to the dtype of E at once, so that a bf16 product on a CPU may be rounded here already. It may not
+    is_last: dX is rounded to the dtype of E at once, so that a bf16 product on a CPU may be rounded here already. It may not
     where other ranks' sums are to be added.
     """
-    tiled = exps.device.type == "cpu" and (not rounds or has_gaps(weight))
+    may_round = is_last and (exps.dtype != torch.bfloat16 or rounds(exps.dtype, exps.device))
+    tiled = exps.device.type == "cpu" and (not may_round or has_gaps(weight))
     return _tiled_product(exps, weight) if tiled else multiply(exps, weight)
 
 
@@ -271,10 +289,15 @@ def _store(out: torch.Tensor, values: torch.Tensor, add: bool) -> None:
 
 
 def _widened_products(out: torch.Tensor, exps: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
-    """out (V, K) = or += E^T @ x, x (C, K) in the dtype of out."""
+    """out (V, K) = or += E^T @ x, x (C, K) in the accumulation dtype. out is in it too, or, where nothing is added, in E's."""
     columns = tile_columns(x.shape[1])
+    buffer = None if out.dtype == x.dtype else x.new_empty(min(columns, len(out)), x.shape[1])
     for v in range(0, exps.shape[1], columns):
+        into = out[v : v + columns]
+        sums = into if buffer is None else buffer[: len(into)]
         for r in range(0, len(exps), WIDENED_ROWS):
             rows = slice(r, r + WIDENED_ROWS)
-            e = exps[rows, v : v + columns].to(out.dtype).T
-            product(out[v : v + columns], e, x[rows], accumulate or r > 0, holds_bf16)
+            e = exps[rows, v : v + columns].to(x.dtype).T
+            product(sums, e, x[rows], accumulate or r > 0, holds_bf16)
+        if sums is not into:
+            into.copy_(sums)

@@ -84,6 +84,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
 
+    import interpreted_products
     import pytest  # noqa: F401 - for the modules that functions are in
     import torch
     import torch.distributed.fsdp
@@ -92,7 +93,8 @@ def _serve() -> None:
     import fastpg.kernels.tile  # noqa: F401
 
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # as conftest: NaN in torch.empty
+    interpreted_products.use_one_order()  # as conftest
+    torch.use_deterministic_algorithms(True)  # likewise: NaN in torch.empty
     for line in sys.stdin:
         folder, ranks, timeout = json.loads(line)
         processes = [_fork(Path(folder), rank) for rank in range(ranks)]
