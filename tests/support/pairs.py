@@ -24,6 +24,7 @@ SUITES = (
     "test_support_masks",
     "test_decoupled",
     "test_decoupled_one_pass",
+    "test_cpu_products",
 )
 
 

@@ -1,11 +1,11 @@
 """Run on two processes with torchrun's variables: three steps of a tiny Llama under DeepSpeed's ZeRO, and of a copy without.
 
-Its argument is the stage. At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. A second one,
-"lora on the lm_head", trains adapters, of the lm_head too. The rows are scored without gradients first, as a policy is before
-it is trained. Writes a line of JSON: the losses of each step, with those of the copy, and the largest difference of parameters
-at the end.
+At stage 3 the lm_head is partitioned: its weight is whole in its own forward alone. There adapters are trained too, of the
+lm_head among others. The rows are scored without gradients first, as a policy is before it is trained. Writes a line of JSON:
+for each case the losses of each step, with those of the copy, and the largest difference of parameters at the end.
 """
 
+import copy
 import json
 import os
 import sys
@@ -31,6 +31,8 @@ CONFIG = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }  # fmt: skip
+# name -> stage, whether adapters are trained
+CASES = {"stage 1": (1, False), "stage 2": (2, False), "stage 3": (3, False), "stage 3, LoRA on the lm_head": (3, True)}
 
 
 def meet() -> None:
@@ -38,11 +40,11 @@ def meet() -> None:
     deepspeed.init_distributed("gloo", init_method=f"file://{Path('meeting').absolute()}", rank=RANK, world_size=RANKS)
 
 
-def build() -> torch.nn.Module:
+def build(adapters: bool) -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes))
-    if "lora on the lm_head" not in sys.argv:
+    if not adapters:
         return model
     import peft
 
@@ -62,12 +64,12 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
-def main() -> None:
-    meet()
-    model, copy = build(), build()
-    CONFIG["zero_optimization"]["stage"] = int(sys.argv[1])
-    engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=CONFIG)[0]
-    optimizer, steps = optimizer_of(copy), []
+def run(stage: int, adapters: bool) -> dict:
+    model, alone = build(adapters), build(adapters)
+    config = copy.deepcopy(CONFIG)
+    config["zero_optimization"]["stage"] = stage
+    engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)[0]
+    optimizer, steps = optimizer_of(alone), []
     with torch.no_grad():
         losses(engine, RANK)
     for _ in range(3):
@@ -75,13 +77,18 @@ def main() -> None:
         engine.backward(one_pass + 0.3 * two_passes)
         engine.step()
         optimizer.zero_grad()
-        expected = [losses(copy, rank) for rank in range(RANKS)]
+        expected = [losses(alone, rank) for rank in range(RANKS)]
         sum((a + 0.3 * b) / RANKS for a, b in expected).backward()
         optimizer.step()
         steps.append([[float(a), float(b)] for a, b in zip((one_pass, two_passes), expected[RANK], strict=True)])
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        differences = [(p - q).abs().max().item() for p, q in zip(model.parameters(), copy.parameters(), strict=True)]
-    sys.stdout.write(json.dumps({"steps": steps, "difference": max(differences)}) + "\n")
+        differences = [(p - q).abs().max().item() for p, q in zip(model.parameters(), alone.parameters(), strict=True)]
+    return {"steps": steps, "difference": max(differences)}
+
+
+def main() -> None:
+    meet()
+    sys.stdout.write(json.dumps({name: run(*case) for name, case in CASES.items()}) + "\n")
 
 
 if __name__ == "__main__":
