@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 from ..tiles import large_pages
 from ..tiles.backend import TileOps
-from ..tiles.products import accumulation_dtype, add_residual, product, rounds, skinny_product, weight_product
+from ..tiles.products import accumulation_dtype, add_residual, has_products_in, product, skinny_product, weight_product
 from ..tiles.structures import (
     Asked,
     Chunk,
@@ -190,11 +190,11 @@ class _Backward:
         columns = min(self.tiles.tile_shape(self.head).columns, weight.shape[0])
         buffer = self.tiles.weight_buffer(self.head)
         dlogits = torch.empty(self.spans[0].stop * columns, dtype=self.narrow, device=weight.device)
-        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit, and several chunks add to it or the product does
-        # not round. So it is where fp16's scale has to be divided out, and where the caller's buffer has earlier sums, which
-        # the first chunk would overwrite.
-        is_single = len(self.spans) == 1 and rounds(weight.dtype, weight.device)
-        is_sum = self.fp16 is not None or (weight.dtype != self.wide and not is_single)
+        # A slice of dW is summed in fp32 beside dW where dW itself is 16-bit, and several chunks add to it or there is no
+        # product in its dtype. So it is where fp16's scale has to be divided out, and where the caller's buffer has earlier
+        # sums, which the first chunk would overwrite.
+        at_once = weight.dtype == self.wide or (len(self.spans) == 1 and has_products_in(weight.dtype, weight.device))
+        is_sum = self.fp16 is not None or not at_once
         by_tile = self.wanted.weight and (self.adds or is_sum)
         tile_of_dw = torch.empty(columns if by_tile else 0, weight.shape[1], dtype=self.wide, device=weight.device)
         for v in range(0, weight.shape[0], columns):

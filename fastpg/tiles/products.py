@@ -50,9 +50,11 @@ def has_bf16_products() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def rounds(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a product may be asked to round its sums to this 16-bit dtype. Otherwise they are asked for in fp32."""
-    return device.type != "cpu" or (dtype == torch.bfloat16 and has_bf16_products())
+def has_products_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of operands in `dtype` is asked for in `dtype`, with one rounding. If not, it is asked for in fp32."""
+    if device.type != "cpu" or dtype == accumulation_dtype(dtype):
+        return True
+    return dtype == torch.bfloat16 and has_bf16_products()
 
 
 def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
@@ -125,9 +127,9 @@ def to_inner_size(x: torch.Tensor, size: int) -> torch.Tensor:
 def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumulate: bool, holds_bf16: bool) -> None:
     """out (V, H) = or += d^T @ x, d (C, V), x (C, H): a slice of dW.
 
-    Where this product is the whole of the slice, out may be bf16 (if `rounds`). On a CPU the operands, which then hold bf16
-    values, are multiplied as bf16: at that product's speed, and with a single rounding. (Not for D @ W, where the component
-    that all rows of W share cancels between slices: none of them may be rounded before that.)
+    Where this product is the whole of the slice, out may be bf16 (`has_products_in`). On a CPU the operands, which then hold
+    bf16 values, are multiplied as bf16: at that product's speed, and with a single rounding. (Not for D @ W, where the
+    component that all rows of W share cancels between slices: none of them may be rounded before that.)
     """
     if out.dtype == torch.bfloat16 and out.device.type == "cpu":
         _multiply(d.to(torch.bfloat16).T, x.to(torch.bfloat16), out)
@@ -136,7 +138,7 @@ def weight_product(out: torch.Tensor, d: torch.Tensor, x: torch.Tensor, accumula
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in the accumulation dtype. On a CPU a bf16 product is oneDNN's (`rounds`): summed in fp32, rounded to bf16 once."""
+    """a @ b in the accumulation dtype. On a CPU a bf16 product is oneDNN's: summed in fp32 and rounded to bf16 once."""
     dtype = accumulation_dtype(a.dtype)
     return _multiply(a, b).to(dtype) if a.device.type == "cpu" else _multiply(a, b, dtype=dtype)
 
@@ -233,7 +235,7 @@ def gradient_products(
     # no CPU product of bf16 operands returns fp32: E is widened, tile by tile
     widens = exps.device.type == "cpu" and exps.dtype != factor.dtype
     if sums.weight is not None:
-        if widens and not (sums.weight.dtype == exps.dtype and rounds(exps.dtype, exps.device)):
+        if widens and (sums.weight.dtype != exps.dtype or not has_products_in(exps.dtype, exps.device)):
             _widened_products(sums.weight, exps, weighted.to(factor.dtype), add, holds_bf16=True)
         else:
             product(sums.weight, exps.T, weighted, add, holds_bf16=False)
@@ -256,7 +258,7 @@ def _hidden_product(exps: torch.Tensor, weight: torch.Tensor, is_last: bool) -> 
     is_last: dX is rounded to the dtype of E at once, so that a bf16 product on a CPU may be rounded here already. It may not
     where other ranks' sums are to be added.
     """
-    may_round = is_last and (exps.dtype != torch.bfloat16 or rounds(exps.dtype, exps.device))
+    may_round = is_last and has_products_in(exps.dtype, exps.device)
     tiled = exps.device.type == "cpu" and (not may_round or has_gaps(weight))
     return _tiled_product(exps, weight) if tiled else multiply(exps, weight)
 

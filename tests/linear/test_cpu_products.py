@@ -3,12 +3,13 @@
 import pytest
 import torch
 from problems import check_result, random_problem
-from schedules import SCHEDULES
+from schedules import KERNEL_DEVICE, TORCH, TRITON
 
 from fastpg import CISPO, LMHead, linear_logprobs
 from fastpg.tiles import products
+from fastpg.tools.memory import transient_bytes
 
-pytestmark = pytest.mark.this_cpu
+ON_A_CPU = TORCH + (TRITON if KERNEL_DEVICE == "cpu" else [])
 
 
 @pytest.fixture(params=[True, False], ids=["bf16 products", "none"])
@@ -31,7 +32,7 @@ def operands(monkeypatch):
     return dtypes
 
 
-@SCHEDULES
+@pytest.mark.parametrize("schedule", ON_A_CPU, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 9.0}, {"lora": 3}], ids=["plain", "bias", "lora"])
 @pytest.mark.parametrize("workspace", [None, 3 * 2**20], ids=["one chunk", "chunks"])
 def test_a_bf16_head(schedule, options, workspace, has_bf16_products, operands):
@@ -50,6 +51,13 @@ def test_dweight_is_rounded_once():
     for out in (wide, rounded):
         products._widened_products(out, exps, x, accumulate=False, holds_bf16=False)
     assert torch.equal(rounded, wide.bfloat16())
+
+
+def test_no_more_than_tiles_is_widened():
+    """dW of 49152 rows has 24 MiB in fp32; a tile of E and the sums of one tile of dW have 8 MiB and 2 MiB."""
+    exps, x, out = torch.zeros(600, 49152).bfloat16(), torch.zeros(600, 128), torch.zeros(49152, 128).bfloat16()
+    used = transient_bytes(lambda: products._widened_products(out, exps, x, False, False), device="cpu")
+    assert 10 * 2**20 <= used < 12 * 2**20
 
 
 def test_float16_keeps_the_tails_of_the_softmax_in_dweight():

@@ -5,7 +5,6 @@ lm_head among others. The rows are scored without gradients first, as a policy i
 for each case the losses of each step, with those of the copy, and the largest difference of parameters at the end.
 """
 
-import copy
 import json
 import os
 import sys
@@ -66,8 +65,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def run(stage: int, adapters: bool) -> dict:
     model, alone = build(adapters), build(adapters)
-    config = copy.deepcopy(CONFIG)
-    config["zero_optimization"]["stage"] = stage
+    config = CONFIG | {"zero_optimization": CONFIG["zero_optimization"] | {"stage": stage}}
     engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)[0]
     optimizer, steps = optimizer_of(alone), []
     with torch.no_grad():
