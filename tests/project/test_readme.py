@@ -27,6 +27,7 @@ from fastpg.crosscheck import accuracy
 from fastpg.crosscheck.accuracy import SMALLEST_RANGE, TENSOR_CORE_TERMS, UNIT, logprob_tolerance
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+HELP = (Path(fastpg.__file__).parent / "HELP.md").read_text()
 OF_RESULTS = (RESULTS.parent / "README.md").read_text()
 PROMISES = (PAGES / "promises.md").read_text()
 TRL = re.search(r"<!-- trl -->\n```python\n(.*?)```\n<!-- /trl -->", README, re.DOTALL)[1]
@@ -66,6 +67,13 @@ def names() -> dict:
 @pytest.mark.parametrize("block", BLOCKS, ids=["before", "after"])
 def test_block_runs(block, names):
     exec(block, names)
+
+
+def test_the_description_of_the_package_has_the_same_code_and_stands_alone():
+    """On an index page a path leads nowhere."""
+    assert re.findall(r"```python\n(.*?)```", HELP, re.DOTALL) == [TRL, BLOCKS[1]]
+    assert "](" not in HELP
+    assert HELP.splitlines()[2:8] == README.splitlines()[2:8]
 
 
 def test_before_and_after_are_the_same_loss_and_gradients(names):

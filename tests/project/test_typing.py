@@ -79,7 +79,7 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("fastpg", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
@@ -97,6 +97,15 @@ def test_what_is_in_the_wheel(wheel):
         *(f"fastpg/kernels/{p.name}" for p in (ROOT / "kernels").iterdir() if is_shipped(p)),
     }
     assert {"fastpg/py.typed", "fastpg/HELP.md", "fastpg/kernels/README.md", "fastpg/integrations/trl.py"} <= names
+
+
+@pytest.mark.xdist_group("wheel")
+def test_what_an_index_shows_of_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        headers, _, description = files.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in headers
+    assert description == (ROOT / "fastpg" / "HELP.md").read_text()
 
 
 def is_shipped(path: Path) -> bool:
