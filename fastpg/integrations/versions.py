@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from importlib import metadata
 
-from packaging.version import Version  # which every framework here depends on
-
 
 def check_version(distribution: str, oldest: str, newest: str) -> None:
     """Says so where the installed version is not one that was tested.
@@ -22,6 +20,8 @@ def check_version(distribution: str, oldest: str, newest: str) -> None:
         found = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         raise ImportError(f"{distribution} is not installed; this adapter was tested with {tested}") from None
+    from packaging.version import Version  # which every framework here depends on, and fastpg alone does not
+
     if not Version(oldest) <= Version(Version(found).public) <= Version(newest):
         said = f"{distribution} {found} is installed; this adapter was tested with {tested}: compare a loss before you train"
         warnings.warn(said, stacklevel=3)

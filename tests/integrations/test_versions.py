@@ -1,10 +1,13 @@
 """What is said where a framework is absent, older or newer than what an adapter was tested with."""
 
+import runpy
+import sys
 import warnings
 from importlib import metadata
 
 import pytest
 
+from fastpg.integrations import versions
 from fastpg.integrations.versions import check_version
 
 
@@ -38,3 +41,11 @@ def test_an_absent_framework_is_an_import_error():
         ImportError, match="no-such-framework is not installed; this adapter was tested with no-such-framework 1 to 2"
     ):
         check_version("no-such-framework", "1", "2")
+
+
+def test_adapters_need_no_package_that_fastpg_does_not_install(monkeypatch):
+    """`packaging` comes with every framework, but `fastpg.integrations.verl.linear_cross_entropy` also runs without verl."""
+    monkeypatch.setitem(sys.modules, "packaging.version", None)
+    names = runpy.run_path(versions.__file__)
+    with pytest.raises(ImportError, match="no-such-framework is not installed"):
+        names["check_version"]("no-such-framework", "1", "2")
