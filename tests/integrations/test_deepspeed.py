@@ -40,7 +40,7 @@ def test_zero_trains_as_without_it(tmp_path):
     for found in on_two_processes(tmp_path, "zero_program.py"):
         assert found.keys() == {"stage 1", "stage 2", "stage 3", "stage 3, LoRA on the lm_head"}
         for name, run in found.items():
-            assert len(run["steps"]) == 3, name
+            assert len(run["steps"]) == 2, name
             for step in run["steps"]:
                 for ours, theirs in step:
                     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
@@ -52,7 +52,7 @@ def test_trls_trainers_under_zero3(tmp_path):
     for found in on_two_processes(tmp_path, "zero3_trl_program.py", str(tmp_path)):
         assert found.keys() == {"sft", "sft with lora", "dpo", "kto", "grpo", "rloo"}
         for name, run in found.items():
-            assert len(run["ours"]) == 3, name
+            assert len(run["ours"]) == 2, name
             assert run["ours"] == pytest.approx(run["theirs"], rel=1e-5, abs=1e-5), name
             assert run["difference"] < 1e-5 < 1e-2 < run["moved"], name
             assert run["whole"] == [False, True], name  # use_fastpg runs the model with one layer whole at a time

@@ -1,10 +1,11 @@
-"""Run on two processes with torchrun's variables: three steps of TRL's trainers under DeepSpeed's ZeRO-3.
+"""Run on two processes with torchrun's variables: two steps of TRL's trainers under DeepSpeed's ZeRO-3.
 
 Each trainer runs with TRL's own head and with fastpg's. The models are partitioned when they are loaded, before the trainer has
 an engine. The argument is an empty folder. Writes a line of JSON: for each trainer the losses of both runs, the largest
 difference of their parameters, how far those have moved, and what was whole while `use_fastpg` ran the model.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ FOLDER = Path(sys.argv[1])
 AUTO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
 OPTIONS = {
     "output_dir": str(FOLDER / "run"), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "seed": 3,
-    "disable_tqdm": True, "logging_steps": 1, "max_steps": 3, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0,
+    "disable_tqdm": True, "logging_steps": 1, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0,
     "lr_scheduler_type": "constant", "per_device_train_batch_size": 4, "deepspeed": CONFIG | AUTO,
 }  # fmt: skip
 PROMPTS = ["w3 w4 w5", "w6 w7", "w8", "w9 w10 w11 w12"] * 2
@@ -101,6 +102,7 @@ def run(name: str) -> dict:
 
 
 def main() -> None:
+    gc.freeze()  # accelerate collects garbage twice a run, and would look at everything that is imported, for a second
     meet()
     if torch.distributed.get_rank() == 0:
         tiny_model().save_pretrained(FOLDER / "model")
