@@ -4,14 +4,14 @@ Most of each is a block of guides.md, letter by letter. `test_guides` does not r
 """
 
 import ast
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from pages import EXAMPLES, blocks_in_examples
+from programs import run_program
+
+pytestmark = pytest.mark.xdist_group("programs")  # one process has imported what they need
 
 # What a program prints, as a pattern; "torchrun": it is started on two ranks.
 PRINTED = {
@@ -23,6 +23,8 @@ PRINTED = {
     "vocab_parallel": r"loss (-?\d\.\d+), of the whole head \1\n(?s:.*)loss (-?\d\.\d+), of the whole head \2",
     "cuda_graph": "each step was a replay" if torch.cuda.is_available() else "no GPU is here: the steps ran without a graph",
 }
+# The one of the guides with two ranks that torchrun itself starts; those of the guides are started as it would.
+FRESH = ("vocab_parallel",)
 
 
 def test_every_example_is_run_and_says_what_it_shows():
@@ -41,15 +43,8 @@ def test_the_guides_have_a_block_of_every_example():
 def test_example_runs(path, tmp_path):
     if path.stem == "grpo_with_trl":
         pytest.importorskip("trl")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2") if "torchrun" in path.read_text() else ()
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | settings,
-    )
+    ranks = 2 if "torchrun" in path.read_text() else 0
+    settings = {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
+    done = run_program(str(path), folder=tmp_path, environment=settings, ranks=ranks, fresh=path.stem in FRESH)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(PRINTED[path.stem], done.stdout), done.stdout

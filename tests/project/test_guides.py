@@ -1,18 +1,18 @@
 """Every block of the start page, the guides, the supports, frameworks.md and distributed.md runs as printed, in a process and a
-directory of its own. Blocks of the guides that are part of a program of docs/examples/ run there (`test_examples`)."""
+directory of its own (`programs`). Blocks of the guides that are part of a program of docs/examples/ run in `test_examples`."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pages import PAGES, blocks_in_examples
+from programs import run_program
 
 import fastpg
+
+pytestmark = pytest.mark.xdist_group("programs")  # one process has imported what they need
 
 GUIDES = (PAGES / "guides.md").read_text()
 TEXTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDES, re.DOTALL | re.MULTILINE))
@@ -29,20 +29,14 @@ IMPORTED = {
     "axolotl": None,
     "ms-swift": None,
 }
-TWO_RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+# In a process that has imported nothing, as the start page's block. The others: `programs`.
+FRESH = "Only logits at hand"
 
 
-def run(folder: Path, code: str, *launcher: str) -> None:
+def run(folder: Path, code: str, **options) -> None:
     (folder / "guide.py").write_text(code)
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, *launcher, "guide.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | settings,
-    )
+    settings = {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
+    done = run_program("guide.py", folder=folder, environment=settings, **options)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -51,14 +45,14 @@ def test_guide_runs(title, tmp_path):
     (code,) = SECTIONS[title]  # one block each
     if code in blocks_in_examples():
         return
-    launcher = TWO_RANKS if "torchrun --nproc-per-node 2" in TEXTS[title] else ()
-    run(tmp_path, code, *launcher)
+    ranks = 2 if "torchrun --nproc-per-node 2" in TEXTS[title] else 0
+    run(tmp_path, code, ranks=ranks, fresh=title == FRESH)
 
 
 @pytest.mark.parametrize("page", ["index.md", "supports.md"])
 def test_block_of_a_page_runs(page, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
-    run(tmp_path, code)
+    run(tmp_path, code, fresh=page == "index.md")
 
 
 @pytest.mark.parametrize("title", IMPORTED)
