@@ -6,28 +6,28 @@ import importlib.util
 import math
 import os
 import re
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_demo import trained
 from torch.overrides import TorchFunctionMode
 
 import fastpg
 from fastpg.__main__ import main
-from fastpg.demo import command
+from fastpg.demo import command, compare
 from fastpg.demo import tasks as demo_tasks
 from fastpg.demo import train as demo
 from fastpg.demo import walk as demo_walk
+from fastpg.demo.answers import answers
 from fastpg.demo.estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, Critic, Rollouts
 from fastpg.demo.report import quarters
 from fastpg.demo.tasks import ALPHABET
 from fastpg.demo.walk import State
-
-STEPS = 80
 
 pytestmark = pytest.mark.xdist_group("demo")
 
@@ -38,29 +38,25 @@ def train_tiny(steps: int, advantage: str = "group", objective: str = "cispo", t
     return demo.train(demo_tasks.tiny_model(), task, steps, seed=0, advantage=advantage, objective=objective)
 
 
-@pytest.fixture(scope="module")
-def trained() -> demo.Training:
-    return train_tiny(STEPS)
-
-
-def test_accuracy_rises_with_group_advantages(trained):
-    first, last = quarters(trained.history)
+def test_accuracy_rises_with_group_advantages():
+    first, last = quarters(trained("group").history)
     assert last >= first + 0.15
 
 
 def test_accuracy_does_not_rise_with_shuffled_advantages():
-    first, last = quarters(train_tiny(STEPS, "none").history)
+    first, last = quarters(trained("none").history)
     assert last < first + 0.05
 
 
-def test_the_first_update_is_on_policy_and_the_second_is_not(trained):
-    for row in trained.history:
+def test_the_first_update_is_on_policy_and_the_second_is_not():
+    history = trained("group").history
+    for row in history:
         assert row["first_ratio_max"] == pytest.approx(1, abs=1e-3)  # sampled with a cache, trained without
-    assert max(row["ratio_max"] for row in trained.history) > 1.05
+    assert max(row["ratio_max"] for row in history) > 1.05
 
 
 def test_same_seed_same_history():
-    assert train_tiny(3).history == train_tiny(3).history
+    assert train_tiny(2).history == train_tiny(2).history
 
 
 def test_hidden_states_of_the_update_are_those_of_the_sampler():
@@ -128,22 +124,25 @@ def test_walking():
 
 @pytest.mark.parametrize("advantage", ["group", "vineppo", "gigpo", "gae"])
 def test_the_walker_learns(advantage):
-    task = demo_walk.Walk(prompts_per_step=4, rollouts_per_state=2)
-    first, last = quarters(train_tiny(48, advantage, task=task).history)
-    assert last >= first + 0.1
+    """In 12 steps 19 to 32 more of 100 walks arrived, with four seeds, and without a signal fewer than before."""
+    torch.manual_seed(0)
+    model, task = demo_tasks.tiny_model(), demo_walk.Walk(prompts_per_step=4, rollouts_per_state=2, learning_rate=2e-3)
+    before = sum(answer.right for answer in answers(model, task, 100))
+    demo.train(model, task, 12, seed=0, advantage=advantage)
+    assert sum(answer.right for answer in answers(model, task, 100)) >= before + 10
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
 def test_every_estimator(advantage):
-    walks = advantage in NEED_STEPS
-    training = train_tiny(2, advantage, task=demo_walk.Walk() if walks else None)
+    task = demo_walk.Walk(prompts_per_step=2, rollouts_per_state=2) if advantage in NEED_STEPS else None
+    training = train_tiny(2, advantage, task=task)
     assert all(math.isfinite(row["loss"]) for row in training.history)
     assert training.seconds["advantages"] > 0
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(objective):
-    training = train_tiny(3, "rloo", objective)
+    training = train_tiny(2, "rloo", objective)
     assert all(math.isfinite(row["loss"]) for row in training.history)
     assert training.history[-1]["first_ratio_max"] == pytest.approx(1, abs=1e-3)
 
@@ -274,14 +273,22 @@ def test_command_writes_curves_and_history(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
-def test_runs_on_the_kernels_where_the_environment_says_so(tmp_path):
-    code = "import sys; from fastpg.__main__ import main; main(sys.argv[1:]); print('fastpg.kernels' in sys.modules)"
-    arguments = ["demo", "--model", "tiny", "--steps", "2", "--out", str(tmp_path)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "FASTPG_BACKEND": "triton"}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True"
+def test_runs_on_the_kernels_where_the_environment_says_so(tmp_path, monkeypatch):
+    """That it is read: `test_backends`, in a process of its own."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, launch = set(), GridExecutor.__call__
+
+    def noted(self, *arguments, **named):
+        launched.add(self.fn.__name__)
+        launch(self, *arguments, **named)
+
+    monkeypatch.setattr(GridExecutor, "__call__", noted)
+    monkeypatch.setattr("fastpg.tiles.backend._ENVIRONMENT", "triton")
+    monkeypatch.setattr(command, "larger_digit", lambda: replace(demo_tasks.larger_digit(), prompts_per_step=2))
+    monkeypatch.setattr(compare, "MEASURED_TOKENS", 256)
+    main(["demo", "--model", "tiny", "--steps", "2", "--out", str(tmp_path)])
+    assert {"logsumexp_kernel", "anchored_exp_kernel"} <= launched
     with (tmp_path / "history.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
     assert float(first["ratio_max"]) > 1.01  # the second update of a step finds another policy than the first
@@ -313,8 +320,8 @@ def test_everything_is_made_on_the_models_device(advantage, monkeypatch):
     model, task = demo_tasks.tiny_model(), demo_tasks.larger_digit()
     task = demo_walk.Walk(prompts_per_step=2, rollouts_per_state=2) if advantage in NEED_STEPS else task
     with DeviceIsNamed() as mode:
-        demo.train(model, task, 2, advantage=advantage)
-    assert mode.made > 5
+        demo.train(model, task, 1, advantage=advantage)
+    assert mode.made > 4
     assert generators == [model.device]
     assert Critic(4, torch.device("meta")).linear.weight.is_meta
     with pytest.raises(AssertionError, match=r"arange in .*demo/made_up\.py, line 1"), DeviceIsNamed():

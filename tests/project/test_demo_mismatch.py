@@ -27,7 +27,7 @@ def rollouts_of(engine, seed: int = 0):
     return demo.sample(engine, larger_digit(), Random(seed), torch.Generator().manual_seed(seed))
 
 
-def trained(engine, model, steps: int = 3, objective: str = "cispo"):
+def trained(engine, model, steps: int = 2, objective: str = "cispo"):
     return demo.train(model, larger_digit(), steps, objective=objective, engine=engine).history
 
 
@@ -151,12 +151,13 @@ def test_a_correction_for_an_engine_without_a_mismatch_changes_nothing():
 @pytest.mark.parametrize("kind", engines.ENGINES)
 def test_a_pair_of_runs(kind):
     """Both start from the same model and samples; they part at once where the engine is another policy."""
-    plain, corrected = mismatch.run_pair(kind, 1, 3, "cispo", "group", "cpu")
+    steps = 3 if kind == "stale" else 2  # its first two batches are of the same weights in both runs
+    plain, corrected = mismatch.run_pair(kind, 1, steps, "cispo", "group", "cpu")
     assert (plain.seed, plain.corrected, corrected.seed, corrected.corrected) == (1, False, 1, True)
     assert all(math.isfinite(x) for run in (plain, corrected) for x in run)
     assert 0 < plain.kl != corrected.kl > 0
     assert plain.ess < 1
-    assert list(mismatch.run_pair(kind, 1, 3, "cispo", "group", "cpu")) == [plain, corrected]
+    assert list(mismatch.run_pair(kind, 1, steps, "cispo", "group", "cpu")) == [plain, corrected]
 
 
 def test_the_command(tmp_path, capsys):

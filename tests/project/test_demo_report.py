@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from tiny_demo import trained
 
 from fastpg.__main__ import main
 from fastpg.demo import answers as demo_answers
@@ -37,15 +38,15 @@ def printed(say, *given) -> str:
 
 @pytest.mark.parametrize(("advantage", "learns"), [("group", True), ("none", False)])
 def test_answers_get_better_by_the_training_and_not_by_the_control(advantage, learns):
-    torch.manual_seed(0)
-    model, task = tasks.tiny_model(), tasks.larger_digit()
-    before = answers(model, task, 100)
-    assert answers(model, task, 100) == before
-    demo.train(model, task, 50, advantage=advantage)
-    after = answers(model, task, 100)
+    before, after = trained(advantage).before, trained(advantage).after
     assert [(x.question, x.wanted) for x in after] == [(x.question, x.wanted) for x in before]
     more = sum(x.right for x in after) - sum(x.right for x in before)
     assert more >= 20 if learns else more < 10
+
+
+def test_the_same_model_answers_the_same():
+    model, task = tasks.tiny_model(), tasks.larger_digit()
+    assert answers(model, task, 100) == answers(model, task, 100)
 
 
 def test_answers_are_marked_by_what_is_right():
