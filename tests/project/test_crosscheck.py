@@ -1,11 +1,9 @@
 """`fastpg check` from a real process: it passes here, says how it was misused, and fails where a kernel is wrong."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from objectives import OBJECTIVES
 from problems import random_problem
+from programs import run_program
 
 import fastpg
 from fastpg import CISPO, GSPO, ImportanceWeighted, KLPenalty, LMHead, PPOClip, reference
@@ -23,15 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, which has the GPU's place elsewhere")
 
 
-def check(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTPG_BACKEND")}
-    command = [sys.executable, "-m", "fastpg", "check", *arguments]
-    threads = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=inherited | threads | environment)
+pytestmark = pytest.mark.xdist_group("interpreter programs")  # one process has imported what they need
+
+
+def check(*arguments: str, folder: Path, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    """fresh: in a process that has imported nothing."""
+    unset = {"TRITON_INTERPRET": None, "FASTPG_BACKEND": None, "COLUMNS": "200"}
+    words = ("-m", "fastpg", "check", *arguments)
+    return run_program(*words, folder=folder, environment=unset | environment, interpreter=True, fresh=fresh)
 
 
 def test_every_operation_passes_on_every_backend(tmp_path):
-    done = check("--interpret", "--json", folder=tmp_path)
+    done = check("--interpret", "--json", folder=tmp_path, fresh=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert done.stderr == ""
     found = json.loads(done.stdout)
@@ -144,9 +146,8 @@ def test_the_interpreter_needs_triton(tmp_path):
     """In a process to which triton is not installed."""
     hide = "import importlib.util as u, sys\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)\n"
     run = "from fastpg.__main__ import main\nmain(['check', '--interpret', '--quick'])"
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", hide + run]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=inherited)
+    unset = {"TRITON_INTERPRET": None, "FASTPG_BACKEND": None}
+    done = run_program("-c", hide + run, folder=tmp_path, environment=unset, interpreter=True)
     assert done.returncode == 2
     assert "--interpret needs triton" in done.stderr
 

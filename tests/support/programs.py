@@ -26,9 +26,15 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-# Nothing that changes other libraries when it is imported, and nothing that starts threads.
-_IMPORTS = ("torch.distributed.fsdp", "torch._dynamo", "transformers.models.llama.modeling_llama")
-_FURTHER = ("transformers.models.qwen3.modeling_qwen3", "transformers.trainer", "trl.trainer.grpo_trainer")
+# Nothing that changes other libraries when it is imported, and nothing that starts threads. By whether triton is imported for
+# its interpreter, which it decides once; programs for that ask for little else.
+_IMPORTS = {
+    False: (
+        "torch.distributed.fsdp", "torch._dynamo", "transformers.models.llama.modeling_llama",
+        "transformers.models.qwen3.modeling_qwen3", "transformers.trainer", "trl.trainer.grpo_trainer",
+    ),
+    True: ("torch._dynamo", "triton.language"),
+}  # fmt: skip
 
 
 def run_program(
@@ -43,7 +49,7 @@ def run_program(
     """`python *arguments` in folder: a file, or -m and a module, or -c and code, with what follows.
 
     environment: changes of this process's; None: not set. ranks: processes as torchrun starts them, 0 for none; outputs are
-    one after the other. interpreter: triton was imported for its interpreter, which it decides once.
+    one after the other. interpreter: TRITON_INTERPRET=1 was set when triton was imported.
     """
     import torch
 
@@ -87,7 +93,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in (*_IMPORTS, *(() if os.environ["TRITON_INTERPRET"] == "1" else _FURTHER)):
+        for name in _IMPORTS[os.environ["TRITON_INTERPRET"] == "1"]:
             if importlib.util.find_spec(name.partition(".")[0]):
                 importlib.import_module(name)
     gc.collect()
