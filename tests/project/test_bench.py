@@ -5,8 +5,6 @@ import csv
 import gc
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -22,6 +20,7 @@ import sampled_support
 import torch
 from cases import HEADS, LOSSES, Cell, Head, batch, cpu_cells, exact_logprobs, gpu_cells, tiny_cells
 from goals import goals
+from programs import run_program
 
 from fastpg import Support
 
@@ -30,16 +29,17 @@ OF_THE_HOST = measure.of_the_host
 TINY = Cell("step", "tiny", Head(300, 32), 64, "float32", ())
 
 
-def run_program(folder: Path, *arguments: str, **settings: str) -> dict:
-    command = [sys.executable, str(BENCH / "run.py"), "--tiny", "--rounds", "1", "--out", str(folder), *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"OMP_NUM_THREADS": "1"} | settings
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+def results_of(folder: Path, *arguments: str, interpreter: bool = False, **settings: str) -> dict:
+    command = [str(BENCH / "run.py"), "--tiny", "--rounds", "1", "--out", str(folder), *arguments]
+    environment = {"PYTHONSAFEPATH": None, **settings}
+    done = run_program(*command, folder=folder, environment=environment, interpreter=interpreter, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.xdist_group("programs")
 def test_the_program_writes_a_table_files_and_plots(tmp_path):
-    results = run_program(tmp_path)
+    results = results_of(tmp_path)
     assert {"machine", "date", "versions"} <= set(results["about"])
     timed = [row for row in results["rows"] if "seconds" in row]
     assert {row["section"] for row in timed} == {"step", "over N", "over V", "loss alone"}
@@ -58,11 +58,12 @@ def test_the_program_writes_a_table_files_and_plots(tmp_path):
         assert (tmp_path / f"{plot}.png").stat().st_size > 5000
 
 
+@pytest.mark.xdist_group("interpreter programs")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")
 def test_the_kernels_pass_its_gate(tmp_path):
     """In the interpreter: what a GPU's run does before it times anything."""
     methods = [word for name, method in peers.METHODS.items() if method.is_ours for word in ("--method", name)]
-    results = run_program(tmp_path, "--section", "step", *methods, TRITON_INTERPRET="1", FASTPG_BACKEND="triton")
+    results = results_of(tmp_path, "--section", "step", *methods, interpreter=True, FASTPG_BACKEND="triton")
     ours = [row for row in results["rows"] if row["method"].startswith("fastpg")]
     assert len(ours) == 8
     assert all("why_not" not in row for row in ours), ours
@@ -353,11 +354,11 @@ def test_batches_are_what_they_say():
     assert torch.allclose(exact_logprobs(b), z.log_softmax(-1).gather(1, b.tokens[:, None])[:, 0])
 
 
-def test_host_time_measures_two_checkouts_in_turns():
+@pytest.mark.xdist_group("programs")
+def test_host_time_measures_two_checkouts_in_turns(tmp_path):
     """It replays what kernels wrote: the steps behind them are the same, and it says what each took."""
-    command = [sys.executable, str(BENCH / "host_time.py"), "--against", str(BENCH.parent), "--rounds", "1", "--repeats", "3"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    command = [str(BENCH / "host_time.py"), "--against", str(BENCH.parent), "--rounds", "1", "--repeats", "3"]
+    done = run_program(*command, folder=tmp_path, environment={"PYTHONSAFEPATH": None}, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
     assert {row[0].strip() for row in rows} >= {"one pass, CISPO", "two passes and policy_loss", "scoring", "full logits"}
