@@ -20,15 +20,12 @@ def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_import_is_light(tmp_path):
+def test_import_is_light_and_what_this_suite_starts_has_one_thread(tmp_path):
     heavy = ["triton", "transformers", "trl", "matplotlib", "rich", "hypothesis"]
-    code = f"import sys, fastpg; print([name for name in {heavy!r} if name in sys.modules])"
-    assert run_python(code, tmp_path).stdout.strip() == "[]"
-
-
-def test_this_suite_and_what_it_starts_have_one_thread(tmp_path):
-    code = "import torch; print(torch.get_num_threads())"
-    assert run_python(code, tmp_path).stdout.strip() == str(torch.get_num_threads()) == "1"
+    code = f"import sys, fastpg; print([name for name in {heavy!r} if name in sys.modules])\n"
+    light, threads = run_python(code + "import torch; print(torch.get_num_threads())", tmp_path).stdout.splitlines()
+    assert light == "[]"
+    assert threads == str(torch.get_num_threads()) == "1"
 
 
 def test_transformers_does_not_pick_up_our_kernels():

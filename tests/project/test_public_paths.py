@@ -2,11 +2,10 @@
 
 import importlib
 import inspect
-import subprocess
-import sys
 import types
 
 import pytest
+from programs import run_program
 
 import fastpg
 
@@ -101,17 +100,17 @@ def test_every_public_object_has_a_docstring(module):
                 assert inspect.getdoc(getattr(thing, member)), f"{module}.{name}.{member}"
 
 
+@pytest.mark.xdist_group("programs")
 def test_submodules_that_are_used_as_attributes(tmp_path):
     """Of `import fastpg` alone, as before: `fastpg.advantages.grpo`."""
     code = "import fastpg; fastpg.advantages.grpo; fastpg.rollout.icepop; fastpg.distributed.global_count"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_program("-c", code, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("command", ["demo", "check", "compile-report"])
 def test_commands(command, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "fastpg", command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = run_program("-m", "fastpg", command, "--help", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"fastpg {command}" in done.stdout
