@@ -20,7 +20,7 @@ from fastpg.tools.variants import DTYPES, KERNELS, MULTIPLIES, OBJECTIVES, TARGE
 README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
 COMPILE = """
 import gc, json, sys
-gc.disable()  # it takes a tenth of the time, and finds nothing in processes that end soon
+gc.disable()  # it takes a twentieth of the time, for processes that end soon
 from dataclasses import asdict
 from fastpg.tools.compiling import compile_variant
 from fastpg.tools.variants import Variant
@@ -70,8 +70,9 @@ def tile(variant: Variant) -> Blocks:
 
 @cache
 def few() -> list[Variant]:
-    """A fifth of the matrix that brings all of it. What is asked of one target alone is asked of gfx942, where it takes half of
-    the time, or else of sm_90.
+    """Less than a quarter of the matrix that brings all of it.
+
+    What is asked of one target alone is asked of gfx942, where it takes half of the time, or else of sm_90.
     """
     first = sorted(variants(), key=lambda v: v.flags != KERNELS[v.kernel][1])
     return cover(sorted(first, key=lambda v: not on_sm_90(v) and v.target != "hip:gfx942"), brings)
