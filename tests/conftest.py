@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, which has to be asked for
 """
 
 import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ torch.set_num_threads(1)  # also where a plugin has imported torch before
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     interpreted_products.use_one_order()
+    if importlib.util.find_spec("triton"):
+        import fast_interpreter
+
+        fast_interpreter.use()
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]

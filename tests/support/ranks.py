@@ -84,6 +84,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
 
+    import fast_interpreter
     import interpreted_products
     import pytest  # noqa: F401 - for the modules that functions are in
     import torch
@@ -94,6 +95,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     interpreted_products.use_one_order()  # as conftest
+    fast_interpreter.use()
     torch.use_deterministic_algorithms(True)  # likewise: NaN in torch.empty
     for line in sys.stdin:
         folder, ranks, timeout = json.loads(line)
