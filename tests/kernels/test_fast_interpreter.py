@@ -9,10 +9,7 @@ from programs import run_program
 
 from fastpg.kernels.tile import INTERPRETED
 
-pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="on a GPU nothing is interpreted"),
-    pytest.mark.xdist_group("interpreter programs"),
-]
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU nothing is interpreted")
 # Every kernel of the two schedules, in three dtypes, over ragged tiles; `found` is a list of bytes in hexadecimal.
 CODE = """
 import interpreted_products, torch
@@ -42,7 +39,7 @@ def test_bits_are_those_of_tritons_interpreter(tmp_path):
     said = "import json, sys; from triton.runtime import interpreter as i; "
     said += "json.dump([found, i._patch_lang.__module__], sys.stdout)"
     paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
-    done = run_program("-c", CODE + said, folder=tmp_path, interpreter=True, environment=paths)
+    done = run_program("-c", CODE + said, folder=tmp_path, interpreter=True, environment=paths, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs, module = json.loads(done.stdout)
     names = {}

@@ -32,8 +32,17 @@ def check(*arguments: str, folder: Path, fresh: bool = False, **environment: str
     return run_program(*words, folder=folder, environment=unset | environment, interpreter=True, fresh=fresh)
 
 
+def test_the_interpreter_is_asked_for_before_triton_is_imported(tmp_path):
+    """The other tests' processes have imported Triton with it."""
+    done = check(
+        "--interpret", "--quick", "--dtype", "fp32", "--operation", "selective_logprobs", "--json", folder=tmp_path, fresh=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert {c["backend"] for c in json.loads(done.stdout)["checked"]} == {"torch cpu", "triton interpreter"}
+
+
 def test_every_operation_passes_on_every_backend(tmp_path):
-    done = check("--interpret", "--json", folder=tmp_path, fresh=True)
+    done = check("--interpret", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert done.stderr == ""
     found = json.loads(done.stdout)

@@ -49,7 +49,7 @@ def run_program(
     """`python *arguments` in folder: a file, or -m and a module, or -c and code, with what follows.
 
     environment: changes of this process's; None: not set. ranks: processes as torchrun starts them, 0 for none; outputs are
-    one after the other. interpreter: TRITON_INTERPRET=1 was set when triton was imported.
+    one after the other. interpreter: TRITON_INTERPRET=1 was set when triton was imported, which `fast_interpreter` has changed.
     """
     import torch
 
@@ -91,11 +91,14 @@ def _serve() -> None:
     """A line of input is a command line, a folder, environments, a time limit and where outputs go; its answer, statuses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
+    interpreter = os.environ["TRITON_INTERPRET"] == "1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in _IMPORTS[os.environ["TRITON_INTERPRET"] == "1"]:
+        for name in _IMPORTS[interpreter]:
             if importlib.util.find_spec(name.partition(".")[0]):
                 importlib.import_module(name)
+    if interpreter and importlib.util.find_spec("triton"):
+        runpy.run_path(str(Path(__file__).with_name("fast_interpreter.py")))["use"]()  # as conftest
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
