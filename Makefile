@@ -18,7 +18,7 @@ export PYTHONSAFEPATH := 1
 .PHONY: help demo test frameworks bench gpu lint format wheel hub docs clean
 
 help:
-	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (about 2.5 minutes on two cores; on a GPU if there is one)"
+	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (2.5 to 4 minutes on two cores; on a GPU if there is one)"
 	@echo "make test    run the test suite (no GPU needed)"
 	@echo "make frameworks   install the frameworks that adapters are compared with, for make test"
 	@echo "make bench   time and memory against the bare products and against peers (9 minutes on two cores; on an idle machine)"
