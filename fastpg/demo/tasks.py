@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..tools.about import install_command
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -154,18 +156,11 @@ def tiny_model() -> PreTrainedModel:
 # ---- Errors before the work, not after it ---------------------------------------------------------------------------
 
 
-def install_command(folder: Path) -> str:
-    """What installs the demo's packages, if fastpg stands in the folder: in a checkout there is a pyproject.toml beside it."""
-    if (folder / "pyproject.toml").is_file():
-        return 'pip install -e ".[demo]"'
-    return 'pip install "fastpg-lm[demo]"'
-
-
 def check_packages(model: str) -> None:
     """Raises ModuleNotFoundError, with pip commands, if packages are missing that the demo of `model` needs."""
     needed = ["transformers", "matplotlib"] + (["gguf", "accelerate"] if model == "smollm2" else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    commands = [install_command(Path(__file__).resolve().parents[2])] if missing else []
+    commands = [install_command("demo")] if missing else []
     if model == "smollm2" and _weights_file() is None:
         missing.append(f"{WEIGHTS} (the weights of SmolLM2-135M-Instruct)")
         commands.append(INSTALL_WEIGHTS)

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ import torch
 from tiny_demo import trained
 from torch.overrides import TorchFunctionMode
 
-import fastpg
 from fastpg.__main__ import main
 from fastpg.demo import command, compare
 from fastpg.demo import tasks as demo_tasks
@@ -28,6 +26,7 @@ from fastpg.demo.estimators import ESTIMATORS, NEED_STEPS, OBJECTIVES, Context, 
 from fastpg.demo.report import quarters
 from fastpg.demo.tasks import ALPHABET
 from fastpg.demo.walk import State
+from fastpg.tools.about import install_command
 
 pytestmark = pytest.mark.xdist_group("demo")
 
@@ -413,12 +412,6 @@ def test_missing_weights_name_the_command(monkeypatch):
 
 def test_missing_packages_name_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    wanted = demo_tasks.install_command(Path(fastpg.__file__).parents[1])
+    wanted = install_command("demo")
     with pytest.raises(SystemExit, match=rf"needs transformers and matplotlib: run\s+{re.escape(wanted)}"):
         main(["demo", "--model", "tiny"])
-
-
-def test_outside_a_checkout_the_distribution_is_named(tmp_path):
-    assert demo_tasks.install_command(tmp_path) == 'pip install "fastpg-lm[demo]"'
-    (tmp_path / "pyproject.toml").touch()
-    assert demo_tasks.install_command(tmp_path) == 'pip install -e ".[demo]"'
