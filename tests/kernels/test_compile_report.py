@@ -20,7 +20,7 @@ from fastpg.tools.variants import DTYPES, KERNELS, MULTIPLIES, OBJECTIVES, TARGE
 README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
 COMPILE = """
 import gc, json, sys
-gc.disable()  # it takes a twentieth of the time, for processes that end soon
+gc.disable()  # processes that end soon need none
 from dataclasses import asdict
 from fastpg.tools.compiling import compile_variant
 from fastpg.tools.variants import Variant
@@ -72,7 +72,7 @@ def tile(variant: Variant) -> Blocks:
 def few() -> list[Variant]:
     """Less than a quarter of the matrix that brings all of it.
 
-    What is asked of one target alone is asked of gfx942, where it takes half of the time, or else of sm_90.
+    What is asked of one target alone is asked of gfx942, where it takes less time, or else of sm_90.
     """
     first = sorted(variants(), key=lambda v: v.flags != KERNELS[v.kernel][1])
     return cover(sorted(first, key=lambda v: not on_sm_90(v) and v.target != "hip:gfx942"), brings)

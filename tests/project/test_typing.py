@@ -57,8 +57,8 @@ WRONG = {
     "an option that a module does not have": 'fastpg.LinearPolicyLoss(objective=CISPO()).train("mode")',
 }
 
-# Of what fastpg imports, its types need tensors and modules. To read the rest of torch, and transformers, would take ten times
-# as long. What is not read is Any, in which no mistake is found: the wrong lines hold that these are more.
+# Of what fastpg imports, its types need tensors and modules. To read the rest of torch, and transformers, takes far longer.
+# What is not read is Any, in which no mistake is found: the wrong lines hold that these are more.
 MYPY = """
 [mypy]
 strict = True
@@ -129,7 +129,6 @@ def is_shipped(path: Path) -> bool:
     return path.suffix in (".py", ".md", ".typed")
 
 
-@pytest.mark.skipif(not os.environ.get("CI"), reason="mypy reads fastpg and torch's tensors: ten seconds; set CI=true")
 @pytest.mark.xdist_group("wheel")
 def test_types(wheel, tmp_path):
     """Against the wheel and not the checkout, where the mapping of kernels/ hides the package from type checkers."""

@@ -16,14 +16,12 @@ import importlib
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 # Nothing that changes other libraries when it is imported, and nothing that starts threads. By whether triton is imported for
@@ -91,6 +89,10 @@ def _serve() -> None:
     """A line of input is a command line, a folder, environments, a time limit and where outputs go; its answer, statuses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
+    own = str(Path(__file__).parent)
+    sys.path.insert(0, own)
+    import forks
+
     interpreter = os.environ["TRITON_INTERPRET"] == "1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,54 +100,33 @@ def _serve() -> None:
             if importlib.util.find_spec(name.partition(".")[0]):
                 importlib.import_module(name)
     if interpreter and importlib.util.find_spec("triton"):
-        runpy.run_path(str(Path(__file__).with_name("fast_interpreter.py")))["use"]()  # as conftest
+        import fast_interpreter
+
+        fast_interpreter.use()  # as conftest
+    sys.path.remove(own)  # a program does not find it
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
         arguments, folder, environments, timeout, outputs = json.loads(line)
-        processes = []
-        for rank, environment in enumerate(environments):
-            process = os.fork()
-            if not process:
-                _become(arguments, folder, environment, Path(outputs), rank)
-            processes.append(process)
-        answers.write(json.dumps(_wait(processes, timeout)) + "\n")
+        processes = [
+            forks.start(
+                partial(_become, arguments, folder, environment), Path(outputs, f"out{rank}"), Path(outputs, f"err{rank}")
+            )
+            for rank, environment in enumerate(environments)
+        ]
+        answers.write(json.dumps(forks.statuses_of(processes, timeout)) + "\n")
         answers.flush()
 
 
-def _wait(processes: list[int], timeout: float) -> list[int]:
-    """Exit statuses. When one fails, or the time is over, the others are killed, with what they have started."""
-    end, codes = time.monotonic() + timeout, {}
-    while len(codes) < len(processes):
-        left = [process for process in processes if process not in codes]
-        for process in left if time.monotonic() > end or any(codes.values()) else ():
-            os.killpg(process, signal.SIGKILL)
-        for process in left:
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                codes[process] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    return [codes[process] for process in processes]
-
-
-def _become(arguments: list[str], folder: str, environment: dict[str, str], outputs: Path, rank: int) -> None:
-    """Ends the process as the program does. It comes to no other end."""
-    status = 1
-    try:
-        os.setpgid(0, 0)
-        files = (os.open(outputs / f"{name}{rank}", os.O_WRONLY | os.O_CREAT) for name in ("out", "err"))
-        for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), *files)):
-            os.dup2(target, stream)
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        status = _status_of(lambda: _run(*arguments))
-        threading._shutdown()  # as at the end of an interpreter: threads are waited for, then what was registered is called
-        atexit._run_exitfuncs()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def _become(arguments: list[str], folder: str, environment: dict[str, str]) -> int:
+    """The exit status of the program."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    status = _status_of(lambda: _run(*arguments))
+    threading._shutdown()  # as at the end of an interpreter: threads are waited for, then what was registered is called
+    atexit._run_exitfuncs()
+    return status
 
 
 def _status_of(program) -> int:

@@ -14,11 +14,10 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +84,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what imports print is no answer
 
     import fast_interpreter
+    import forks
     import interpreted_products
     import pytest  # noqa: F401 - for the modules that functions are in
     import torch
@@ -99,45 +99,10 @@ def _serve() -> None:
     torch.use_deterministic_algorithms(True)  # likewise: NaN in torch.empty
     for line in sys.stdin:
         folder, ranks, timeout = json.loads(line)
-        processes = [_fork(Path(folder), rank) for rank in range(ranks)]
-        answers.write(json.dumps(_wait(processes, timeout)) + "\n")
+        outputs = [Path(folder) / f"output{rank}" for rank in range(ranks)]
+        processes = [forks.start(partial(_run_rank, Path(folder), r), out, out) for r, out in enumerate(outputs)]
+        answers.write(json.dumps(forks.statuses_of(processes, timeout, _GRACE)) + "\n")
         answers.flush()
-
-
-def _fork(folder: Path, rank: int) -> int:
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        output = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT)
-        for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
-            os.dup2(target, stream)
-        _run_rank(folder, rank)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _wait(processes: list[int], timeout: float) -> list[int]:
-    """Exit statuses; of a rank that had to be killed, minus the signal."""
-    end, codes = time.monotonic() + timeout, {}
-    while len(codes) < len(processes):
-        if time.monotonic() > end:
-            for process in set(processes) - set(codes):
-                os.kill(process, 9)
-        for process in set(processes) - set(codes):
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                codes[process] = os.waitstatus_to_exitcode(status)
-                if codes[process]:
-                    end = min(end, time.monotonic() + _GRACE)
-        time.sleep(0.01)
-    return [codes[process] for process in processes]
 
 
 def _run_rank(folder: Path, rank: int) -> None:
