@@ -61,6 +61,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in kept]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getoption("dist") == "loadgroup":
+        from few_scopes import FewScopes
+
+        return FewScopes(config, log)
+
+
 def pytest_collection_finish():
     """What imports and collection made lives until the end: the garbage collector need not look at it after every few objects.
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.xdist_group("data-parallel ranks")  # its ranks are sta
 
 VOCAB, SIZE, STEPS = 51, 32, 3  # a vocabulary that no number of ranks here divides
 RANKS = {"two": 2, "four": 4}
+IMPORTED_BY_FUNCTIONS = ("transformers.models.llama.modeling_llama",)
 
 
 class Batch:

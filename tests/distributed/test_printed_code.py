@@ -22,6 +22,7 @@ from fastpg.distributed import global_count
 pytestmark = pytest.mark.xdist_group("data-parallel ranks")
 
 RANKS = 2
+IMPORTED_BY_FUNCTIONS = ("transformers.models.llama.modeling_llama",)
 FACTORS = ("mask", "old_logprobs", "advantages")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 

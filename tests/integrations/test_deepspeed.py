@@ -1,39 +1,28 @@
-"""DeepSpeed's ZeRO on two processes. In subprocesses: deepspeed warns and patches where it is imported."""
+"""DeepSpeed's ZeRO on two processes of its own: deepspeed warns and patches where it is imported."""
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra [deepspeed]")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra [deepspeed]"),
+    pytest.mark.xdist_group("programs"),
+]
 
 
 def on_two_processes(folder, program, *arguments):
     """What each of them says in its last line."""
     # of the address deepspeed only wants that there is one: the programs meet at a file
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu"}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    said = [(folder / f"out{r}", folder / f"err{r}") for r in range(2)]  # pipes would fill up with deepspeed's warnings
-    ranks = []
-    try:
-        for r, (out, err) in enumerate(said):
-            environment = inherited | common | {"RANK": str(r), "LOCAL_RANK": str(r)}
-            with out.open("w") as stdout, err.open("w") as stderr:
-                command = [sys.executable, str(SUPPORT / program), *arguments]
-                ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=stderr))
-        codes = [rank.wait(timeout=150) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0], "".join(err.read_text()[-3000:] for _, err in said)
-    return [json.loads(out.read_text().splitlines()[-1]) for out, _ in said]
+    settings = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SUPPORT), "TRITON_INTERPRET": None}
+    done = run_program(str(SUPPORT / program), *arguments, folder=folder, environment=settings, ranks=2, timeout=150)
+    assert done.returncode == 0, done.stderr[-6000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert len(said) == 2, done.stdout
+    return said
 
 
 def test_zero_trains_as_without_it(tmp_path):

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
@@ -16,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from pages import PAGES
+from programs import run_program
 from raising import said
 
 from fastpg.crosscheck.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
@@ -26,7 +24,7 @@ NEEDED = ("openrlhf", "deepspeed", "pylatexenc", "peft", "einops")
 there = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, NEEDED)), reason=f"needs {', '.join(NEEDED)} (make frameworks)"
 )
-pytestmark = pytest.mark.xdist_group("openrlhf")
+pytestmark = pytest.mark.xdist_group("programs")
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +36,11 @@ def found(tmp_path_factory):
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (folder / "block.py").write_text(block)
     # torch.compile, of OpenRLHF's entropy, would call a C++ compiler
-    settings = {"WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    settings["PYTHONWARNINGS"] = "ignore"
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ranks = []
-    try:
-        for r in range(2):
-            with (folder / f"out{r}").open("w") as out, (folder / f"err{r}").open("w") as err:
-                command = [sys.executable, str(SUPPORT / "openrlhf_program.py"), "block.py"]
-                environment = inherited | settings | {"RANK": str(r), "LOCAL_RANK": str(r)}
-                ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err))
-        codes = [rank.wait(timeout=150) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0], "".join((folder / f"err{r}").read_text()[-3000:] for r in range(2))
-    return [json.loads((folder / f"out{r}").read_text().splitlines()[-1]) for r in range(2)]
+    settings = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": None}
+    program = str(SUPPORT / "openrlhf_program.py")
+    done = run_program(program, "block.py", folder=folder, environment=settings, ranks=2, timeout=150)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
 
 
 @there

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.xdist_group("skyrl"),
 ]
 
+IMPORTED_BY_FUNCTIONS = ("megatron.core.tensor_parallel", "transformers.models.llama.modeling_llama")
 V, T, ACTIONS = 61, 0.7, 5
 SIZES = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

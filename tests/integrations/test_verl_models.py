@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.xdist_group("verl"),
 ]
 
+IMPORTED_BY_FUNCTIONS = ("megatron.core.tensor_parallel", "transformers.models.llama.modeling_llama")
 V, T = 61, 0.7
 SIZES = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -180,7 +180,7 @@ def main() -> None:
     exec(Path(sys.argv[1]).read_text(), {})
     found = {"cases": {name: compare(case, use_fastpg) for name, case in CASES.items()}, "refused": refused(use_fastpg)}
     dist.barrier()
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

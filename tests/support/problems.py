@@ -101,23 +101,38 @@ def random_problem(
     return replace(x, old_logprobs=(logprobs - log_ratio).float(), advantages=advantages, mask=mask)
 
 
+@torch.no_grad()
 def _plant(hidden: torch.Tensor, problem: Inputs, log_odds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Moves hidden states along the weight rows of their tokens until the token's log-odds are `log_odds`, by Newton steps."""
-    wide = problem.leaves(torch.float64)
-    w_y = wide.head.weight.detach()[problem.tokens]
+    """Moves hidden states along the weight rows of their tokens until the token's log-odds are `log_odds`, by Newton steps.
+
+    Scores are linear in the hidden state: two products serve all steps.
+    """
     hidden = hidden.double()
-    for _ in range(12 if rows.any() else 0):
-        x = hidden.clone().requires_grad_()
-        z = reference.logits(x, wide.head, wide.temperature)
-        others = z.scatter(1, problem.tokens[:, None], -torch.inf).logsumexp(1)
-        now = z.gather(1, problem.tokens[:, None])[:, 0] - others
-        slope = (torch.autograd.grad(now.sum(), x)[0] * w_y).sum(1)
-        step = ((log_odds - now.detach()) / slope).clamp(-20, 20) * rows
+    if not rows.any():
+        return hidden
+    wide = problem.leaves(torch.float64)
+    tokens, temperature = problem.tokens[rows, None], wide.temperature
+    w_y = wide.head.weight.detach()[tokens[:, 0]]
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature[rows, None]
+    scores = reference.logits(hidden[rows], replace(wide.head, softcap=None))
+    slopes = reference.logits(w_y, replace(wide.head, softcap=None, bias=None))
+    moved = torch.zeros(len(tokens), 1, dtype=torch.float64)
+    for _ in range(12):
+        capped = reference.softcap(scores + moved * slopes, wide.head.softcap)
+        z, of_z = capped / temperature, slopes / temperature
+        if wide.head.softcap is not None:
+            of_z = of_z * (1 - (capped / wide.head.softcap).square())
+        others = z.scatter(1, tokens, -torch.inf)
+        total = others.logsumexp(1, keepdim=True)
+        now = z.gather(1, tokens) - total
+        slope = of_z.gather(1, tokens) - ((others - total).exp() * of_z).sum(1, keepdim=True)
+        step = ((log_odds[rows, None] - now) / slope).clamp(-20, 20)
         step = torch.where(slope > 1e-3, step, 0)  # a softcap bounds what can be reached
-        hidden = hidden + step[:, None] * w_y
+        moved += step
         if (step * slope).abs().max() < 1e-4:
             break
-    return hidden
+    return hidden.index_add(0, rows.nonzero()[:, 0], moved * w_y)
 
 
 def moderate_problem(rows: int, dtype: torch.dtype) -> Inputs:

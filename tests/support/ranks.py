@@ -1,12 +1,16 @@
 """Runs a function on several ranks of a torch.distributed group: processes of their own, gloo, and a file to meet at.
 
 A rank is forked from a process that has imported what every rank needs and has done nothing else: importing takes seconds, and
-a suite starts dozens of ranks.
+a suite starts dozens of ranks. That process imports the module of the function as well, and what the module names in
+`IMPORTED_BY_FUNCTIONS`: modules that its functions import, where they are installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -33,10 +37,10 @@ def run_on_ranks(function: Callable, ranks: int, *arguments: object, timeout: fl
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        call = function.__code__.co_filename, function.__name__, ranks, timeout, arguments
-        (folder / "call").write_bytes(pickle.dumps(call))
+        file = function.__code__.co_filename
+        (folder / "call").write_bytes(pickle.dumps((file, function.__name__, ranks, timeout, arguments)))
         server = _server()
-        server.stdin.write(json.dumps([name, ranks, timeout]) + "\n")
+        server.stdin.write(json.dumps([name, ranks, timeout, file]) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline() or "[1]")
         if any(codes):
@@ -79,7 +83,7 @@ def _server() -> subprocess.Popen:
 
 
 def _serve() -> None:
-    """A line of input is a folder, a number of ranks and a time limit; its answer is their exit statuses."""
+    """A line of input is a folder, a number of ranks, a time limit and a file; its answer is the ranks' exit statuses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
 
@@ -98,7 +102,12 @@ def _serve() -> None:
     fast_interpreter.use()
     torch.use_deterministic_algorithms(True)  # likewise: NaN in torch.empty
     for line in sys.stdin:
-        folder, ranks, timeout = json.loads(line)
+        folder, ranks, timeout, file = json.loads(line)
+        with contextlib.suppress(Exception):  # a rank does it again then, and its traceback is shown
+            for name in getattr(_module(Path(file)), "IMPORTED_BY_FUNCTIONS", ()):
+                if importlib.util.find_spec(name.partition(".")[0]):
+                    importlib.import_module(name)
+        gc.freeze()  # a rank's garbage collector would copy every page of what is imported
         outputs = [Path(folder) / f"output{rank}" for rank in range(ranks)]
         processes = [forks.start(partial(_run_rank, Path(folder), r), out, out) for r, out in enumerate(outputs)]
         answers.write(json.dumps(forks.statuses_of(processes, timeout, _GRACE)) + "\n")
@@ -121,9 +130,16 @@ def _run_rank(folder: Path, rank: int) -> None:
 
 def _module(path: Path) -> ModuleType:
     """The file as a module. Its folder stays off sys.path: folders of tests have names that packages have too."""
+    known = sys.modules.get(path.stem)
+    if known and known.__file__ == str(path):
+        return known
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
     return module
 
 
