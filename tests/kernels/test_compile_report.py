@@ -1,16 +1,14 @@
 """Every kernel compiles for every target without a spilled register, within its shared memory, onto the tensor cores."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 from pairs import cover
+from programs import run_program
 
 from fastpg.kernels.blocks import Blocks, blocks_for
 from fastpg.tools import compile_report, compiling, launches
@@ -21,31 +19,30 @@ README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_te
 COMPILE = """
 import gc, json, sys
 gc.disable()  # processes that end soon need none
+from pathlib import Path
 from dataclasses import asdict
 from fastpg.tools.compiling import compile_variant
 from fastpg.tools.variants import Variant
 
-for kernel, target, dtype, flags in json.load(sys.stdin):
-    print(json.dumps(asdict(compile_variant(Variant(kernel, target, dtype, tuple(flags))))))
+compiled = []
+for kernel, target, dtype, flags in json.loads(Path(sys.argv[1]).read_text()):
+    compiled.append(asdict(compile_variant(Variant(kernel, target, dtype, tuple(flags)))))
+print(json.dumps(compiled))
 """
 
 
-def fastpg(*arguments: str, folder, **environment: str) -> subprocess.CompletedProcess:
-    return run_without_interpreter("-m", "fastpg", *arguments, folder=folder, **environment)
-
-
-def run_without_interpreter(*arguments: str, folder, said: str = "", **environment: str) -> subprocess.CompletedProcess:
-    """Compiling from scratch, in a process that has no interpreter in the compiler's place."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, input=said,
-        env=inherited | {"TRITON_CACHE_DIR": str(folder / "cache")} | environment,
-    )  # fmt: skip
+def compiled(folder: Path, *arguments: str) -> list[Compiled]:
+    """What a program writes as JSON, which compiles from scratch, with no interpreter in the compiler's place."""
+    settings = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": None}
+    done = run_program(*arguments, folder=folder, environment=settings, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return [Compiled(**c) for c in json.loads(done.stdout)]
 
 
 def brings(variant: Variant) -> set[tuple]:
     """What of the matrix a variant shows: every kernel in every dtype, with each set of flags, for one vendor and the other; of
-    those that multiply, every target, every tile that the table has for 16-bit operands of it, and all flags at once on it.
+    those that multiply, every target, every tile that the table has for 16-bit operands of it, all flags at once on it, and
+    statistics with every tile of sm_90.
     """
     kernel, target, flags = variant.kernel, variant.target, variant.flags
     found = {(kernel, variant.dtype), (kernel, flags)}
@@ -53,7 +50,8 @@ def brings(variant: Variant) -> set[tuple]:
         found |= {(kernel, target)}
     if kernel in MULTIPLIES and variant.dtype != "float32":
         found |= {(kernel, target, tile(variant))}
-        found |= {(kernel, target, flags)} if flags == KERNELS[kernel][1] or on_sm_90(variant) else set()
+        found |= {(kernel, target, flags)} if flags == KERNELS[kernel][1] else set()
+        found |= {(kernel, tile(variant), "statistics")} if on_sm_90(variant) else set()
     return found
 
 
@@ -78,8 +76,8 @@ def few() -> list[Variant]:
     return cover(sorted(first, key=lambda v: not on_sm_90(v) and v.target != "hip:gfx942"), brings)
 
 
-def judge(compiled: list[Compiled]) -> None:
-    for c in compiled:
+def judge(found: list[Compiled]) -> None:
+    for c in found:
         assert c.spill_bytes == 0, c
         assert c.shared_bytes <= c.shared_limit, c
         assert 8 <= c.registers <= 512, c  # a number was read
@@ -89,18 +87,17 @@ def judge(compiled: list[Compiled]) -> None:
             assert c.mma_instructions == 0, c
 
 
-PARTS = 2  # each a test and a process, which imports torch and triton anew
+PARTS = 2  # each a test and a process
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_part_of_the_matrix_in_which_everything_occurs(tmp_path, part):
     """The whole of it: `pytest --full`, `fastpg compile-report`."""
     chosen = sorted(few(), key=lambda v: len(v.flags))[part::PARTS]  # each has some of those that take long
-    done = run_without_interpreter("-c", COMPILE, folder=tmp_path, said=json.dumps([[*vars(v).values()] for v in chosen]))
-    assert done.returncode == 0, done.stderr
-    compiled = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
-    assert [(c.kernel, c.target, c.dtype, tuple(c.flags)) for c in compiled] == [tuple(vars(v).values()) for v in chosen]
-    judge(compiled)
+    (tmp_path / "variants").write_text(json.dumps([[*vars(v).values()] for v in chosen]))
+    found = compiled(tmp_path, "-c", COMPILE, "variants")
+    assert [(c.kernel, c.target, c.dtype, tuple(c.flags)) for c in found] == [tuple(vars(v).values()) for v in chosen]
+    judge(found)
 
 
 def test_what_that_part_holds():
@@ -116,20 +113,18 @@ def test_what_that_part_holds():
         assert {(v.target, tile(v)) for v in sixteen if v.kernel == kernel} == every_tile
         assert len(every_tile) == (9 if kernel == "anchored_exp" else 8)  # 2, 3, 2 and 1 by target, and the persistent one
         assert {v.target for v in sixteen if (v.kernel, v.flags) == (kernel, KERNELS[kernel][1])} == set(TARGETS)
-    registers = {(v.kernel, v.flags) for v in every if v.kernel in MULTIPLIES and on_sm_90(v) and v.dtype != "float32"}
-    assert {(v.kernel, v.flags) for v in sixteen if v.target == "cuda:90"} >= registers
-    assert len(registers) == 8
+    registers = {(v.kernel, tile(v)) for v in every if v.kernel in MULTIPLIES and on_sm_90(v) and v.dtype != "float32"}
+    assert {(v.kernel, tile(v)) for v in sixteen if on_sm_90(v)} == registers
+    assert len(registers) == 5
 
 
 @pytest.mark.full
 def test_the_whole_matrix_is_the_table_of_the_readme(tmp_path):
-    done = fastpg("compile-report", "--json", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    compiled = [Compiled(**c) for c in json.loads(done.stdout)]
-    assert len(compiled) == len(list(variants()))
-    judge(compiled)
+    found = compiled(tmp_path, "-m", "fastpg", "compile-report", "--json")
+    assert len(found) == len(list(variants()))
+    judge(found)
     (table,) = re.findall(r"<!-- compile-report -->\n(.*?)\n<!-- /compile-report -->", README, re.DOTALL)
-    assert table == compile_report.markdown(compiled)
+    assert table == compile_report.markdown(found)
 
 
 def test_what_the_matrix_asks_for():

@@ -146,8 +146,11 @@ def test_the_module_and_the_cispo_function_are_the_same_loss():
 # ---- Operators and compilation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "entropy"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, False)],
+    ids=str,
+)
 def test_opcheck(dtype, entropy):
     wide = torch.promote_types(dtype, torch.float32)
     lora_hidden, b = (torch.randn(256, 3).to(wide), torch.randn(33, 3).to(dtype)) if entropy else (None, None)
@@ -171,7 +174,7 @@ def test_opcheck(dtype, entropy):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function
-@pytest.mark.parametrize("name", ["cispo", "user", "kl"])
+@pytest.mark.parametrize("name", ["user", "kl"])
 def test_compiles_without_graph_breaks_when_nothing_reads_the_host(name):
     objective = (lambda logp, old, a: (logp - old).exp() * a) if name == "user" else CISPO()
     kl = KLPenalty(0.1) if name == "kl" else None

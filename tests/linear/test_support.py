@@ -421,8 +421,14 @@ def test_every_function_is_linear_policy_loss(backend):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own, from tracing any autograd.Function
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # and where it looks at results before a graph that broke
-@pytest.mark.parametrize("check", [False, True])  # True: the host reads, which breaks the graph, and small sets are gathered
-@pytest.mark.parametrize("function", ["logprobs", "loss", "selective"])
+# check: the host reads, which breaks the graph, and small sets are gathered
+@pytest.mark.parametrize(
+    ("function", "check"),
+    [
+        ("logprobs", False), ("logprobs", True), ("loss", False), ("selective", False), ("selective", True),
+        pytest.param("loss", True, marks=pytest.mark.full),
+    ],
+)  # fmt: skip
 def test_under_torch_compile(function, check):
     if check and torch.__version__.startswith("2.9") and (function == "loss" or sys.version_info < (3, 11)):
         pytest.skip("Dynamo of torch 2.9 cannot compile the loss with checks, nor on Python 3.10 the others")
