@@ -12,7 +12,7 @@ from fastpg.crosscheck.cases import Inputs
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
-PROMPTS = ["What is 17 + 25?", "Name three colors.", "Write a short poem about the sea.", "Count from one to ten."]
+PROMPTS = ["What is 17 + 25?", "Write a short poem about the sea."]
 
 
 def test_the_model_can_count(smollm2):
@@ -25,7 +25,7 @@ def test_the_model_can_count(smollm2):
 
 @pytest.fixture(scope="module")
 def completions(smollm2):
-    """(hidden (N, H), head, tokens (N,)) of about 80 sampled tokens, fp32, from certain to surprising."""
+    """(hidden (N, H), head, tokens (N,)) of about 50 sampled tokens, fp32, from certain to surprising."""
     model, tokenizer = smollm2
     torch.manual_seed(0)
     hidden, tokens = [], []
@@ -34,7 +34,7 @@ def completions(smollm2):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             sampled = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=True, top_k=0, top_p=1.0
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=True, top_k=0, top_p=1.0
             )
             states = model.model(sampled).last_hidden_state
         hidden.append(states[0, ids.shape[1] - 1 : -1])

@@ -6,7 +6,6 @@ Every program here starts in another folder: in the checkout, kernels/ would sha
 import ast
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run_program
 
 import fastpg
 from fastpg.crosscheck.accuracy import ROW_TOLERANCE, WEIGHT_TOLERANCE, logprob_tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("torch-cpu", "torch-cuda", "torch-rocm")
-pytestmark = pytest.mark.xdist_group("hub")
+pytestmark = pytest.mark.xdist_group("interpreter programs")
 
 needs_kernels = pytest.mark.skipif(
     importlib.util.find_spec("kernels") is None, reason="Hugging Face's `kernels` is not installed: pip install -e '.[hub]'"
@@ -210,10 +210,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(code: str, folder: Path, interpret: str = "1"):
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def run(code: str, folder: Path, interpreter: bool = True):
+    """With the interpreter in a process forked from one that has imported it; without, in a fresh one."""
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = run_program("-c", code, folder=folder, environment=settings, interpreter=interpreter, fresh=not interpreter)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -244,7 +244,7 @@ def test_options_and_errors(folder):
 
 @needs_kernels
 def test_every_variant_is_what_its_metadata_says(folder):
-    said = run(EVERY_VARIANT, folder, interpret="0")
+    said = run(EVERY_VARIANT, folder, interpreter=False)
     assert "TRITON_INTERPRET=1" in said.pop("without the interpreter")
     major = int(fastpg.__version__.split(".")[0])
     assert said == {name: ["fastpg-kernels", major, "Apache-2.0", name.partition("-")[2]] for name in VARIANTS}
