@@ -1,6 +1,18 @@
 """What tests with TRL share. Imported where a fixture is asked for: TRL may not be installed."""
 
+import gc
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage_collection_over_imports():
+    """accelerate collects garbage twice a training run. Frameworks are imported by tests, after conftest has frozen the rest.
+
+    40 seconds of TRL's trainers were spent so, on two cores of an AMD EPYC.
+    """
+    yield
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,13 @@
 The accuracy of both backends is in test_parity and test_one_pass, the kernels one by one in test_kernels.
 """
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from problems import logprobs_of, moderate_problem, opcheck, random_problem, relative_error, row_errors
+from programs import run_program
 from schedules import KERNEL_DEVICE, one_pass_triton
 from torch.profiler import ProfilerActivity, profile
 
@@ -79,11 +77,11 @@ def test_the_environment_replaces_the_default_and_an_argument_goes_before_it(mon
     assert set(chosen) == {"torch"}
 
 
+@pytest.mark.xdist_group("programs")
 def test_triton_on_cpu_tensors_outside_the_interpreter_says_what_to_do(tmp_path):
     code = "import torch, fastpg; fastpg.linear_logprobs(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["FASTPG_BACKEND"] = "triton"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {"FASTPG_BACKEND": "triton", "TRITON_INTERPRET": None}
+    done = run_program("-c", code, folder=tmp_path, environment=environment)
     assert 'backend="triton" runs on CUDA and ROCm tensors; hidden is on cpu' in done.stderr
     assert "TRITON_INTERPRET=1" in done.stderr
 

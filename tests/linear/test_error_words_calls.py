@@ -2,14 +2,12 @@
 `test_error_words`."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from programs import run_program
 from raising import LINEAR, ONE_PASS, H, V, call, of_shape, said
 
 from fastpg import LMHead, Reinforce, linear_logprobs, linear_policy_loss, policy_loss, selective_logprobs
@@ -128,7 +126,7 @@ def test_two_passes_have_no_second_derivative(function):
     assert "no autograd formula was registered" in words
 
 
-# ---- backends that are not there: read when fastpg is imported, so in a process of its own
+# ---- backends that are not there: read when fastpg is imported, so in a process of its own, which has not imported it
 
 PROGRAM = """
 import json, sys
@@ -155,11 +153,11 @@ ON_CPU = (
 )
 
 
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("installed", [True, False], ids=["triton", "no-triton"])
 def test_backends_that_are_not_there(tmp_path, installed):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"FASTPG_BACKEND": "cuda"}
-    command = [sys.executable, "-c", PROGRAM, "" if installed else "without triton"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {"FASTPG_BACKEND": "cuda", "TRITON_INTERPRET": None}
+    done = run_program("-c", PROGRAM, "" if installed else "without triton", folder=tmp_path, environment=environment)
     assert not done.returncode, done.stderr
     wanted = [ON_CPU.format("hidden"), ON_CPU.format("hidden"), ON_CPU.format("logits")] if installed else [MISSING] * 3
     assert json.loads(done.stdout) == [ENVIRONMENT] * 3 + wanted

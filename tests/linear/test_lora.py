@@ -115,7 +115,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
 def test_a_frozen_weight_costs_no_gradient_of_its_size(trained, schedule):
     """What a call takes beyond its workspace stays below one (V, H) tensor; the gradients are the oracle's."""
-    vocab, size, rows = 30_000, 256, 512
+    vocab, size, rows = 12_000, 256, 512
     hidden, weight = torch.randn(rows, size), torch.randn(vocab, size) * 0.1
     a, b = torch.randn(8, size) * 0.1, torch.randn(vocab, 8) * 0.1
     hidden.requires_grad_(trained == "hidden")
@@ -140,9 +140,9 @@ def test_a_frozen_weight_costs_no_gradient_of_its_size(trained, schedule):
 
 @pytest.mark.this_cpu
 def test_memory_at_the_size_of_a_real_head():
-    """V = 152k, H = 1024 in bf16, N = 256: beyond the workspace come gradients of hidden, A and B and nothing with V H entries
+    """V = 152k, H = 1024 in bf16, N = 128: beyond the workspace come gradients of hidden, A and B and nothing with V H entries
     (297 MiB, or 594 in fp32)."""
-    vocab, size, rows, rank = 151_936, 1024, 256, 16
+    vocab, size, rows, rank = 151_936, 1024, 128, 16
     weight = torch.empty(vocab, size, dtype=torch.bfloat16).uniform_(-0.05, 0.05)
     hidden = torch.randn(rows, size).bfloat16().requires_grad_()
     a, b = (torch.randn(*shape, requires_grad=True) for shape in ((rank, size), (vocab, rank)))

@@ -52,10 +52,8 @@ def peak(schedule, rows, vocab, dtype, workspace=None, masked=False) -> tuple[in
 @pytest.mark.parametrize(
     ("schedule", "rows", "vocab", "dtype"),
     [
-        (two_pass, 2048, 49152, torch.float32),
         (two_pass, 2048, 49152, torch.bfloat16),
         (one_pass, 2048, 49152, torch.float32),
-        (one_pass, 2048, 49152, torch.bfloat16),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
@@ -67,10 +65,15 @@ def test_forward_and_backward_stay_within_the_default_workspace(schedule, rows, 
 
 @SCHEDULES
 @pytest.mark.parametrize(
-    ("rows", "vocab", "masked"), [(4096, 8192, False), (4096, 8192, True), (2 * 4096, 8192, False), (4096, 2 * 8192, False)]
-)
-def test_a_small_workspace_is_kept_too(schedule, rows, vocab, masked):
-    used, results, copy = peak(schedule, rows, vocab, torch.bfloat16, workspace=48 * 2**20, masked=masked)
+    ("rows", "vocab", "dtype", "masked"),
+    [
+        (4096, 8192, torch.bfloat16, True), (4096, 8192, torch.float32, False), (2 * 4096, 8192, torch.bfloat16, False),
+        (4096, 2 * 8192, torch.bfloat16, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_small_workspace_is_kept_too(schedule, rows, vocab, dtype, masked):
+    used, results, copy = peak(schedule, rows, vocab, dtype, workspace=48 * 2**20, masked=masked)
     assert used <= results + copy + 48 * 2**20
 
 

@@ -102,17 +102,17 @@ def test_parts_that_end_without_a_word(run):
 
 def test_parts_that_are_stopped(run, tmp_path):
     """Each at its share; what was found until then counts. The processes that they started end with them."""
-    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
     hang = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     tests = stand_in("tests", f"print({lines('PASSED', 'PASSED')!r}, flush=True); {hang}")
     start = time.monotonic()
-    status, line, _ = run(tests, stand_in("check", hang), stand_in("bench", hang), seconds=6)
+    status, line, _ = run(tests, stand_in("check", hang), stand_in("bench", hang), seconds=4)
     assert time.monotonic() - start < 20
     assert status == 1
     assert line.startswith("FAIL (check): ")  # the others have what is asked of them
     stopped = r", stopped after \d s"
     assert re.search(rf"tests: 2 passed, 0 failed, 0 skipped{stopped}; check: no result{stopped}; .*1\.16 x{stopped}$", line)
-    time.sleep(3)
+    time.sleep(2)
     assert not (tmp_path / "alive").exists()
 
 

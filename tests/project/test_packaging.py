@@ -1,6 +1,7 @@
 """What may import what, and what importing fastpg does to other packages."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess
 
 
 def test_import_is_light_and_what_this_suite_starts_has_one_thread(tmp_path):
-    heavy = ["triton", "transformers", "trl", "matplotlib", "rich", "hypothesis"]
+    heavy = ["triton", "transformers", "trl", "peft", "matplotlib", "rich", "hypothesis"]
     code = f"import sys, fastpg; print([name for name in {heavy!r} if name in sys.modules])\n"
     light, threads = run_python(code + "import torch; print(torch.get_num_threads())", tmp_path).stdout.splitlines()
     assert light == "[]"
@@ -88,7 +89,9 @@ def test_a_suite_in_parallel_survives_pytest_benchmark(tmp_path):
     (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
     code = "import sys, pytest; sys.path.insert(0, '.'); sys.exit(pytest.main(sys.argv[1:]))"
     arguments = ["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "stand_in", "-n", "1", "test_one.py"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "-p", "xdist.plugin", *arguments]
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others take seconds to import
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
