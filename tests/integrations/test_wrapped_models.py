@@ -210,7 +210,7 @@ def test_architectures(architecture, monkeypatch):
 @pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="Dynamo of torch 2.9 cannot break the graph of the loss")
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning")
 def test_a_loss_that_checks_is_compiled_with_graph_breaks():
-    """So are log-probabilities, in test_support."""
+    """So are selected log-probabilities, in test_support, and with `--full` log-probabilities."""
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
     tokens, old, advantages = torch.randint(0, 40, (8,)), torch.full((8,), -4.0), torch.randn(8)
 

@@ -148,7 +148,7 @@ def test_the_module_and_the_cispo_function_are_the_same_loss():
 
 @pytest.mark.parametrize(
     ("dtype", "entropy"),
-    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, False)],
+    [(torch.float32, True), (torch.bfloat16, False), (torch.float64, False)],
     ids=str,
 )
 def test_opcheck(dtype, entropy):

@@ -30,7 +30,7 @@ from fastpg import (
 from fastpg.crosscheck.cases import Inputs, Settings, reference_loss
 from fastpg.crosscheck.judge import deviations
 
-EXAMPLES = int(os.environ.get("FASTPG_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("FASTPG_EXAMPLES", "100"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OBJECTIVES = [Reinforce(), ImportanceWeighted(), CISPO(), CISPO(2.0, 0.5), CISPO(None), PPOClip(0.2, 0.28, 3.0), SAPO()]
 JUMPS = torch.tensor([0.5, 0.8, 1.28, 2.0, 3.0, 5.0], dtype=torch.float64)
