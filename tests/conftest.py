@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter, which has to be asked for before they are imported.
 """
 
+import functools
 import gc
 import importlib.util
 import os
@@ -90,7 +91,11 @@ def smollm2():
     """(model, tokenizer); ten seconds and more. Tests that use it belong to the xdist group of this name."""
     from fastpg.demo.tasks import load_smollm2
 
-    return load_smollm2()
+    gguf = pytest.importorskip("gguf")
+    with pytest.MonkeyPatch.context() as patch:  # transformers reads the file three times, and makes a map for every module
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return load_smollm2()
 
 
 @pytest.fixture(autouse=True)
