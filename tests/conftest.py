@@ -89,9 +89,10 @@ def hardware(request):
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer); ten seconds and more. Tests that use it belong to the xdist group of this name."""
+    import gguf
+
     from fastpg.demo.tasks import load_smollm2
 
-    gguf = pytest.importorskip("gguf")
     with pytest.MonkeyPatch.context() as patch:  # transformers reads the file three times, and makes a map for every module
         for name in ("GGUFReader", "get_tensor_name_map"):
             patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))

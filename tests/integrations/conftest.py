@@ -9,7 +9,7 @@ import pytest
 def _no_garbage_collection_over_imports():
     """accelerate collects garbage twice a training run. Frameworks are imported by tests, after conftest has frozen the rest.
 
-    40 seconds of TRL's trainers were spent so, on two cores of an AMD EPYC.
+    60 CPU seconds of the suite were spent so, on two cores of an AMD EPYC with AVX2.
     """
     yield
     gc.freeze()
