@@ -21,7 +21,7 @@ help:
 	@echo "make demo    train SmolLM2-135M with a CISPO loss that never builds its logits (2.5 to 4 minutes on two cores; on a GPU if there is one)"
 	@echo "make test    run the test suite (no GPU needed)"
 	@echo "make frameworks   install the frameworks that adapters are compared with, for make test"
-	@echo "make bench   time and memory against the bare products and against peers (9 minutes on two cores; on an idle machine)"
+	@echo "make bench   time and memory against the bare products and against peers (9 minutes on two cores with AVX-512, longer without; on an idle machine)"
 	@echo "make gpu     on a machine with a GPU: kernel tests, a check of a large head, the bench of three heads (4 minutes)"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make format  rewrite with ruff"

@@ -15,7 +15,7 @@ pytestmark = [
 
 
 def on_two_processes(folder, program, *arguments):
-    """What each of them says in its last line."""
+    """What each of them says in its line of JSON."""
     # of the address deepspeed only wants that there is one: the programs meet at a file
     settings = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SUPPORT), "TRITON_INTERPRET": None}
     done = run_program(str(SUPPORT / program), *arguments, folder=folder, environment=settings, ranks=2, timeout=150)

@@ -40,7 +40,9 @@ def found(tmp_path_factory):
     program = str(SUPPORT / "openrlhf_program.py")
     done = run_program(program, "block.py", folder=folder, environment=settings, ranks=2, timeout=150)
     assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert len(found) == 2, done.stdout
+    return found
 
 
 @there
